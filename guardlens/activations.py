@@ -1,0 +1,175 @@
+"""Hidden states as data: the whole tensors of one run (`ActivationCache`) and one vector per query and layer (`Activations`)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError
+from guardlens.queries import Query
+from guardlens.sites import Point, parse
+from guardlens.storage import Provenance, load_tensors, save_tensors
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """Hook name -> tensor, as in TransformerLens.
+
+    Shape: residual-stream hooks are `batch seq d_model`, padding included.
+
+    Example:
+        `cache["blocks.5.hook_resid_post"]`, `cache["resid_post", 5]` and `cache["resid_post", -1]` (the last layer).
+    """
+
+    def __init__(self, tensors: Mapping[Point, Tensor], n_layers: int) -> None:
+        self._tensors, self._n_layers = dict(tensors), n_layers
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        name, layer = (key, None) if isinstance(key, str) else key
+        point = parse(name, self._n_layers)
+        if layer is not None:
+            point = replace(point, layer=layer + self._n_layers if layer < 0 else layer)
+        if point not in self._tensors:
+            raise SiteError(f"{key!r}, which this cache does not hold", f"one of {', '.join(self)}", "ask for it with names_filter")
+        return self._tensors[point]
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]  # type: ignore[index]
+        except (SiteError, AttributeError, TypeError, ValueError):
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return (point.name for point in self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def stack(self, hook: str) -> Float[Tensor, "layer batch seq d"]:
+        """One hook of every layer that the cache holds."""
+        layers = [tensor for point, tensor in self._tensors.items() if point.hook == parse(hook).hook]
+        if not layers:
+            raise SiteError(f"no {hook!r} in this cache", f"one of {', '.join(self)}", "ask for it with names_filter")
+        return torch.stack(layers)
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({len(self)} hooks: {', '.join(self)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """One state per query and layer.
+
+    Attributes:
+        states: The states, float32.
+        layers: The layer that each index of the second axis is.
+        queries: The query that each index of the first axis is (images left out when saved).
+        hook: The hook that was read.
+        positions: The tokens that were read (averaged where several).
+        presentation: The name of the presentation.
+        provenance: Model, template, versions, date.
+
+    Raises:
+        NumericsError: A state is NaN or infinite; layer and query are named.
+        MismatchError: As many queries or layers as axes are expected.
+    """
+
+    states: Float[Tensor, "query layer d_model"]
+    layers: tuple[int, ...]
+    queries: tuple[Query, ...]
+    hook: str = "resid_post"
+    positions: Any = "last"
+    presentation: str = "text"
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        if self.states.shape[:2] != (len(self.queries), len(self.layers)):
+            raise MismatchError(
+                f"states of shape {tuple(self.states.shape)} for {len(self.queries)} queries and {len(self.layers)} layers",
+                "one state per query and layer",
+                "index states, queries and layers together",
+            )
+        require_finite(self.states, self.queries, self.layers)
+
+    @property
+    def harmful(self) -> Bool[np.ndarray, "query"]:
+        """Which queries are harmful."""
+        return np.array([query.label == "harmful" for query in self.queries])
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.states.shape[-1]
+
+    def pairs(self) -> tuple[Int[Tensor, "pair"], Int[Tensor, "pair"]]:
+        """Indices of the harmful queries and of their harmless twins.
+
+        Raises:
+            QueryError: There is no pair.
+        """
+        sides: dict[str, dict[str | None, int]] = {}
+        for index, query in enumerate(self.queries):
+            if query.pair:
+                sides.setdefault(query.pair, {})[query.label] = index
+        whole = [side for side in sides.values() if set(side) == {"harmful", "harmless"}]
+        if not whole:
+            raise QueryError(f"{len(self.queries)} queries without a single pair", "harmful queries with harmless twins", "collect QueryPairs")
+        return torch.tensor([side["harmful"] for side in whole]), torch.tensor([side["harmless"] for side in whole])
+
+    def at(self, layer: int) -> Float[Tensor, "query d_model"]:
+        """The states of one layer.
+
+        Raises:
+            SiteError: The layer was not collected.
+        """
+        if layer not in self.layers:
+            raise SiteError(f"layer {layer}", f"one of {list(self.layers)}", "collect it, or choose one of these")
+        return self.states[:, self.layers.index(layer)]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        header = {f: getattr(self, f) for f in ("layers", "hook", "positions", "presentation")}
+        queries = [{**asdict(replace(query, images=())), "images": ()} for query in self.queries]
+        save_tensors(path, "activations", {"states": self.states}, {**header, "queries": queries, "provenance": asdict(self.provenance)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Activations":
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError: Not such a file.
+        """
+        tensors, header = load_tensors(path, "activations")
+        positions = header["positions"]
+        return cls(
+            tensors["states"],
+            tuple(header["layers"]),
+            tuple(Query(**{**query, "images": ()}) for query in header["queries"]),
+            header["hook"],
+            tuple(positions) if isinstance(positions, list) else positions,
+            header["presentation"],
+            Provenance(**header["provenance"]),
+        )
+
+
+def require_finite(
+    states: Float[Tensor, "query layer d"], queries: tuple[Query, ...], layers: tuple[int, ...], where: str = "layer"
+) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NumericsError: The first query and layer are named.
+    """
+    bad = ~torch.isfinite(states).all(dim=-1)
+    if bad.any():
+        query, layer = (int(i) for i in bad.nonzero()[0])
+        raise NumericsError(
+            f"NaN or infinity in {where} {layers[layer]}, query {queries[query].id!r} ({int(bad.sum())} states in all)",
+            "finite numbers",
+            "load the model in bfloat16 or float32 instead of float16, or weaken the edit",
+        )

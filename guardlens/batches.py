@@ -1,0 +1,130 @@
+"""A batch of prompts as tensors, and how lanes (variants of a run) lie on its rows. Index algebra only: no model, no edits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from guardlens.errors import SiteError
+from guardlens.queries import Presentation, Query
+from guardlens.sites import Positions
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts of one presentation, ready for the model. It knows no lanes.
+
+    Attributes:
+        queries: The queries, in the order of the rows.
+        presentation: How they are shown.
+        inputs: What the Hugging Face model takes (input ids, mask, pixel values, ...).
+        mask: Real tokens (not padding).
+        image: Tokens whose embedding comes from an image.
+        instruction: Tokens of the query's own text.
+    """
+
+    queries: tuple[Query, ...]
+    presentation: Presentation
+    inputs: Mapping[str, Tensor]
+    mask: Bool[Tensor, "query seq"]
+    image: Bool[Tensor, "query seq"]
+    instruction: Bool[Tensor, "query seq"]
+
+    @property
+    def padded_right(self) -> bool:
+        """Whether some row ends in padding."""
+        return not bool(self.mask[:, -1].all())
+
+    def select(self, positions: Positions) -> Bool[Tensor, "query seq"]:
+        """The tokens that `positions` names, padding never among them.
+
+        Raises:
+            SiteError: A query has no token there.
+        """
+        chosen = self._chosen(positions) & self.mask
+        empty = (~chosen.any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise SiteError(
+                f"no token at positions {positions!r} in query {self.queries[empty[0]].id!r} (presentation {self.presentation.name!r})",
+                "at least one in every query",
+                "use a presentation with an image for 'image', or other positions",
+            )
+        return chosen
+
+    def _chosen(self, positions: Positions) -> Bool[Tensor, "query seq"]:
+        from_right = self.mask.flip(1).cumsum(1).flip(1)
+        match positions:
+            case "last":
+                return from_right == 1
+            case "all":
+                return self.mask
+            case "image":
+                return self.image
+            case "instruction":
+                return self.instruction
+            case "post_instruction":
+                return ~self.instruction.flip(1).cumsum(1).flip(1).bool() & self.instruction.cumsum(1).bool()
+            case (start, stop):
+                index, length = self.mask.cumsum(1) - 1, self.mask.sum(1, keepdim=True)
+                low = 0 if start is None else start if start >= 0 else length + start
+                high = length if stop is None else stop if stop >= 0 else length + stop
+                return (index >= low) & (index < high)
+        raise SiteError(f"the positions {positions!r}", "names or a range", "see guardlens.sites.POSITIONS")
+
+
+class Placement(NamedTuple):
+    """Places in a tensor `row width d_model`, and whose they are."""
+
+    rows: Int[Tensor, "state"]
+    columns: Int[Tensor, "state"]
+    queries: Int[Tensor, "state"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which query, column and lane each physical token is: how several plans share one forward.
+
+    A lane is one plan. A plain run has one lane; a tile repeats the batch, lane by lane; the index tensors leave room for lanes that share
+    a prefix within one row.
+
+    Attributes:
+        name: `"plain"` or `"tile"`: what a result says about how it was computed.
+        lanes: How many plans ride.
+        query: The query of each row.
+        column: The column of the batch that each physical token is a copy of.
+        lane: The lane that each physical token belongs to.
+    """
+
+    name: str
+    lanes: int
+    query: Int[Tensor, "row"]
+    column: Int[Tensor, "row width"]
+    lane: Int[Tensor, "row width"]
+
+    @classmethod
+    def tile(cls, queries: int, width: int, lanes: int, device: torch.device | str = "cpu") -> "Layout":
+        """`lanes` full copies of the batch below each other; a single lane is the plain layout."""
+        query = torch.arange(queries, device=device).repeat(lanes)
+        column = torch.arange(width, device=device).expand(queries * lanes, width)
+        lane = torch.arange(lanes, device=device).repeat_interleave(queries)[:, None].expand(-1, width)
+        return cls("plain" if lanes == 1 else "tile", lanes, query, column, lane)
+
+    def spread(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch's inputs for all rows. One lane leaves them untouched."""
+        if self.lanes == 1:
+            return dict(inputs)
+        return {name: torch.cat([value] * self.lanes) for name, value in inputs.items()}
+
+    def find(self, lane: int, chosen: Bool[Tensor, "query seq"]) -> Placement:
+        """Where lane `lane` has the tokens chosen in the batch, ordered by query, then column."""
+        here = chosen[self.query[:, None], self.column] & (self.lane == lane)
+        rows, columns = here.nonzero(as_tuple=True)
+        return Placement(rows, columns, self.query[rows])
+
+    def decoding(self, lane: int) -> Placement:
+        """Where lane `lane` has its newest token during decoding, when there is one column."""
+        rows = (self.lane[:, 0] == lane).nonzero().flatten()
+        return Placement(rows, torch.zeros_like(rows), self.query[rows])

@@ -1,0 +1,213 @@
+"""Directions that carry safety: one orthonormal basis per layer, from paired or labelled activations."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from guardlens.activations import Activations
+from guardlens.errors import MismatchError, NumericsError, SiteError
+from guardlens.queries import require_labels
+from guardlens.storage import Provenance, digest, load_tensors, save_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """A basis of `rank` directions in each layer, the harmful side positive.
+
+    Attributes:
+        vectors: Orthonormal rows.
+        layers: The layer of each index of the first axis; None for a single basis that serves every layer.
+        harmful_mean: Mean state of the harmful queries.
+        harmless_mean: Mean state of the harmless queries.
+        spectrum: Singular values of the paired differences, largest first (empty where there are none).
+        method: How they were made.
+        hook: The hook that they were read at.
+        provenance: Whose they are; another model refuses them.
+    """
+
+    vectors: Float[Tensor, "layer rank d_model"]
+    layers: tuple[int, ...] | None
+    harmful_mean: Float[Tensor, "layer d_model"]
+    harmless_mean: Float[Tensor, "layer d_model"]
+    spectrum: Float[Tensor, "layer value"]
+    method: str
+    hook: str = "resid_post"
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        if len(self.vectors) != (1 if self.layers is None else len(self.layers)):
+            raise MismatchError(f"{len(self.vectors)} bases for the layers {self.layers}", "one basis per layer", "index both together")
+
+    @property
+    def rank(self) -> int:
+        """How many directions each layer has."""
+        return self.vectors.shape[1]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.vectors.shape[2]
+
+    def index(self, layer: int) -> int:
+        """Where `layer` is on the first axis.
+
+        Raises:
+            SiteError: There is no basis for it.
+        """
+        if self.layers is None:
+            return 0
+        if layer not in self.layers:
+            raise SiteError(f"layer {layer} for directions of {list(self.layers)}", "a layer that has them", "collect that layer too")
+        return self.layers.index(layer)
+
+    def at(self, layer: int) -> Float[Tensor, "rank d_model"]:
+        """The basis of one layer."""
+        return self.vectors[self.index(layer)]
+
+    def __getitem__(self, layer: int) -> "Directions":
+        """The basis of one layer, which then serves every layer."""
+        i = slice(index := self.index(layer), index + 1)
+        fields = {name: getattr(self, name)[i] for name in ("vectors", "harmful_mean", "harmless_mean", "spectrum")}
+        return replace(self, **fields, layers=None, method=f"{self.method}[{layer}]")
+
+    def truncate(self, rank: int) -> "Directions":
+        """The first `rank` directions of each layer.
+
+        Raises:
+            NumericsError: There are not as many.
+        """
+        if not 1 <= rank <= self.rank:
+            raise NumericsError(f"rank {rank}", f"a rank from 1 to {self.rank}", "make the directions with a higher rank")
+        return replace(self, vectors=self.vectors[:, :rank])
+
+    def coordinates(self, activations: Activations) -> Float[Tensor, "query layer rank"]:
+        """Each state's coordinates along the directions of its layer.
+
+        Raises:
+            MismatchError: Another model or another width.
+        """
+        if activations.d_model != self.d_model:
+            raise MismatchError(f"states of width {activations.d_model}", f"width {self.d_model}, the directions' own", "use one model for both")
+        vectors = torch.stack([self.at(layer) for layer in activations.layers])
+        return torch.einsum("qld,lrd->qlr", activations.states.to(vectors), vectors)
+
+    @property
+    def midpoints(self) -> Float[Tensor, "layer"]:
+        """The point between the class means along the first direction."""
+        return torch.einsum("ld,ld->l", (self.harmful_mean + self.harmless_mean) / 2, self.vectors[:, 0])
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the vectors and the layers."""
+        return digest(self.vectors.numpy().tobytes(), repr(self.layers).encode())
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        header = {"layers": self.layers, "method": self.method, "hook": self.hook, "provenance": asdict(self.provenance)}
+        save_tensors(path, "directions", tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Directions":
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError: Not such a file.
+        """
+        tensors, header = load_tensors(path, "directions")
+        layers = None if header["layers"] is None else tuple(header["layers"])
+        return cls(**tensors, layers=layers, method=header["method"], hook=header["hook"], provenance=Provenance(**header["provenance"]))
+
+    def plot(self, axes=None):  # noqa: ANN001, ANN201
+        """The spectrum of each layer (see `guardlens.plots.spectrum`)."""
+        import pandas as pd
+
+        from guardlens import plots
+
+        power = self.spectrum**2
+        share = power / power.sum(dim=1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
+        rows = [
+            {"layer": layer, "index": index + 1, "share": float(value)}
+            for layer, values in zip(self.layers or (0,), share, strict=True)
+            for index, value in enumerate(values[:10])
+        ]
+        return plots.spectrum(pd.DataFrame(rows), ax=axes)
+
+    def __repr__(self) -> str:
+        where = "every layer" if self.layers is None else f"{len(self.layers)} layers"
+        return f"Directions({self.method}, rank {self.rank}, {where}, d_model {self.d_model})"
+
+
+_TENSORS = ("vectors", "harmful_mean", "harmless_mean", "spectrum")
+
+
+def ssd(activations: Activations, rank: int = 1) -> Directions:
+    """Safety steering directions: the first right singular vectors of the paired differences.
+
+    With the rows h(harmful) - h(harmless) of A, not centred, A = U S V^T; row m of the result is the m-th row of V^T,
+    its sign chosen so that the mean of A v is positive.
+
+    Args:
+        activations: Of `QueryPairs`; in VLM-Guard, of the LLM (text only), at the last token of the prompt.
+        rank: How many directions, from 1 to the number of pairs.
+
+    Raises:
+        QueryError: The queries come in no pairs.
+        NumericsError: The rank is larger than the number of pairs or the width.
+
+    Source: VLM-Guard (Liu, Wang, Xiao, Chen 2025, arXiv 2502.10486).
+    """
+    harmful, harmless = activations.pairs()
+    most = min(len(harmful), activations.d_model)
+    if not 1 <= rank <= most:
+        raise NumericsError(f"rank {rank} of {len(harmful)} pairs", f"a rank from 1 to {most}", "ask for a lower rank, or give more pairs")
+    states = activations.states.double()
+    differences = (states[harmful] - states[harmless]).transpose(0, 1)
+    _, values, rows = torch.linalg.svd(differences, full_matrices=False)
+    vectors = rows[:, :rank]
+    toward = torch.einsum("lpd,lrd->lr", differences, vectors)
+    vectors = torch.where(toward[..., None] < 0, -vectors, vectors)
+    return _directions(activations, vectors, values, f"ssd(rank={rank})", states[harmful], states[harmless])
+
+
+def diff_in_means(activations: Activations) -> Directions:
+    """The unit vector from the harmless to the harmful mean.
+
+    Args:
+        activations: Of labelled queries of both classes; pairs are not needed.
+
+    Raises:
+        QueryError: A label is missing, or all are the same.
+
+    Source: Arditi et al. 2024 (arXiv 2406.11717), there unnormalised.
+    """
+    require_labels(activations.queries)
+    harmful = torch.from_numpy(activations.harmful)
+    states = activations.states.double()
+    shift = states[harmful].mean(0) - states[~harmful].mean(0)
+    vectors = torch.nn.functional.normalize(shift, dim=-1)[:, None]
+    return _directions(activations, vectors, states.new_zeros(len(vectors), 0), "diff_in_means()", states[harmful], states[~harmful])
+
+
+def random(like: Directions, seed: int = 0) -> Directions:
+    """Random orthonormal rows in the shape of others, each layer its own: the control for every claim about a direction."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64).transpose(1, 2)
+    vectors = torch.linalg.qr(gaussian).Q.transpose(1, 2).to(like.vectors)
+    return replace(like, vectors=vectors, spectrum=like.spectrum[:, :0], method=f"random(seed={seed})")
+
+
+def _directions(activations: Activations, vectors: Tensor, spectrum: Tensor, method: str, harmful: Tensor, harmless: Tensor) -> Directions:
+    return Directions(
+        vectors.float().contiguous(),
+        activations.layers,
+        harmful.mean(0).float(),
+        harmless.mean(0).float(),
+        spectrum.float(),
+        method,
+        activations.hook,
+        activations.provenance,
+    )

@@ -1,0 +1,149 @@
+"""Interventions: what to change in a run. The constructors here make plans of one step; modifiers and `>>` make the rest.
+
+    project_out(V)          h - h V^T V
+    amplify(V, alpha)       h + alpha h V^T V
+    patch(V, r)             h + (r - h) V^T V
+    replace(V, r, gain)     h (I - V^T V) + gain r V^T V
+    add_component(V, r, a)  h + a r V^T V
+    add(v, alpha)           h + alpha v
+    add_relative(v, alpha)  h + alpha |h| v
+    linear(M, alpha)        h + alpha h M
+    custom(fn)              fn(states, context)
+
+`r` is a held state (`text_twin`, `own`, any `State`) or a constant: zero, a vector, or one vector per layer (a class mean).
+Strength means the same for all of them: h + s (edit(h) - h).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from guardlens.directions import Directions
+from guardlens.errors import PlanError
+from guardlens.interventions import gates
+from guardlens.interventions.edits import Affine, Custom, Edit, RelativeAdd, Turned
+from guardlens.interventions.plan import Intervention, Phase, Step, nothing
+from guardlens.interventions.states import Context, State, own, text_twin
+
+__all__ = [
+    *("Affine", "Context", "Custom", "Edit", "Intervention", "Phase", "RelativeAdd", "State", "Step", "Turned"),
+    *("add", "add_component", "add_relative", "amplify", "custom", "gates", "linear", "nothing", "own", "patch", "project_out", "replace"),
+    "text_twin",
+]
+
+Reference = State | Tensor | float
+
+
+def project_out(directions: Directions) -> Intervention:
+    """h - h V^T V: the state without its component in the span of V (VLM-Guard's projection; directional ablation for rank 1)."""
+    vectors = directions.vectors
+    return _affine(f"project_out({directions.method})", directions, read=vectors, write=-vectors)
+
+
+def amplify(directions: Directions, alpha: float = 1.0) -> Intervention:
+    """h + alpha h V^T V: the component scaled by 1 + alpha; `amplify(V, -1)` is `project_out(V)`."""
+    vectors = directions.vectors
+    return _affine(f"amplify({directions.method}, alpha={alpha:g})", directions, read=vectors, write=alpha * vectors)
+
+
+def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
+    """h (I - V^T V) + gain r V^T V: the component replaced by that of a reference, times a gain.
+
+    VLM-Guard's edit with r the text twin (the gain is its alpha); `gain=1` is `patch`, `gain=0` is `project_out`.
+    """
+    name = f"replace({directions.method}, {_name(reference)}, gain={gain:g})"
+    vectors = directions.vectors
+    return _affine(name, directions, read=vectors, write=-vectors, reference=reference, gain=gain)
+
+
+def patch(directions: Directions, reference: Reference) -> Intervention:
+    """h + (r - h) V^T V: the component becomes that of a reference. Idempotent."""
+    name = f"patch({directions.method}, {_name(reference)})"
+    vectors = directions.vectors
+    return _affine(name, directions, read=vectors, write=-vectors, reference=reference, gain=1.0)
+
+
+def add_component(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
+    """h + gain r V^T V: a reference's component on top of the state's own."""
+    name = f"add_component({directions.method}, {_name(reference)}, gain={gain:g})"
+    none = directions.vectors[:, :0]
+    return _affine(name, directions, read=none, write=none, reference=reference, gain=gain)
+
+
+def add(directions: Directions, alpha: float = 1.0) -> Intervention:
+    """h + alpha v, with the unit vector v of each layer (rank 1).
+
+    Raises:
+        PlanError: The directions have another rank than 1.
+    """
+    none, vector = directions.vectors[:, :0], _single(directions)
+    return _affine(f"add({directions.method}, alpha={alpha:g})", directions, read=none, write=none, shift=alpha * vector)
+
+
+def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
+    """h + alpha |h| v, with the unit vector v of each layer (rank 1).
+
+    Raises:
+        PlanError: The directions have another rank than 1.
+    """
+    label = f"add_relative({directions.method}, alpha={alpha:g})"
+    edit = RelativeAdd(label, directions.layers, _single(directions), alpha, directions.provenance.model)
+    return Intervention((Step(edit),))
+
+
+def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Intervention:
+    """h + alpha h M, the same matrix in every layer (a null-space map, an erasure, ...)."""
+    width = len(matrix)
+    read, none = torch.eye(width, dtype=matrix.dtype)[None], matrix.new_zeros(1, 0, width)
+    edit = Affine(f"linear({width} x {width}, alpha={alpha:g})", None, read, alpha * matrix[None], none, none, matrix.new_zeros(1, width))
+    return Intervention((Step(edit),))
+
+
+def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] = ()) -> Intervention:
+    """Any function `(states, context) -> states` of the tensor `state d_model`.
+
+    Args:
+        fn: Receives exactly the states that the site selects, never padding. Soft or per-state gates live in here.
+        requires: The held states that it asks for with `context.held(state)`.
+    """
+    return Intervention((Step(Custom(fn, requires)),))
+
+
+def _affine(
+    label: str,
+    directions: Directions,
+    *,
+    read: Tensor,
+    write: Tensor,
+    reference: Reference = 0.0,
+    gain: float = 0.0,
+    shift: Tensor | None = None,
+) -> Intervention:
+    vectors = directions.vectors
+    none = vectors[:, :0]
+    held = reference if isinstance(reference, State) else None
+    if shift is None:
+        shift = torch.zeros_like(vectors[:, 0]) if held else gain * _component(vectors, reference)  # type: ignore[arg-type]
+    held_read, held_write = (vectors, gain * vectors) if held else (none, none)
+    edit = Affine(label, directions.layers, read, write, held_read, held_write, shift, held, directions.provenance.model)
+    return Intervention((Step(edit),))
+
+
+def _component(vectors: Float[Tensor, "layer rank d"], reference: Tensor | float) -> Float[Tensor, "layer d"]:
+    constant = torch.as_tensor(reference, dtype=vectors.dtype).expand(vectors.shape[0], vectors.shape[2])
+    return torch.einsum("ld,lrd,lre->le", constant, vectors, vectors)
+
+
+def _single(directions: Directions) -> Float[Tensor, "layer d"]:
+    if directions.rank != 1:
+        raise PlanError(f"{directions.rank} directions per layer", "one", "take the first with directions.truncate(1)")
+    return directions.vectors[:, 0]
+
+
+def _name(reference: Reference) -> str:
+    if isinstance(reference, State):
+        named = {text_twin: "text_twin", own: "own"}
+        return named.get(reference, str(reference))
+    return "constant" if isinstance(reference, Tensor) else f"{reference:g}"

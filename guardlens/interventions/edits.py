@@ -1,0 +1,213 @@
+"""Maps of hidden states. All linear ones are one type, a low-rank affine map; its constructors are in `guardlens.interventions`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from guardlens.errors import PlanError, SiteError
+from guardlens.interventions.states import Context, State
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """A map of states that never sees padding, batches or lanes."""
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        """The held states that it will ask its context for."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """The model that it was made for; empty for any."""
+        ...
+
+    def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """h -> h + h read^T write + r held_read^T held_write + shift, with factors of each layer and r one held state.
+
+    Closed under composition (`then`). Projections are computed in float32 at least, whatever the model's precision.
+
+    Attributes:
+        label: How it was made, for `repr`.
+        layers: The layer of each index of the first axis; None where one map serves every layer.
+        held: The state r; None if the map needs none (its factors then have rank 0).
+        model: The model that it was made for; empty for any.
+    """
+
+    label: str
+    layers: tuple[int, ...] | None
+    read: Float[Tensor, "layer rank d_model"]
+    write: Float[Tensor, "layer rank d_model"]
+    held_read: Float[Tensor, "layer held_rank d_model"]
+    held_write: Float[Tensor, "layer held_rank d_model"]
+    shift: Float[Tensor, "layer d_model"]
+    held: State | None = None
+    model: str = ""
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return () if self.held is None else (self.held,)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the states that it maps."""
+        return self.shift.shape[-1]
+
+    def index(self, layer: int | None) -> int:
+        """Where a layer's factors are on the first axis.
+
+        Raises:
+            SiteError: There are none for it.
+        """
+        if self.layers is None:
+            return 0
+        if layer not in self.layers:
+            raise SiteError(
+                f"{self.label} at layer {layer}, with directions for the layers {list(self.layers)}",
+                "a layer that has directions",
+                "collect that layer too, or use one layer's everywhere with directions[layer]",
+            )
+        return self.layers.index(layer)
+
+    def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
+        i, h = self.index(context.layer), _precise(states)
+        delta = h @ self.read[i].to(h).T @ self.write[i].to(h) + self.shift[i].to(h)
+        if self.held is not None:
+            delta = delta + context.held(self.held).to(h) @ self.held_read[i].to(h).T @ self.held_write[i].to(h)
+        return (h + delta).to(states.dtype)
+
+    def then(self, after: "Affine") -> "Affine":
+        """One map that does this one first, then `after`.
+
+        Raises:
+            PlanError: They hold different states.
+        """
+        if None not in (self.held, after.held) and self.held != after.held:
+            raise PlanError(f"two held states, {self.held} and {after.held}", "at most one in a folded map", "keep them as two steps (a >> b)")
+        if self.layers is not None and after.layers is not None and self.layers != after.layers:
+            raise PlanError(f"maps of the layers {self.layers} and {after.layers}", "the same layers", "restrict them with directions[layer]")
+
+        def through(write: Tensor) -> Tensor:
+            return write + write @ after.read.transpose(1, 2) @ after.write
+
+        return Affine(
+            f"{self.label} >> {after.label}",
+            after.layers if self.layers is None else self.layers,
+            _join(self.read, after.read),
+            _join(through(self.write), after.write),
+            _join(self.held_read, after.held_read),
+            _join(through(self.held_write), after.held_write),
+            through(self.shift[:, None])[:, 0] + after.shift,
+            after.held if self.held is None else self.held,
+            self.model or after.model,
+        )
+
+    def scaled(self, strength: float) -> "Affine":
+        """h + strength (self(h) - h)."""
+        factors = {name: strength * getattr(self, name) for name in ("write", "held_write", "shift")}
+        return replace(self, label=f"{strength:g} * ({self.label})", **factors)
+
+    def to(self, device: torch.device) -> "Affine":
+        """With its factors on a device."""
+        names = ("read", "write", "held_read", "held_write", "shift")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def span(self, layer: int | None) -> Float[Tensor, "rank d_model"]:
+        """Orthonormal rows that span everything the map can add at a layer."""
+        i = self.index(layer)
+        rows = torch.cat([self.write[i], self.held_write[i], self.shift[i][None]])
+        _, values, basis = torch.linalg.svd(rows, full_matrices=False)
+        return basis[values > 1e-6 * values.max().clamp_min(torch.finfo(values.dtype).tiny)]
+
+    def __repr__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True, eq=False)
+class RelativeAdd:
+    """h -> h + alpha |h| v, with a unit vector v of each layer."""
+
+    label: str
+    layers: tuple[int, ...] | None
+    vectors: Float[Tensor, "layer d_model"]
+    alpha: float
+    model: str = ""
+    requires: tuple[State, ...] = ()
+
+    def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
+        h = _precise(states)
+        vector = self.vectors[0 if self.layers is None else self.layers.index(context.layer)]  # type: ignore[arg-type]
+        return (h + self.alpha * h.norm(dim=-1, keepdim=True) * vector.to(h)).to(states.dtype)
+
+    def __repr__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True, eq=False)
+class Custom:
+    """Any function of states and context. It can't be saved."""
+
+    fn: Callable[[Tensor, Context], Tensor]
+    requires: tuple[State, ...] = ()
+    model: str = ""
+
+    def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
+        return self.fn(states, context)
+
+    def __repr__(self) -> str:
+        return f"custom({getattr(self.fn, '__name__', self.fn)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """Another edit's displacement, of the same norm for every state, turned into random directions: the placebo of that edit.
+
+    The space that the edit writes to is mapped onto a random one of the same rank, layer by layer; where that space is not known (a custom
+    edit), the norm alone is kept. So it adds as much, for the same queries, in a direction that means nothing.
+    """
+
+    edit: Any
+    seed: int = 0
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return self.edit.requires
+
+    @property
+    def model(self) -> str:
+        return self.edit.model
+
+    def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
+        h = _precise(states)
+        delta = _precise(self.edit(states, context)) - h
+        if isinstance(self.edit, Affine):
+            coordinates = delta @ self.edit.span(context.layer).to(h).T
+        else:
+            coordinates = delta.norm(dim=-1, keepdim=True)
+        turned = coordinates @ self._random_rows(coordinates.shape[-1], h.shape[-1], context.layer).to(h)
+        return (h + turned).to(states.dtype)
+
+    def _random_rows(self, rank: int, width: int, layer: int | None) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + (-1 if layer is None else layer) + 1)
+        gaussian = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(gaussian).Q.T
+
+    def __repr__(self) -> str:
+        return f"placebo({self.edit!r}, seed={self.seed})"
+
+
+def _precise(states: Tensor) -> Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def _join(first: Tensor, second: Tensor) -> Tensor:
+    layers = max(len(first), len(second))
+    return torch.cat([first.expand(layers, -1, -1), second.expand(layers, -1, -1)], dim=1)

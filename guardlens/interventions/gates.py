@@ -1,0 +1,169 @@
+"""When to edit: yes or no for each query, decided once from held states, then kept for the decode steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from guardlens.activations import Activations
+from guardlens.directions import Directions
+from guardlens.errors import NumericsError, PlanError, SiteError
+from guardlens.interventions.states import State, text_twin
+
+Lookup = Callable[[State], Float[Tensor, "query d_model"]]
+
+
+class Gate:
+    """Base of all gates. Combine them with `&`, `|` and `~`."""
+
+    requires: tuple[State, ...]
+    model: str
+
+    def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
+        """Which queries it opens for, at the layer of the edit that asks."""
+        raise NotImplementedError
+
+    def __and__(self, other: "Gate") -> "Gate":
+        return Both(self, other)
+
+    def __or__(self, other: "Gate") -> "Gate":
+        return Either(self, other)
+
+    def __invert__(self) -> "Gate":
+        return Not(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(Gate):
+    """Open where state · weights > threshold, with weights and a threshold of each layer."""
+
+    label: str
+    layers: tuple[int, ...] | None
+    weights: Float[Tensor, "layer d_model"]
+    thresholds: Float[Tensor, "layer"]
+    state: State = text_twin
+    model: str = ""
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return (self.state,)
+
+    def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
+        layer = layer if self.state.layer is None else self.state.layer
+        if self.layers is not None and layer not in self.layers:
+            raise SiteError(f"{self.label} at layer {layer}", f"one of the layers {list(self.layers)}", "collect that layer too")
+        i = 0 if self.layers is None else self.layers.index(layer)  # type: ignore[arg-type]
+        states = held(self.state)
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
+        return states @ self.weights[i].to(states) > self.thresholds[i].to(states)
+
+    def __repr__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True, eq=False)
+class Both(Gate):
+    """Open where both are."""
+
+    first: Gate
+    second: Gate
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return self.first.requires + self.second.requires
+
+    @property
+    def model(self) -> str:
+        return self.first.model or self.second.model
+
+    def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
+        return self.first.decide(held, layer) & self.second.decide(held, layer)
+
+    def __repr__(self) -> str:
+        return f"({self.first!r} & {self.second!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class Either(Gate):
+    """Open where one of them is."""
+
+    first: Gate
+    second: Gate
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return self.first.requires + self.second.requires
+
+    @property
+    def model(self) -> str:
+        return self.first.model or self.second.model
+
+    def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
+        return self.first.decide(held, layer) | self.second.decide(held, layer)
+
+    def __repr__(self) -> str:
+        return f"({self.first!r} | {self.second!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class Not(Gate):
+    """Open where the other is not."""
+
+    gate: Gate
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return self.gate.requires
+
+    @property
+    def model(self) -> str:
+        return self.gate.model
+
+    def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
+        return ~self.gate.decide(held, layer)
+
+    def __repr__(self) -> str:
+        return f"~{self.gate!r}"
+
+
+def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoint", state: State = text_twin) -> Linear:
+    """Open where the state lies on the harmful side of the first direction.
+
+    Args:
+        directions: Their first row of each layer is v1; they must have been read at the hook of `state`.
+        threshold: `"midpoint"` (between the class means), a number (0 is the paper's), or one number per layer.
+        state: What the gate sees; the text twin by default, so an image can't fool it.
+
+    Raises:
+        PlanError: Another word than "midpoint".
+
+    Source: VLM-Guard's g = 1[h(q) v1 > t].
+    """
+    if isinstance(threshold, str) and threshold != "midpoint":
+        raise PlanError(f"the threshold {threshold!r}", "'midpoint', a number, or one number per layer", "see gates.threshold_at_fpr")
+    values = directions.midpoints if isinstance(threshold, str) else torch.as_tensor(threshold, dtype=torch.float32)
+    values = values.expand(len(directions.vectors)).contiguous()
+    shown = threshold if isinstance(threshold, str | int | float) else "per layer"
+    label = f"harmful({directions.method}, threshold={shown})"
+    return Linear(label, directions.layers, directions.vectors[:, 0].contiguous(), values, state, directions.provenance.model)
+
+
+def threshold_at_fpr(directions: Directions, activations: Activations, rate: float = 0.05) -> Float[Tensor, "layer"]:
+    """The threshold of each layer at which at most `rate` of the harmless queries open the gate.
+
+    Args:
+        directions: Their first row is v1.
+        activations: Labelled, of other queries than the directions were made from.
+        rate: The false-positive rate, from 0 to 1.
+
+    Raises:
+        NumericsError: The rate is out of range, or there is no harmless query.
+    """
+    harmless = activations.states[torch.from_numpy(~activations.harmful)]
+    if not (0 <= rate <= 1 and len(harmless)):
+        raise NumericsError(f"a rate of {rate} over {len(harmless)} harmless queries", "a rate from 0 to 1 and a query", "check both")
+    scores = torch.stack([harmless[:, i] @ directions.at(layer)[0] for i, layer in enumerate(activations.layers)], dim=1)
+    return torch.from_numpy(np.quantile(scores.numpy(), 1 - rate, axis=0, method="higher")).float()

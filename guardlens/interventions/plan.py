@@ -1,0 +1,214 @@
+"""The algebra: an intervention is a sequence of steps (edit, site, gate, phase, strength), changed by modifiers and joined by `>>`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from guardlens.errors import MismatchError, PlanError
+from guardlens.interventions.edits import Affine, Edit, Turned
+from guardlens.interventions.files import fingerprint, load, save
+from guardlens.interventions.gates import Gate
+from guardlens.interventions.states import State
+from guardlens.sites import HOOKS, Point, Positions, Site, as_layers, parse
+from guardlens.storage import require_same_model
+
+Phase = Literal["prefill", "decode", "always"]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One edit somewhere.
+
+    Attributes:
+        edit: The map.
+        site: Where; no layers means every layer, and a sweep may choose.
+        gate: For which queries; None for all.
+        phase: In the prefill, in the decode steps (each new token), or both.
+        strength: s of h + s (edit(h) - h); 0 leaves the state untouched.
+    """
+
+    edit: Edit
+    site: Site = field(default_factory=Site)
+    gate: Gate | None = None
+    phase: Phase = "prefill"
+    strength: float = 1.0
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        """The states that the edit and the gate ask for."""
+        return self.edit.requires + (() if self.gate is None else self.gate.requires)
+
+    def __repr__(self) -> str:
+        site, parts = self.site, [repr(self.edit)]
+        where = f"hook={site.hook!r}, " if site.hook != "resid_post" else ""
+        where += f"layers={list(site.layers)}, " if site.layers is not None else ""
+        parts.append(f".at({where}positions={site.positions!r})")
+        parts += [f".when({self.gate!r})"] if self.gate is not None else []
+        parts += [f".during({self.phase!r})"] if self.phase != "prefill" else []
+        parts += [f".scaled({self.strength:g})"] if self.strength != 1 else []
+        return "".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A plan of edits: immutable, composable, printable, savable.
+
+    Every modifier returns a new plan, applies to all its steps, and changes only what it is given.
+
+    Example:
+        `iv.replace(ssd, iv.text_twin).when(gates.harmful(ssd)).at(layers=[5, 6]) >> iv.project_out(other)`
+    """
+
+    steps: tuple[Step, ...] = ()
+
+    def at(
+        self, *, hook: str | None = None, layers: int | Iterable[int] | None = None, positions: Positions | None = None
+    ) -> "Intervention":
+        """Move all steps: to another hook, to these layers, to these positions.
+
+        Raises:
+            SiteError: Unknown hook or positions.
+            PlanError: The hook can only be read.
+        """
+        given: dict[str, Any] = {"hook": hook, "layers": as_layers(layers), "positions": positions}
+        if hook is not None and not HOOKS[parse(hook).hook].writable:
+            raise PlanError(f"an edit at {hook!r}", "a hook that can be written", "edit 'resid_pre', 'attn_out', 'mlp_out' or 'resid_post'")
+        changes = {name: value for name, value in given.items() if value is not None}
+        return self._each(lambda step: replace(step, site=replace(step.site, **changes)))
+
+    def when(self, gate: Gate) -> "Intervention":
+        """Put all steps under a gate.
+
+        Raises:
+            PlanError: A step has one already.
+        """
+        gated = next((step for step in self.steps if step.gate is not None), None)
+        if gated is not None:
+            raise PlanError(f"a second gate on {gated!r}", "one gate per step", "combine gates with &, | and ~, then call .when once")
+        return self._each(lambda step: replace(step, gate=gate))
+
+    def during(self, phase: Phase) -> "Intervention":
+        """Edit in the prefill (the default), in the decode steps, or always.
+
+        Raises:
+            PlanError: Another word.
+        """
+        if phase not in ("prefill", "decode", "always"):
+            raise PlanError(f"the phase {phase!r}", "'prefill', 'decode' or 'always'", "choose one of them")
+        return self._each(lambda step: replace(step, phase=phase))
+
+    def scaled(self, strength: float) -> "Intervention":
+        """Multiply all strengths."""
+        return self._each(lambda step: replace(step, strength=step.strength * strength))
+
+    def placebo(self, seed: int = 0) -> "Intervention":
+        """The same plan with every edit turned into random directions of equal norm: the control of any claim about it."""
+        return self._each(lambda step: replace(step, edit=Turned(step.edit, seed)))
+
+    def __rshift__(self, after: "Intervention") -> "Intervention":
+        """First this plan, then `after`. Associative; the order matters only where their sites meet."""
+        return Intervention(self.steps + after.steps)
+
+    @property
+    def free(self) -> bool:
+        """Whether some step has no layers yet."""
+        return any(step.site.layers is None for step in self.steps)
+
+    def placed(self, layers: Iterable[int], strength: float = 1.0) -> "Intervention":
+        """Put the free steps at these layers and scale them; the others stay as they are."""
+
+        def place(step: Step) -> Step:
+            if step.site.layers is not None:
+                return step
+            return replace(step, site=replace(step.site, layers=as_layers(layers)), strength=step.strength * strength)
+
+        return self._each(place)
+
+    def requires(self, n_layers: int) -> dict[State, set[int | None]]:
+        """Every held state that the plan asks for, with the layers it is read at.
+
+        Raises:
+            PlanError: A step asks for a state of this run that comes after it.
+        """
+        wanted: dict[State, set[int | None]] = {}
+        for step in self.steps:
+            for point in step.site.points(n_layers):
+                for state in step.requires:
+                    source = source_of(state, point, n_layers)
+                    if state.run is None and source.order > point.order:
+                        raise PlanError(
+                            f"an edit at {point.name} that needs this run's own {source.name}",
+                            "a state from the same place or before",
+                            "read an earlier layer, or the text twin",
+                        )
+                    wanted.setdefault(state, set()).add(source.layer)
+        return wanted
+
+    def check(self, model: str, n_layers: int, d_model: int) -> None:
+        """Refuse a plan that does not fit a model.
+
+        Raises:
+            MismatchError: Its directions are another model's or have another width.
+            SiteError: It has a layer that the model has not.
+            PlanError: It asks for a state that comes too late.
+        """
+        for step in self.steps:
+            for owner in (step.edit, *((step.gate,) if step.gate else ())):
+                require_same_model(f"the directions of {owner!r}", owner.model, model)
+            edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
+            if isinstance(edit, Affine) and edit.d_model != d_model:
+                raise MismatchError(f"{edit!r} of width {edit.d_model}", f"width {d_model}, the model's", "collect with this model")
+        self.requires(n_layers)
+
+    def to(self, device: torch.device) -> "Intervention":
+        """With the factors of its linear edits on a device."""
+
+        def move(edit: Any) -> Any:
+            if isinstance(edit, Turned):
+                return replace(edit, edit=move(edit.edit))
+            return edit.to(device) if isinstance(edit, Affine) else edit
+
+        return self._each(lambda step: replace(step, edit=move(step.edit)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for plans that do the same by the same numbers; a loaded plan has that of the saved one."""
+        return fingerprint(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file.
+
+        Raises:
+            StorageError: A custom edit is in it.
+        """
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Intervention":
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError: Not such a file.
+        """
+        return load(path)
+
+    def _each(self, change: Callable[[Step], Step]) -> "Intervention":
+        return Intervention(tuple(change(step) for step in self.steps))
+
+    def __repr__(self) -> str:
+        return " >> ".join(map(repr, self.steps)) or "nothing"
+
+
+nothing = Intervention()
+"""The plan that changes nothing."""
+
+
+def source_of(state: State, asked_at: Point, n_layers: int) -> Point:
+    """The point at which a held state is read for an edit at `asked_at`."""
+    layered = HOOKS[parse(state.hook).hook].layered
+    layer = None if not layered else asked_at.layer if state.layer is None else state.layer
+    layer = n_layers - 1 if layered and layer is None else layer
+    return Point(parse(state.hook).hook, layer)

@@ -1,0 +1,58 @@
+"""What an edit or a gate may look at besides the states that it is given: vectors of some run, one per query, read once and held."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from guardlens.queries import Presentation, text_only
+from guardlens.sites import Positions
+
+
+@dataclass(frozen=True)
+class State:
+    """One vector per query, read in the prefill of some run and held for the decode steps.
+
+    Attributes:
+        run: The presentation whose unedited run is read; None for the very run that is edited, edits included.
+        hook: The hook to read.
+        layer: The layer; None for the layer of the edit that asks.
+        positions: The tokens to read, averaged where several.
+    """
+
+    run: Presentation | None = None
+    hook: str = "resid_post"
+    layer: int | None = None
+    positions: Positions = "last"
+
+
+own = State()
+"""This run's own state."""
+
+text_twin = State(run=text_only)
+"""The same query without its image, as the LLM sees it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What an edit may know about the states that it is given.
+
+    Attributes:
+        hook: Short name of the hook.
+        layer: The layer, None where the hook has none.
+        step: 0 in the prefill, then 1, 2, ... for each decode step.
+        query: Index in the batch of the query that each state belongs to.
+        strength: The step's strength (applied by the engine, not by the edit).
+    """
+
+    hook: str
+    layer: int | None
+    step: int
+    query: Int[Tensor, "state"]
+    strength: float
+    lookup: Callable[[State], Float[Tensor, "query d_model"]]
+
+    def held(self, state: State) -> Float[Tensor, "state d_model"]:
+        """The held vector of each state's query. The edit must name `state` in its `requires`."""
+        return self.lookup(state)[self.query]

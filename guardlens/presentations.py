@@ -1,0 +1,113 @@
+"""How a query reaches the model: text only, beside a blank, noisy or its own image, or inside a sentence."""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageColor, UnidentifiedImageError
+
+from guardlens.errors import PresentationError
+from guardlens.queries import Presentation, Prompt, Query, TextOnly, text_only
+
+__all__ = ["Blank", "Framed", "Noise", "Own", "Presentation", "TextOnly", "blank", "framed", "noise", "own", "text_only"]
+
+
+@dataclass(frozen=True)
+class Blank:
+    """One flat image of a colour beside every query."""
+
+    colour: str = "grey"
+    size: int = 336
+
+    @property
+    def name(self) -> str:
+        return f"blank {self.colour}"
+
+    def __call__(self, query: Query) -> Prompt:
+        return Prompt(query.text, (Image.new("RGB", (self.size, self.size), self.colour),))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """An image of uniform noise beside every query, drawn anew for each from the seed and the query's id."""
+
+    seed: int = 0
+    size: int = 336
+
+    @property
+    def name(self) -> str:
+        return "noise"
+
+    def __call__(self, query: Query) -> Prompt:
+        generator = np.random.default_rng([self.seed, zlib.crc32(query.id.encode())])
+        pixels = generator.integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
+        return Prompt(query.text, (Image.fromarray(pixels),))
+
+
+@dataclass(frozen=True)
+class Own:
+    """The query's own images."""
+
+    name: str = "own"
+
+    def __call__(self, query: Query) -> Prompt:
+        if not query.images:
+            raise PresentationError(
+                f"query {query.id!r} without an own image", "at least one in Query(images=...)", "add it, or show a blank image"
+            )
+        return Prompt(query.text, tuple(_opened(image, query) for image in query.images))
+
+
+@dataclass(frozen=True)
+class Framed:
+    """Another presentation with words before and after the query's text (a reminder, a filler, a template)."""
+
+    inner: Presentation
+    before: str = ""
+    after: str = ""
+    label: str = "framed"
+
+    @property
+    def name(self) -> str:
+        return f"{self.inner.name} | {self.label}"
+
+    def __call__(self, query: Query) -> Prompt:
+        prompt = self.inner(query)
+        return Prompt(f"{self.before}{prompt.text}{self.after}", prompt.images)
+
+
+def blank(colour: str = "grey", size: int = 336) -> Blank:
+    """A flat image of a colour: any name or code that Pillow knows, `"grey"`, `"white"`, `"black"`, `"#3060c0"`.
+
+    Raises:
+        PresentationError: Not a colour.
+    """
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError:
+        raise PresentationError(f"the colour {colour!r}", "a colour name or code that Pillow knows", "try 'grey', or '#808080'") from None
+    return Blank(colour, size)
+
+
+def noise(seed: int = 0, size: int = 336) -> Noise:
+    """Uniform noise. Give the model's own image size, or resizing averages the noise away (`model.cfg.image_size`)."""
+    return Noise(seed, size)
+
+
+own = Own()
+"""The query's own images. Asking for it with a query that has none is an error."""
+
+
+def framed(inner: Presentation, before: str = "", after: str = "", label: str = "framed") -> Framed:
+    """Words before and after the text of another presentation."""
+    return Framed(inner, before, after, label)
+
+
+def _opened(image: object, query: Query) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(str(image)) as opened:
+            return opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise PresentationError(f"the image {image!s} of query {query.id!r} ({error})", "a file that Pillow opens", "check its path") from None

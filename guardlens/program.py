@@ -1,0 +1,190 @@
+"""Plans, reads and a layout compiled to taps: functions of a hook's value that any driver can run. Pure: no model, no nnsight.
+
+At a point, for each lane, steps come in plan order; a step's own-run states are held just before it, so they see what came before.
+Then come states that later layers ask for, then reads, which therefore see every edit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from guardlens.batches import Batch, Layout, Placement
+from guardlens.interventions.plan import Intervention, Step, source_of
+from guardlens.interventions.states import Context, State
+from guardlens.sites import Point, Site
+
+Held = Mapping[tuple[State, int | None], Float[Tensor, "query d_model"]]
+Verdicts = dict[tuple[int, int, int | None], Bool[Tensor, "query"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What a run writes down while it goes.
+
+    Attributes:
+        held: States of other presentations' runs, by state and layer; shared by all lanes.
+        own: States of this run, by lane, state and layer; the first time that one is asked for counts.
+        verdicts: Which queries a gate opened for, by lane, step and layer.
+        reads: One vector per lane and query, by site and point.
+    """
+
+    held: Held = field(default_factory=dict)
+    own: dict[tuple[int, State, int | None], Tensor] = field(default_factory=dict)
+    verdicts: Verdicts = field(default_factory=dict)
+    reads: dict[tuple[Site, Point], Tensor] = field(default_factory=dict)
+
+    def lookup(self, lane: int, asked_at: Point, n_layers: int, state: State) -> Float[Tensor, "query d_model"]:
+        """The held state that an edit at `asked_at` means."""
+        layer = source_of(state, asked_at, n_layers).layer
+        return self.own[lane, state, layer] if state.run is None else self.held[state, layer]
+
+
+@dataclass(frozen=True, eq=False)
+class Hold:
+    """Keep one vector per query of this run."""
+
+    record: Record
+    key: tuple[int, State, int | None]
+    places: Placement
+    queries: int
+
+    def __call__(self, value: Float[Tensor, "row width d"], step: int) -> None:
+        if step == 0 and self.key not in self.record.own:
+            self.record.own[self.key] = mean_per_query(value, self.places, self.queries)
+
+
+@dataclass(frozen=True, eq=False)
+class Apply:
+    """Edit the chosen states of one lane."""
+
+    record: Record
+    lane: int
+    number: int
+    step: Step
+    point: Point
+    n_layers: int
+    prefill: Placement | None
+    decode: Placement | None
+
+    def __call__(self, value: Float[Tensor, "row width d"], step: int) -> Float[Tensor, "row width d"] | None:
+        lookup = partial(self.record.lookup, self.lane, self.point, self.n_layers)
+        if step == 0 and self.step.gate is not None:
+            verdict = self.step.gate.decide(lookup, self.point.layer)
+            self.record.verdicts[self.lane, self.number, self.point.layer] = verdict
+        places = self.prefill if step == 0 else self.decode
+        if places is None:
+            return None
+        states = value[places.rows, places.columns]
+        context = Context(self.point.hook, self.point.layer, step, places.queries, self.step.strength, lookup)
+        return value.index_put((places.rows, places.columns), self._edited(states, context))
+
+    def _edited(self, states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
+        edited = self.step.edit(states, context)
+        if self.step.strength != 1:
+            edited = states + self.step.strength * (edited - states)
+        if self.step.gate is not None:
+            opened = self.record.verdicts[self.lane, self.number, self.point.layer]
+            edited = torch.where(opened[context.query][:, None], edited, states)
+        return edited
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Write down one vector per lane and query."""
+
+    record: Record
+    site: Site
+    point: Point
+    places: tuple[Placement, ...]
+    queries: int
+
+    def __call__(self, value: Float[Tensor, "row width d"], step: int) -> None:
+        if step == 0:
+            lanes = [mean_per_query(value, places, self.queries) for places in self.places]
+            self.record.reads[self.site, self.point] = torch.stack(lanes)
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """A function at a point of the model: gets the hook's value and the step, returns a new value or None.
+
+    Attributes:
+        decode: Whether it must also run in the decode steps.
+    """
+
+    point: Point
+    fn: "Hold | Apply | Read"
+    decode: bool = False
+
+
+def mean_per_query(value: Float[Tensor, "row width d"], places: Placement, queries: int) -> Float[Tensor, "query d"]:
+    """The mean of the states at `places` for each query: a copy, never a view that a later edit could change."""
+    states = value[places.rows, places.columns]
+    if len(states) == queries:
+        return states
+    total = states.new_zeros(queries, states.shape[-1]).index_add(0, places.queries, states)
+    return total / torch.bincount(places.queries, minlength=queries)[:, None].to(total)
+
+
+def compile_taps(
+    plans: Sequence[Intervention], reads: Sequence[Site], layout: Layout, batch: Batch, n_layers: int, held: Held
+) -> tuple[list[Tap], Record]:
+    """The taps of a run, in order of execution, and the record that they will write.
+
+    Args:
+        plans: One per lane.
+        reads: Sites to read in every lane.
+        layout: Where the lanes lie.
+        batch: The prompts.
+        n_layers: The model's.
+        held: What the plans require of other presentations' runs.
+
+    Raises:
+        SiteError: A layer out of range, or no token at some positions.
+        PlanError: A plan asks for a state that comes too late.
+    """
+    record = Record(held)
+    early: list[Tap] = []
+    late: list[Tap] = []
+    for lane, plan in enumerate(plans):
+        for number, step in enumerate(plan.steps):
+            for point in step.site.points(n_layers):
+                for tap in _holds(step, point, lane, layout, batch, n_layers, record):
+                    (early if tap.point == point else late).append(tap)
+                early.append(_apply(step, point, lane, number, layout, batch, n_layers, record))
+    for site in reads:
+        chosen = batch.select(site.positions)
+        places = tuple(layout.find(lane, chosen) for lane in range(layout.lanes))
+        late += [Tap(point, Read(record, site, point, places, len(batch.queries))) for point in site.points(n_layers)]
+    holds_first = sorted(late, key=lambda tap: isinstance(tap.fn, Read))
+    return sorted(early + holds_first, key=lambda tap: tap.point.order), record
+
+
+def _apply(step: Step, point: Point, lane: int, number: int, layout: Layout, batch: Batch, n_layers: int, record: Record) -> Tap:
+    prefill = layout.find(lane, batch.select(step.site.positions)) if step.phase != "decode" else None
+    decode = layout.decoding(lane) if step.phase != "prefill" else None
+    return Tap(point, Apply(record, lane, number, step, point, n_layers, prefill, decode), decode is not None)
+
+
+def _holds(step: Step, point: Point, lane: int, layout: Layout, batch: Batch, n_layers: int, record: Record) -> list[Tap]:
+    taps = []
+    for state in step.requires:
+        if state.run is None:
+            source = source_of(state, point, n_layers)
+            places = layout.find(lane, batch.select(state.positions))
+            taps.append(Tap(source, Hold(record, (lane, state, source.layer), places, len(batch.queries))))
+    return taps
+
+
+def required_runs(plans: Sequence[Intervention], n_layers: int) -> dict[State, set[int | None]]:
+    """The states of other presentations' runs that the plans need, with their layers, united over all lanes."""
+    wanted: dict[State, set[int | None]] = {}
+    for plan in plans:
+        for state, layers in plan.requires(n_layers).items():
+            if state.run is not None:
+                wanted.setdefault(state, set()).update(layers)
+    return wanted

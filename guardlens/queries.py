@@ -1,0 +1,219 @@
+"""What is asked of a model: queries with labels, pairs of them, and how a query is shown (the presentation protocol)."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from guardlens.errors import QueryError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Label = Literal["harmful", "harmless"]
+LABELS: tuple[Label, Label] = ("harmful", "harmless")
+
+
+@dataclass(frozen=True)
+class Query:
+    """One request.
+
+    Attributes:
+        text: The request as the user would type it, without a chat template.
+        label: `"harmful"`, `"harmless"`, or None where it is not known.
+        id: A name that is stable over runs; made from the text if empty.
+        images: The query's own images: PIL images, or paths.
+        pair: Queries that share it are twins (one harmful, one harmless).
+        cluster: Queries that share it stand or fall together; intervals resample clusters.
+        source: Where the query comes from.
+
+    Raises:
+        QueryError: The text is empty, or the label is none of the two.
+    """
+
+    text: str
+    label: Label | None = None
+    id: str = ""
+    images: tuple[Any, ...] = field(default=(), repr=False)
+    pair: str = ""
+    cluster: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise QueryError(f"an empty text (query {self.id!r})", "the text of a request", "fill it in, or leave the query out")
+        if self.label not in (*LABELS, None):
+            raise QueryError(f"the label {self.label!r} of query {self.id!r}", "'harmful', 'harmless' or None", "rename it")
+        if not self.id:
+            object.__setattr__(self, "id", hashlib.sha256(self.text.encode()).hexdigest()[:12])
+
+
+@dataclass(frozen=True)
+class QueryPairs:
+    """Harmful queries, each with its harmless twin in the same place.
+
+    Raises:
+        QueryError: Nothing in it, unequal lengths, or a label on the wrong side.
+    """
+
+    harmful: tuple[Query, ...]
+    harmless: tuple[Query, ...]
+
+    def __post_init__(self) -> None:
+        if not self.harmful or len(self.harmful) != len(self.harmless):
+            raise QueryError(
+                f"{len(self.harmful)} harmful and {len(self.harmless)} harmless queries",
+                "the same number of both, at least one",
+                "give each harmful query its harmless twin",
+            )
+        for label in LABELS:
+            wrong = next((query for query in getattr(self, label) if query.label != label), None)
+            if wrong is not None:
+                raise QueryError(f"query {wrong.id!r} with the label {wrong.label!r} on the {label} side", f"only {label} ones", "swap it")
+
+    @classmethod
+    def from_queries(cls, queries: Iterable[Query]) -> "QueryPairs":
+        """Match the queries that share `pair`; queries without one are left out.
+
+        Raises:
+            QueryError: A pair lacks one side or has one twice, or there is no pair.
+        """
+        sides: dict[str, dict[str | None, Query]] = {}
+        for query in queries:
+            if query.pair and sides.setdefault(query.pair, {}).setdefault(query.label, query) is not query:
+                raise QueryError(f"two {query.label} queries in pair {query.pair!r}", "one harmful and one harmless", "name the pairs apart")
+        lame = next((name for name, side in sides.items() if set(side) != set(LABELS)), None)
+        if lame is not None:
+            raise QueryError(f"pair {lame!r} with {sorted(map(str, sides[lame]))}", "one harmful and one harmless query", "complete or drop it")
+        return cls(tuple(side["harmful"] for side in sides.values()), tuple(side["harmless"] for side in sides.values()))
+
+    @property
+    def queries(self) -> tuple[Query, ...]:
+        """All queries: the harmful ones, then their twins in the same order."""
+        return self.harmful + self.harmless
+
+    def __len__(self) -> int:
+        return len(self.harmful)
+
+    def __iter__(self) -> Iterator[tuple[Query, Query]]:
+        return iter(zip(self.harmful, self.harmless, strict=True))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A query as it is shown: what goes into the chat template."""
+
+    text: str
+    images: "tuple[Image.Image, ...]" = ()
+
+
+@runtime_checkable
+class Presentation(Protocol):
+    """How a query reaches the model. Frozen and comparable: equal presentations show equal prompts."""
+
+    @property
+    def name(self) -> str:
+        """As it appears in tables: begins with `text`, `blank`, `noise`, `own`, ..."""
+        ...
+
+    def __call__(self, query: Query) -> Prompt: ...
+
+
+@dataclass(frozen=True)
+class TextOnly:
+    """The query's text without any image: what the LLM sees."""
+
+    name: str = "text"
+
+    def __call__(self, query: Query) -> Prompt:
+        return Prompt(query.text)
+
+
+text_only = TextOnly()
+
+
+def as_queries(queries: "str | Query | QueryPairs | Sequence[str | Query]") -> tuple[Query, ...]:
+    """One string or query, a sequence of them, or pairs, as a tuple of queries.
+
+    Raises:
+        QueryError: There is none.
+    """
+    if isinstance(queries, QueryPairs):
+        return queries.queries
+    items = [queries] if isinstance(queries, str | Query) else list(queries)
+    if not items:
+        raise QueryError("no queries", "at least one", "check the file, split or filter that they come from")
+    return tuple(query if isinstance(query, Query) else Query(query) for query in items)
+
+
+def require_labels(queries: Sequence[Query]) -> None:
+    """Refuse queries of which one has no label, or that all have the same one.
+
+    Raises:
+        QueryError: As said.
+    """
+    unlabelled = next((query for query in queries if query.label is None), None)
+    if unlabelled is not None:
+        raise QueryError(f"query {unlabelled.id!r} without a label", "'harmful' or 'harmless' on each", "pass Query(text, label=...)")
+    if len(labels := {query.label for query in queries}) < 2:
+        raise QueryError(f"{len(queries)} queries that are all {labels.pop()}", "both harmful and harmless ones", "add the other class")
+
+
+_COLUMNS = tuple(f.name for f in fields(Query))
+
+
+def read_queries(path: str | Path) -> tuple[Query, ...]:
+    """Read queries from a `.jsonl` or `.csv` file.
+
+    The columns are the fields of `Query`; only `text` must be there. `images` is a path, or in JSONL a list of paths, relative to the file.
+    Other columns are ignored.
+
+    Raises:
+        QueryError: The file can't be read, has no queries, or a line is not usable (the line is named).
+    """
+    path = Path(path)
+    readers = {".jsonl": _jsonl, ".csv": _csv}
+    if path.suffix not in readers:
+        raise QueryError(f"{path.name!r}", "a .jsonl or .csv file", "convert it: one query per line, with the columns 'text' and 'label'")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QueryError(f"{path}, which can't be read ({error})", "a text file in UTF-8", "check the path and its encoding") from None
+    queries = [_query(row, path, line) for line, row in readers[path.suffix](text, path)]
+    if not queries:
+        raise QueryError(f"{path} without a single query", "one query per line", "check that it is the right file")
+    return tuple(queries)
+
+
+def _jsonl(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    for line, content in enumerate(text.splitlines(), start=1):
+        if content.strip():
+            try:
+                yield line, json.loads(content)
+            except json.JSONDecodeError as error:
+                raise _unreadable(path, line, f"not JSON ({error.msg})") from None
+
+
+def _csv(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    for row in reader:
+        yield reader.line_num, {key: value for key, value in row.items() if value not in (None, "")}
+
+
+def _query(row: Any, path: Path, line: int) -> Query:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise _unreadable(path, line, "without a 'text'")
+    known = {key: row[key] for key in _COLUMNS if row.get(key) is not None}
+    images = known.pop("images", ())
+    names = [images] if isinstance(images, str) else images
+    try:
+        return Query(**known, images=tuple(str(path.parent / name) for name in names))
+    except (QueryError, TypeError) as error:
+        raise _unreadable(path, line, error.found if isinstance(error, QueryError) else str(error)) from None
+
+
+def _unreadable(path: Path, line: int, why: str) -> QueryError:
+    return QueryError(f"{path}, line {line}: {why}", 'a line such as {"text": "...", "label": "harmless"}', "mend that line")

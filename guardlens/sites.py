@@ -1,0 +1,166 @@
+"""Where: hook names (TransformerLens's, of both generations), layers, and token positions of the prompt."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from guardlens.errors import SiteError
+
+Positions = str | tuple[int | None, int | None]
+"""One of `POSITIONS`, or `(start, stop)`: a slice of the prompt's real tokens, counted from either end."""
+
+POSITIONS = ("last", "all", "image", "instruction", "post_instruction")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One kind of place in a transformer.
+
+    Attributes:
+        name: Its short name, as in `cache["resid_post", 5]`.
+        pattern: Its full TransformerLens name.
+        rank: Its place in the order of execution within a block (or before and after all blocks).
+        writable: Whether an edit there changes the residual stream as its name promises.
+        aliases: Other full names for it.
+    """
+
+    name: str
+    pattern: str
+    rank: int
+    writable: bool = True
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def layered(self) -> bool:
+        """Whether there is one in every block."""
+        return "{layer}" in self.pattern
+
+    def full_name(self, layer: int | None) -> str:
+        """`blocks.5.hook_resid_post` for layer 5."""
+        return self.pattern.format(layer=layer)
+
+
+HOOKS = {
+    hook.name: hook
+    for hook in (
+        Hook("embed", "hook_embed", -1),
+        Hook("resid_pre", "blocks.{layer}.hook_resid_pre", 0, aliases=("blocks.{layer}.hook_in",)),
+        Hook("attn_out", "blocks.{layer}.hook_attn_out", 1, aliases=("blocks.{layer}.attn.hook_out",)),
+        Hook("resid_mid", "blocks.{layer}.hook_resid_mid", 2, writable=False),
+        Hook("mlp_out", "blocks.{layer}.hook_mlp_out", 3, aliases=("blocks.{layer}.mlp.hook_out",)),
+        Hook("resid_post", "blocks.{layer}.hook_resid_post", 4, aliases=("blocks.{layer}.hook_out",)),
+        Hook("ln_final", "ln_final.hook_out", 5),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One hook of one model: a kind and a layer (None where there is only one)."""
+
+    hook: str
+    layer: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The full TransformerLens name."""
+        return HOOKS[self.hook].full_name(self.layer)
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Sorts points by execution."""
+        rank = HOOKS[self.hook].rank
+        return (self.layer if self.layer is not None else float("inf") if rank > 0 else -1.0, rank)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an edit writes or a read looks.
+
+    Attributes:
+        hook: A short name (`"resid_post"`) or a full one (`"blocks.3.hook_resid_post"`, which sets the layer too).
+        layers: The layers; None leaves them free: all of them, and a sweep may choose.
+        positions: Tokens of the prompt: `"last"`, `"all"`, `"image"`, `"instruction"`, `"post_instruction"` or `(start, stop)`.
+
+    Raises:
+        SiteError: There is no such hook or no such positions.
+
+    Example:
+        >>> Site("blocks.3.hook_resid_post")
+        Site(hook='resid_post', layers=(3,), positions='last')
+    """
+
+    hook: str = "resid_post"
+    layers: tuple[int, ...] | None = None
+    positions: Positions = "last"
+
+    def __post_init__(self) -> None:
+        point = parse(self.hook)
+        object.__setattr__(self, "hook", point.hook)
+        layers = (point.layer,) if point.layer is not None else self.layers
+        object.__setattr__(self, "layers", as_layers(layers))
+        if self.positions not in POSITIONS and not _is_range(self.positions):
+            raise SiteError(
+                f"the positions {self.positions!r}",
+                f"one of {', '.join(map(repr, POSITIONS))} or (start, stop) with start before stop",
+                "name tokens of the prompt; decode steps are a matter of .during('decode')",
+            )
+
+    def points(self, n_layers: int) -> tuple[Point, ...]:
+        """The points of this site in a model with `n_layers` layers, in order of execution.
+
+        Raises:
+            SiteError: A layer is out of range.
+        """
+        if not HOOKS[self.hook].layered:
+            return (Point(self.hook),)
+        layers = range(n_layers) if self.layers is None else self.layers
+        for layer in layers:
+            if not 0 <= layer < n_layers:
+                raise SiteError(f"layer {layer}", f"a layer from 0 to {n_layers - 1}", "choose one that this model has")
+        return tuple(Point(self.hook, layer) for layer in layers)
+
+
+def as_layers(layers: int | Iterable[int] | None) -> tuple[int, ...] | None:
+    """One layer, several or None as a sorted tuple without repeats, or None."""
+    if layers is None:
+        return None
+    return (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
+
+
+def _is_range(positions: object) -> bool:
+    match positions:
+        case (int() | None as start, int() | None as stop):
+            both = start is not None and stop is not None and (start < 0) == (stop < 0)
+            return not both or start < stop  # type: ignore[operator]
+    return False
+
+
+def hook_names(n_layers: int) -> list[str]:
+    """All full hook names of a model with `n_layers` layers, in order of execution."""
+    kinds = sorted(HOOKS.values(), key=lambda hook: hook.rank)
+    points = [Point(kind.name, layer) for kind in kinds for layer in (range(n_layers) if kind.layered else (None,))]
+    return [point.name for point in sorted(points, key=lambda point: point.order)]
+
+
+def parse(name: str, n_layers: int | None = None) -> Point:
+    """The point that a hook name means; layer None where the name leaves it open (`"resid_post"`).
+
+    Raises:
+        SiteError: Unknown; the closest known name is suggested. Or the layer is out of range of `n_layers`.
+    """
+    short = name.removeprefix("hook_")
+    if short in HOOKS:
+        return Point(short)
+    layer = re.search(r"(?<=^blocks\.)\d+(?=\.)", name)
+    generic = name if layer is None else f"blocks.{{layer}}.{name[layer.end() + 1 :]}"
+    for hook in HOOKS.values():
+        if generic in (hook.pattern, *hook.aliases):
+            point = Point(hook.name, None if layer is None else int(layer[0]))
+            if n_layers is not None and point.layer is not None:
+                Site(hook.name, (point.layer,)).points(n_layers)
+            return point
+    known = [*HOOKS, *hook_names(n_layers or 1 + int(layer[0] if layer else 0))]
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise SiteError(f"the hook name {name!r}", "a name from model.hook_names", f"did you mean {closest!r}?")

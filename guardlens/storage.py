@@ -1,0 +1,169 @@
+"""Files: tensors with a JSON header (safetensors), atomic writes, provenance, and run directories that can be resumed. Never pickle."""
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from guardlens.errors import MismatchError, StorageError
+
+FORMAT = 1
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("guardlens", "torch", "transformers", "nnsight")}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from.
+
+    Attributes:
+        model: Name and fingerprint, `"organism@1f0c9a…"`; results of different fingerprints don't mix.
+        template: Hash of the chat template that made the prompts.
+        revision: The hub's revision, where there is one.
+        versions: Package versions.
+        date: When, in UTC.
+    """
+
+    model: str = ""
+    template: str = ""
+    revision: str = ""
+    versions: Mapping[str, str] = field(default_factory=_versions)
+    date: str = field(default_factory=_now)
+
+
+def require_same_model(what: str, of: str, against: str) -> None:
+    """Refuse results of another model. An empty name belongs to every model.
+
+    Raises:
+        MismatchError: The fingerprints differ; both models are named.
+    """
+    if of and against and of.rpartition("@")[2] != against.rpartition("@")[2]:
+        raise MismatchError(f"{what} of the model {of}", f"those of {against}", "collect activations with this model and make them anew")
+
+
+def digest(*parts: bytes) -> str:
+    """A short name for these bytes: 12 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary sibling to write to; it takes the place of `path` when all went well, and never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header to one safetensors file.
+
+    Args:
+        path: The file.
+        kind: What it holds; checked on loading.
+        tensors: By name.
+        header: Anything that JSON can hold.
+    """
+    from safetensors.torch import save_file
+
+    meta = {"guardlens": json.dumps({"format": FORMAT, "kind": kind, "header": header})}
+    with atomic(path) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=meta)
+
+
+def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a file that `save_tensors` wrote.
+
+    Raises:
+        StorageError: It can't be read, or holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("guardlens", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path}, which can't be read ({error})", f"a safetensors file with {kind}", "check the path") from None
+    if meta.get("kind") != kind or meta.get("format") != FORMAT:
+        raise StorageError(
+            f"{path} with {meta.get('kind', 'no guardlens data')}, format {meta.get('format')}", f"{kind}, format {FORMAT}", "check the path"
+        )
+    return tensors, meta["header"]
+
+
+class RunDirectory:
+    """Records of a long run, appended as they come, under a manifest that says how they were made.
+
+    Opening a directory that another configuration made is refused; opening the same one again resumes.
+
+    Raises:
+        MismatchError: The manifest differs; the first difference is named.
+    """
+
+    def __init__(self, path: str | Path, configuration: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        wanted = json.loads(json.dumps(configuration))
+        manifest = self.path / "manifest.json"
+        if manifest.exists():
+            self._compare(json.loads(manifest.read_text(encoding="utf-8"))["configuration"], wanted)
+        else:
+            write_text(manifest, json.dumps({"configuration": wanted, "provenance": asdict(Provenance())}, indent=1))
+
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                raise MismatchError(
+                    f"the results directory {self.path}, made with {key} = {_short(old.get(key))}",
+                    f"{key} = {_short(new.get(key))}",
+                    "give another directory, or the old configuration to resume it",
+                )
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole records so far. A last line that was cut off by a kill is dropped."""
+        file = self.path / "records.jsonl"
+        if not file.exists():
+            return []
+        whole = file.read_bytes().rpartition(b"\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Add records and make sure that they are on disk."""
+        file = self.path / "records.jsonl"
+        cut = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
+        if cut:
+            write_text(file, "".join(json.dumps(record) + "\n" for record in self.records()))
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(record) + "\n" for record in records))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

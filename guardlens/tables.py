@@ -1,0 +1,122 @@
+"""Results as tidy tables: equal-length columns, facts about how they were made, saved as CSV beside JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from guardlens.errors import MismatchError, StorageError
+from guardlens.storage import Provenance, atomic, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One row per measurement.
+
+    Attributes:
+        columns: Column name -> values, all of one length.
+        facts: How it was made: plans, presentations, seeds, the layout that ran.
+        provenance: Model, template, versions, date.
+
+    Raises:
+        MismatchError: Columns of different lengths.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    kind: ClassVar[str] = "table"
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(values) for name, values in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise MismatchError(f"columns of the lengths {lengths}", "one length", "give every row every column")
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], **more: Any) -> Self:
+        """Make a table of dictionaries with the same keys."""
+        names = list(rows[0]) if rows else []
+        return cls({name: np.array([row[name] for row in rows]) for name in names}, **more)
+
+    @property
+    def frame(self) -> "pd.DataFrame":
+        """The columns as a pandas data frame."""
+        import pandas as pd
+
+        return pd.DataFrame(dict(self.columns))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def where(self, **equal: Any) -> Self:
+        """The rows whose columns have these values.
+
+        Raises:
+            MismatchError: There is no such column.
+        """
+        unknown = set(equal) - set(self.columns)
+        if unknown:
+            raise MismatchError(f"the column {sorted(unknown)[0]!r}", f"one of {list(self.columns)}", "check its name")
+        keep = np.ones(len(self), dtype=bool)
+        for name, value in equal.items():
+            keep &= self.columns[name] == value
+        return type(self)({name: values[keep] for name, values in self.columns.items()}, self.facts, self.provenance)
+
+    def save(self, path: str | Path) -> None:
+        """Write `path` as CSV, and the facts and the provenance as JSON beside it."""
+        path = Path(path).with_suffix(".csv")
+        with atomic(path) as partial:
+            self.frame.to_csv(partial, index=False)
+        types = {name: str(values.dtype.kind) for name, values in self.columns.items()}
+        meta = {"kind": self.kind, "types": types, "facts": dict(self.facts), "provenance": asdict(self.provenance)}
+        write_text(path.with_suffix(".json"), json.dumps(meta, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError: It can't be read, or is another kind of table.
+        """
+        import pandas as pd
+
+        path = Path(path).with_suffix(".csv")
+        try:
+            meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            strings = {name: str for name, kind in meta["types"].items() if kind in "UO"}
+            frame = pd.read_csv(path, dtype=strings, keep_default_na=False, na_values={n: [""] for n in set(meta["types"]) - set(strings)})
+        except (OSError, ValueError, KeyError) as error:
+            raise StorageError(f"{path}, which can't be read ({error})", "a CSV with its JSON beside it", "check the path") from None
+        if meta["kind"] != cls.kind:
+            raise StorageError(f"a table of the kind {meta['kind']!r}", cls.kind, "load it with its own class")
+        columns = {name: frame[name].to_numpy(dtype=_DTYPES[kind]) for name, kind in meta["types"].items()}
+        return cls(columns, meta["facts"], Provenance(**meta["provenance"]))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} rows: {', '.join(self.columns)})"
+
+    def _repr_html_(self) -> str:
+        return self.frame.to_html(max_rows=20, notebook=True)
+
+
+_DTYPES = {"U": object, "O": object, "f": float, "i": int, "b": bool}
+
+
+def rich_table(title: str, frame: "pd.DataFrame") -> "RichTable":
+    """A data frame as a table for the terminal."""
+    from rich.table import Table as RichTable
+
+    table = RichTable(title=title, title_justify="left")
+    for name in frame.columns:
+        table.add_column(str(name), overflow="fold")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+    return table
