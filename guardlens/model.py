@@ -300,10 +300,11 @@ class HookedModel:
         return held
 
     def _check_sites(self, plan: Intervention, read: Sequence[Site]) -> None:
+        known = set(self.cfg.points)
         for site in (*(step.site for step in plan.steps), *read):
-            missing = [point.name for point in site.points(self.cfg.n_layers) if point not in set(self.cfg.points)]
+            missing = next((point.name for point in site.points(self.cfg.n_layers) if point not in known), None)
             if missing:
-                raise SiteError(f"{missing[0]}, which {self.name} does not have", "one of model.hook_names", "choose another hook")
+                raise SiteError(f"{missing}, which {self.name} does not have", "one of model.hook_names", "choose another hook")
 
     def _require_finite(self, batch: Batch, reads: Mapping[Site, Tensor]) -> None:
         for site, states in reads.items():

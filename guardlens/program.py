@@ -4,7 +4,7 @@ At a point, for each lane, steps come in plan order; a step's own-run states are
 Then come states that later layers ask for, then reads, which therefore see every edit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -117,7 +117,7 @@ class Tap:
     """
 
     point: Point
-    fn: "Hold | Apply | Read"
+    fn: Callable[[Tensor, int], Tensor | None]
     decode: bool = False
 
 

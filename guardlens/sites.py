@@ -71,7 +71,8 @@ class Point:
     def order(self) -> tuple[float, int]:
         """Sorts points by execution."""
         rank = HOOKS[self.hook].rank
-        return (self.layer if self.layer is not None else float("inf") if rank > 0 else -1.0, rank)
+        outside = float("inf") if rank > 0 else -1.0
+        return (outside if self.layer is None else float(self.layer), rank)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""Independent references: raw PyTorch forward hooks on the Hugging Face model, no guardlens code."""
+
+from contextlib import ExitStack
+
+import torch
+
+
+def blocks(hf):
+    return hf.get_decoder().layers
+
+
+def with_hooks(hf, inputs, edits=None, pre_edits=None, keep=None):
+    """Logits of a forward in which `edits[layer]` maps each block's output (and `pre_edits` its input); outputs of blocks are kept in `keep`."""
+    with ExitStack() as stack, torch.no_grad():
+        for layer, block in enumerate(blocks(hf)):
+            if pre_edits and layer in pre_edits:
+                hook = lambda m, args, kwargs, f=pre_edits[layer]: ((f(args[0]), *args[1:]), kwargs)  # noqa: E731
+                stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if edits and layer in edits:
+                stack.callback(block.register_forward_hook(lambda m, a, out, f=edits[layer]: f(out)).remove)
+            if keep is not None:
+                stack.callback(block.register_forward_hook(lambda m, a, out, i=layer: keep.__setitem__(i, out.clone())).remove)
+        return hf(**inputs, use_cache=False).logits
+
+
+def generate(hf, inputs, layer, fn, phase, new_tokens):
+    """Greedy tokens while the output of one block is mapped in the prefill, the decode steps, or always: `fn` gets states `b d` of the last column."""
+
+    def hook(module, args, out):
+        prefill = out.shape[1] > 1
+        if phase != "always" and prefill != (phase == "prefill"):
+            return out
+        out = out.clone()
+        out[:, -1] = fn(out[:, -1])
+        return out
+
+    handle = blocks(hf)[layer].register_forward_hook(hook)
+    try:
+        return hf.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)[:, inputs["input_ids"].shape[1] :]
+    finally:
+        handle.remove()
+
+
+def last(states, mask):
+    """States of the last real token of each row, either padding."""
+    index = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+    return states[torch.arange(len(states)), index]
