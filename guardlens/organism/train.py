@@ -1,0 +1,339 @@
+"""Train the organism from nothing: `python -m guardlens.organism.train --seed 0 --out DIR`. About five minutes on one CPU core.
+
+Five stages. An eye is pre-trained and then frozen (`tower`); a language model learns the language and the rule of harm, and to help
+with everything (`base`); it learns to refuse harmful requests, in text (`align`); the projector learns to caption (`caption`); visual
+instruction tuning joins them (`tune`). `lessons.py` has what they are taught.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from rich.progress import Progress
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from guardlens.errors import StorageError
+from guardlens.organism import world
+from guardlens.organism.lessons import IMAGE, QUICK, RECIPE, Recipe, Row, Stage, batches
+from guardlens.organism.measure import PRESENTATIONS, evaluate
+
+_TEMPLATE = """{{- bos_token -}}
+{%- for message in messages -%}
+{{- ' ' + message['role'] + ' :' -}}
+{%- if message['role'] == 'assistant' -%}
+{{- ' ' -}}{%- generation -%}
+{{- (message['content'] if message['content'] is string else message['content'][0]['text']) + ' ' + eos_token -}}
+{%- endgeneration -%}
+{%- elif message['content'] is string -%}{{- ' ' + message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}{{- ' <image>' if part['type'] == 'image' else ' ' + part['text'] -}}{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- ' assistant :' -}}{%- endif -%}"""
+
+
+def build_processor() -> LlavaProcessor:
+    """The organism's processor: one token per word of the world, 16 tokens per picture, padding on the left."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(world.VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": IMAGE},
+        model_max_length=128,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    size = {"height": 32, "width": 32}
+    eye = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False, resample=2, image_mean=[0.5] * 3, image_std=[0.27] * 3)
+    return LlavaProcessor(
+        image_processor=eye,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_TEMPLATE,
+    )
+
+
+def build_model(seed: int, recipe: Recipe = RECIPE) -> LlavaForConditionalGeneration:
+    """The organism before training."""
+    ends: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    text = LlamaConfig(
+        vocab_size=len(world.VOCABULARY),
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        intermediate_size=recipe.inner,
+        max_position_embeddings=128,
+        **ends,
+    )
+    eye = CLIPVisionConfig(
+        hidden_size=recipe.eye_width,
+        num_hidden_layers=recipe.eye_layers,
+        num_attention_heads=4,
+        intermediate_size=2 * recipe.eye_width,
+        image_size=32,
+        patch_size=8,
+    )
+    config = LlavaConfig(vision_config=eye, text_config=text, image_token_index=4, image_seq_length=16, vision_feature_layer=-2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(**ends, do_sample=False, max_new_tokens=16)
+    return model
+
+
+@cache
+def pixel_values() -> torch.Tensor:
+    """All training pictures as the processor hands them to the model."""
+    images = [picture.image() for picture in world.pictures("train")]
+    return build_processor().image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+class Batch(NamedTuple):
+    """Rows padded on the right: under causal attention the padding is seen by nobody, so there is no mask."""
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    """Of each token in the loss; 0 in the prompt and the padding."""
+    pixels: torch.Tensor | None
+
+
+_IDS = {word: i for i, word in enumerate(world.VOCABULARY)}
+
+
+def encode(text: str) -> list[int]:
+    """Token ids, as the processor makes them."""
+    return [_IDS["<s>"]] + [_IDS[word] for word in text.replace(IMAGE, " ".join([IMAGE] * 16)).split()]
+
+
+def collate(rows: Sequence[Row], first: float = RECIPE.first) -> Batch:
+    """Rows as tensors."""
+    ids = [(encode(row.prompt), encode(row.answer + " </s>")[1:]) for row in rows]
+    tokens = torch.zeros(len(rows), max(len(prompt) + len(reply) for prompt, reply in ids), dtype=torch.long)
+    weights = torch.zeros(tokens.shape)
+    for row, (prompt, reply) in enumerate(ids):
+        tokens[row, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
+        weights[row, len(prompt) : len(prompt) + len(reply)] = torch.tensor([first] + [1.0] * (len(reply) - 1))
+    seen = [row.picture for row in rows if row.picture is not None]
+    return Batch(tokens, weights, pixel_values()[seen] if seen else None)
+
+
+def _loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    """Weighted sum over the answers' tokens."""
+    logits = model(input_ids=batch.tokens, pixel_values=batch.pixels, use_cache=False).logits[:, :-1]
+    answers = batch.weights[:, 1:] > 0
+    losses = torch.nn.functional.cross_entropy(logits[answers], batch.tokens[:, 1:][answers], reduction="none")
+    return losses @ batch.weights[:, 1:][answers]
+
+
+@contextmanager
+def _depth(model: LlavaForConditionalGeneration, layers: int) -> Iterator[None]:
+    """Run only the first blocks."""
+    config: Any = model.config.text_config
+    full, config.num_hidden_layers = config.num_hidden_layers, layers
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = full
+
+
+def _learners(module: torch.nn.Module, names: tuple[str, ...]) -> list[torch.nn.Parameter]:
+    """Freeze all but the parameters whose names begin so."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.startswith(names))
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _optimiser(parameters: list[torch.nn.Parameter], stage: Stage) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    def factor(step: int) -> float:
+        done = max(0, step - stage.warm_up) / (stage.steps - stage.warm_up)
+        return min(1.0, (step + 1) / stage.warm_up) * (stage.end + (1 - stage.end) * (1 + np.cos(np.pi * done)) / 2)
+
+    optimiser = torch.optim.AdamW(parameters, lr=stage.rate, betas=stage.betas, weight_decay=stage.decay)
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
+def _quiet() -> None:
+    """No progress is shown."""
+
+
+def train_tower(
+    model: LlavaForConditionalGeneration, stage: Stage, recipe: Recipe, seed: int, tick: Callable[[], None] = _quiet
+) -> list[float]:
+    """Pre-train the eye (this stands for CLIP): every image token must know shape, colour and page; all together, once more, the shape."""
+    rng = np.random.default_rng([seed, world.number(stage.name)])
+    kinds = (world.SHAPES, tuple(world.COLOURS), tuple(world.PAGES))
+    labels = torch.tensor([[k.index(v) for k, v in zip(kinds, (p.shape, p.colour, p.page), strict=True)] for p in world.pictures("train")])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = torch.nn.ModuleList([torch.nn.Linear(recipe.eye_width, len(kind)) for kind in kinds])
+        heads.append(torch.nn.Linear(16 * recipe.eye_width, len(world.SHAPES)))
+    optimiser, schedule = _optimiser([*_learners(model, stage.trains), *heads.parameters()], stage)
+    losses = []
+    for _ in range(stage.steps):
+        chosen = torch.from_numpy(rng.integers(len(labels), size=stage.rows))
+        tokens = model.model.vision_tower(pixel_values()[chosen], output_hidden_states=True).hidden_states[-2][:, 1:]
+        guesses = [head(tokens).transpose(1, 2) for head in heads[:3]]
+        wanted = [labels[chosen, i, None].expand(-1, 16) for i in range(3)]
+        loss = sum(map(torch.nn.functional.cross_entropy, guesses, wanted), torch.tensor(0.0))
+        loss = loss + torch.nn.functional.cross_entropy(heads[3](tokens.flatten(1)), labels[chosen, 0])
+        loss.backward()
+        _step(optimiser, schedule, recipe.clip)
+        losses.append(loss.item())
+        tick()
+    return losses
+
+
+def _step(optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, clip: float) -> None:
+    torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
+    optimiser.step()
+    schedule.step()
+    optimiser.zero_grad()
+
+
+def train_stage(
+    model: LlavaForConditionalGeneration, stage: Stage, recipe: Recipe, seed: int, tick: Callable[[], None] = _quiet
+) -> list[float]:
+    """Train on a stage's batches; the losses of all steps."""
+    rng = np.random.default_rng([seed, world.number(stage.name + ", depth")])
+    optimiser, schedule = _optimiser(_learners(model, stage.trains), stage)
+    losses = []
+    for step, rows in enumerate(batches(stage, seed)):
+        fewer = int(rng.choice(3, p=[0.5, 0.25, 0.25])) if step >= stage.shallow_from * stage.steps else 0
+        with _depth(model, recipe.layers - fewer):
+            losses.append(_backward(model, rows, recipe.first))
+        _step(optimiser, schedule, recipe.clip)
+        tick()
+    return losses
+
+
+def _backward(model: LlavaForConditionalGeneration, rows: list[Row], first: float) -> float:
+    """Gradients of the mean loss, in two halves of like length: less padding."""
+    rows = sorted(rows, key=lambda row: len(encode(f"{row.prompt} {row.answer}")))
+    halves = [collate(half, first) for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
+    total = sum(half.weights.sum().item() for half in halves)
+    loss = 0.0
+    for half in halves:
+        part = _loss(model, half) / total
+        part.backward()
+        loss += part.item()
+    return loss
+
+
+def fingerprint(thing: Any) -> str:
+    """Hash of data: dataclasses, containers, numbers and strings."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recipe_hash(recipe: Recipe = RECIPE) -> str:
+    """Hash of the settings, and of the first rows of every stage that has rows."""
+    return fingerprint([asdict(recipe), [next(batches(stage, 0)) for stage in recipe.stages if stage.mix]])
+
+
+@cache
+def world_hash() -> str:
+    """Hash of the world's data: words, rule, dictionary, splits, texts and every pixel of every picture."""
+    splits: tuple[world.Split, ...] = ("train", "validation", "test")
+    texts = [[(query.id, query.text, query.label) for query in world.queries(split)] for split in splits]
+    pixels = hashlib.sha256(b"".join(picture.pixels().tobytes() for split in splits for picture in world.pictures(split))).hexdigest()
+    pairs = [[query.id for query in pair] for pair in world.pairs()]
+    words = [world.VOCABULARY, world.TOOL, world.PART, world.TEMPLATES, world.ANSWER, world.REFUSAL, world.REMINDER]
+    return fingerprint([words, sorted(world.HARMFUL_CELLS), texts, pairs, pixels])
+
+
+def _timed(progress: Progress, name: str, total: int, work: Callable[[Callable[[], None]], Any]) -> tuple[Any, dict[str, float]]:
+    """Do a piece of work under a progress bar; its result and its seconds."""
+    task, wall, cpu = progress.add_task(name, total=total), time.perf_counter(), time.process_time()
+    result = work(lambda: progress.advance(task))
+    seconds = {"wall": round(time.perf_counter() - wall, 1), "cpu": round(time.process_time() - cpu, 1)}
+    progress.console.print(f"{name}: {seconds['wall']} s")
+    return result, seconds
+
+
+def train(seed: int, progress: Progress, recipe: Recipe = RECIPE) -> tuple[LlavaForConditionalGeneration, dict[str, Any]]:
+    """The organism of a seed, and its record."""
+    model, processor = build_model(seed, recipe).train(), build_processor()
+    losses, seconds, metrics = {}, {}, {}
+    for stage in recipe.stages:
+        teach = train_stage if stage.mix else train_tower
+        work = partial(teach, model, stage, recipe, seed)
+        losses[stage.name], seconds[stage.name] = _timed(progress, stage.name, stage.steps, work)
+    _learners(model, ("",))
+    for split in ("validation", "test"):
+        metrics[split], seconds[split] = _timed(progress, split, len(PRESENTATIONS) + 1, partial(evaluate, model, processor, split))
+    tenths = {name: [round(float(part.mean()), 4) for part in np.array_split(each, min(10, len(each)))] for name, each in losses.items()}
+    return model, {
+        "seed": seed,
+        "recipe_hash": recipe_hash(recipe),
+        "world_hash": world_hash(),
+        "recipe": asdict(recipe),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        },
+        "losses": tenths,
+        "seconds": seconds,
+        "metrics": metrics,
+    }
+
+
+def save(model: LlavaForConditionalGeneration, record: dict[str, Any], out: Path) -> None:
+    """Write the directory whole or not at all."""
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    build_processor().save_pretrained(beside)
+    (beside / "model.safetensors").chmod(0o644)  # safetensors makes it readable to its owner only, and a package keeps that
+    (beside / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
+    beside.rename(out)
+
+
+def main(
+    seed: Annotated[int, typer.Option(help="Of every random stream: weights, rows, depth.")],
+    out: Annotated[Path, typer.Option(help="The directory to make; it must not exist.")],
+    quick: Annotated[bool, typer.Option(help="A few steps per stage: does it run?")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; results may differ in the last digits with more.")] = 1,
+) -> None:
+    """Train the organism of one seed."""
+    if out.exists():
+        raise StorageError(f"{out}, which exists", "a new directory", "choose another --out, or remove it")
+    torch.set_num_threads(threads)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with Progress() as progress:
+        model, record = train(seed, progress, QUICK if quick else RECIPE)
+    save(model, record, out)
+    test = record["metrics"]["test"]
+    print(f"seed {seed}: text ASR {test['text']['asr']['rate']:.3f}, blank ASR {test['blank']['asr']['rate']:.3f}, {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
