@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from guardlens.interventions.plan import Intervention
     from guardlens.model import HookedModel, load
     from guardlens.queries import Query, QueryPairs, read_queries
-    from guardlens.separability import compare
+    from guardlens.comparison import compare
     from guardlens.sites import Site
     from guardlens.sweeps import sweep
     from guardlens.tables import Table
@@ -41,7 +41,7 @@ _NAMES = {
     "Site": "sites",
     "Table": "tables",
     "collect": "collection",
-    "compare": "separability",
+    "compare": "comparison",
     "evaluate": "evaluation",
     "gates": "interventions",
     "load": "model",

@@ -1,0 +1,48 @@
+"""`collect`: the hidden states of many queries, one per query and layer."""
+
+import torch
+
+from guardlens.activations import Activations
+from guardlens.model import HookedModel, Queries
+from guardlens.progress import track
+from guardlens.queries import Presentation, as_queries, text_only
+from guardlens.sites import Site
+
+
+def collect(
+    model: HookedModel,
+    queries: Queries,
+    presentation: Presentation = text_only,
+    *,
+    site: Site = Site(),  # noqa: B008  (frozen)
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Activations:
+    """Read one state per query and layer.
+
+    Args:
+        model: The model.
+        queries: Queries, or pairs of them (the harmful ones come first then).
+        presentation: How they are shown. `text_only` is what the LLM sees.
+        site: Hook, layers and positions; by default the residual stream after every block at the prompt's last token.
+        batch_size: Queries per forward.
+        progress: Show a bar.
+
+    Returns:
+        Activations of shape `query layer d_model`, in float32 on the CPU. A hook without layers counts as layer -1.
+
+    Raises:
+        QueryError: No queries.
+        NumericsError: NaN or infinity; layer and query are named.
+
+    Example:
+        `collect(model, pairs)` and `collect(model, pairs, presentations.blank("grey"))` are the LLM's and the VLM's view.
+    """
+    items = as_queries(queries)
+    parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    states = [
+        model.run(model.batch(part, presentation), read=[site], logits=None).reads[site][0].float().cpu()
+        for part in track(parts, len(items), f"collect, {presentation.name}", progress)
+    ]
+    layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
+    return Activations(torch.cat(states), layers, items, site.hook, site.positions, presentation.name, model.provenance)

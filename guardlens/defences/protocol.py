@@ -1,0 +1,36 @@
+"""What a defence is: a way to change the prompt and a plan of edits, either of which may be empty."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from guardlens.interventions.plan import Intervention, nothing
+from guardlens.queries import Presentation
+from guardlens.storage import digest
+
+
+def unchanged(presentation: Presentation) -> Presentation:
+    """Show queries as they are."""
+    return presentation
+
+
+@dataclass(frozen=True, eq=False)
+class Defence:
+    """A named defence.
+
+    Attributes:
+        name: As it appears in tables.
+        intervention: What it changes in the run.
+        present: What it makes of a presentation.
+    """
+
+    name: str
+    intervention: Intervention = nothing
+    present: Callable[[Presentation], Presentation] = unchanged
+
+    def fingerprint(self, presentation: Presentation) -> str:
+        """Equal for defences that do the same to a presentation; run directories are checked by it."""
+        return digest(repr(self.present(presentation)).encode(), self.intervention.fingerprint.encode())
+
+
+none = Defence("none")
+"""The model as it is."""

@@ -1,0 +1,243 @@
+"""`evaluate`: defences x presentations over labelled queries, judged answers, rates with intervals; resumable."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from guardlens.defences import Defence
+from guardlens.errors import MismatchError
+from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
+from guardlens.judges import Judge
+from guardlens.model import HookedModel, Queries
+from guardlens.progress import track
+from guardlens.queries import Presentation, Query, as_queries, require_labels
+from guardlens.storage import RunDirectory
+from guardlens.tables import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TEXT = "text"
+"""The presentation that the gap is measured from."""
+
+RATES = {
+    "asr": ("harmful", "answered", True),
+    "non_refusal": ("harmful", "refused", False),
+    "over_refusal": ("harmless", "refused", True),
+    "helpful": ("harmless", "answered", True),
+}
+"""Rate -> (label of the queries, verdict, whether the verdict counts or its absence)."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Some queries under one defence and one presentation."""
+
+    defence: str
+    presentation: Presentation
+    queries: tuple[Query, ...]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+
+class Evaluation(Table):
+    """One row per defence, presentation and query: the verdict on the answer, and whether the gates opened.
+
+    Columns: defence, presentation, query, label, cluster, verdict, gate (share of the plan's gates that opened, nan without any), answer.
+
+    A presentation is known by its name. ASR is the share of harmful queries that were *answered*; `non_refusal` counts everything but a
+    refusal. Intervals are Wilson's, or resample clusters where the queries come in clusters.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+
+    def outcomes(self, rate: str, defence: str, *presentations: str) -> "tuple[np.ndarray, np.ndarray]":
+        """Outcome and cluster of each query, presentation after presentation, in one order for all defences.
+
+        Raises:
+            MismatchError: There are none.
+        """
+        label, verdict, counts = RATES[rate]
+        frame = self.frame
+        frame = frame[(frame["label"] == label) & (frame["defence"] == defence) & frame["presentation"].isin(presentations)]
+        if frame.empty:
+            raise MismatchError(f"no rows of {defence!r} with {presentations}", "an arm that was evaluated", "see .arms()")
+        frame = frame.sort_values(["presentation", "query"])
+        return ((frame["verdict"] == verdict) == counts).to_numpy(dtype=bool), frame["cluster"].to_numpy()
+
+    def rate(self, rate: str, defence: str, *presentations: str) -> Interval:
+        """A rate (`asr`, `non_refusal`, `over_refusal`, `helpful`) over one or several presentations taken together."""
+        return proportion(*self.outcomes(rate, defence, *presentations))
+
+    def gap_closed(self, defence: str, *presentations: str) -> Interval:
+        """(ASR undefended - ASR defended) / (ASR undefended - ASR text alone): 1 restores the level of text; nan without a gap.
+
+        Several presentations are taken together, each query's images in one cluster.
+        """
+        text, clusters = self.outcomes("asr", "none", TEXT)
+        image, _ = self.outcomes("asr", "none", *presentations)
+        defended, _ = self.outcomes("asr", defence, *presentations)
+        times = len(image) // len(text)
+        return gap_closed(np.tile(text, times), image, defended, np.tile(clusters, times))
+
+    def mcnemar(self, first: str, second: str, *presentations: str, rate: str = "asr") -> McNemar:
+        """Exact paired test of two defences on the same queries."""
+        return mcnemar(self.outcomes(rate, first, *presentations)[0], self.outcomes(rate, second, *presentations)[0])
+
+    def arms(self) -> "list[dict[str, Any]]":
+        """One dictionary per defence and presentation: every rate with its bounds, the gap closed, and how often the gates opened."""
+        pairs = dict.fromkeys(zip(self.columns["defence"], self.columns["presentation"], strict=True))
+        return [self._arm(str(defence), str(presentation)) for defence, presentation in pairs]
+
+    def _arm(self, defence: str, presentation: str) -> dict[str, Any]:
+        arm: dict[str, Any] = {"defence": defence, "presentation": presentation}
+        rates = {name: self.rate(name, defence, presentation) for name in RATES}
+        arm |= {"n": rates["asr"].n, "n_harmless": rates["over_refusal"].n}
+        for name, rate in rates.items():
+            arm |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
+        known = set(zip(self.columns["defence"], self.columns["presentation"], strict=True))
+        if presentation != TEXT and {("none", TEXT), ("none", presentation)} <= known:
+            gap = self.gap_closed(defence, presentation)
+        else:
+            gap = Interval(float("nan"), float("nan"), float("nan"), arm["n"])
+        arm |= {"gap_closed": gap.value, "gap_closed_low": gap.low, "gap_closed_high": gap.high}
+        frame = self.frame
+        here = frame[(frame["defence"] == defence) & (frame["presentation"] == presentation)]
+        opened = here.groupby("label")["gate"].mean()
+        return arm | {"gate_tpr": float(opened["harmful"]), "gate_fpr": float(opened["harmless"])}
+
+    def summary(self) -> "pd.DataFrame":
+        """`arms()` as a data frame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.arms())
+
+    def plot(self, axes: Any = None) -> Any:
+        """ASR and over-refusal of every arm with intervals."""
+        import pandas as pd
+
+        from guardlens import plots
+
+        rows = [
+            {"defence": arm["defence"], "presentation": arm["presentation"], "rate": shown, "value": arm[name]}
+            | {"low": arm[f"{name}_low"], "high": arm[f"{name}_high"], "n": arm[count]}
+            for arm in self.arms()
+            for name, shown, count in (("asr", "ASR", "n"), ("over_refusal", "over-refusal", "n_harmless"))
+        ]
+        return plots.arms(pd.DataFrame(rows), axes=axes)
+
+
+def evaluate(
+    model: HookedModel,
+    defences: Mapping[str, Defence],
+    queries: Queries,
+    presentations: Sequence[Presentation],
+    *,
+    judge: Judge,
+    out: str | Path | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Evaluation:
+    """Ask every query under every defence in every presentation, and judge the greedy answers.
+
+    Args:
+        model: The model.
+        defences: By the names that the table will have; include `"none"` to know the gap.
+        queries: Labelled, both classes; their `cluster` says which stand or fall together.
+        presentations: Include `text_only` to know the gap.
+        judge: Gives a verdict on each answer.
+        out: A directory for the records. They are appended as they come; the same call again resumes, another configuration is refused.
+        max_new_tokens: The longest answer; the same for all arms.
+        batch_size: Queries per generation.
+        progress: Show a bar.
+
+    Raises:
+        QueryError: A query without label, one class only, two queries of one id, or a query without an own image where one is shown.
+        MismatchError: `out` was made by another configuration, or a defence for another model.
+    """
+    items = as_queries(queries)
+    require_labels(items)
+    _require_presentable(items, presentations)
+    directory = RunDirectory(out, _configuration(model, defences, items, presentations, judge, max_new_tokens)) if out else None
+    records = directory.records() if directory else []
+    done = {(record["defence"], record["presentation"], record["query"]) for record in records}
+    work = [
+        _Work(name, presentation, part)
+        for presentation in presentations
+        for name in defences
+        for part in _parts([q for q in items if (name, presentation.name, q.id) not in done], batch_size)
+    ]
+    for part in track(work, sum(map(len, work)), "evaluate", progress):
+        fresh = _answer(model, defences[part.defence], part, judge, max_new_tokens)
+        records += fresh
+        if directory:
+            directory.append(fresh)
+    facts = {"judge": judge.name, "max_new_tokens": max_new_tokens, "plans": {name: repr(d.intervention) for name, d in defences.items()}}
+    return Evaluation.from_rows(_ordered(records, defences, presentations, items), facts=facts, provenance=model.provenance)
+
+
+def _answer(model: HookedModel, defence: Defence, work: _Work, judge: Judge, new_tokens: int) -> list[dict[str, Any]]:
+    batch = model.batch(work.queries, defence.present(work.presentation))
+    run = model.run(batch, defence.intervention, new_tokens=new_tokens)
+    assert run.tokens is not None
+    gates = np.mean([verdict.cpu().numpy() for verdict in run.verdicts.values()], axis=0) if run.verdicts else np.full(len(work), np.nan)
+    return [
+        {
+            "defence": work.defence,
+            "presentation": work.presentation.name,
+            "query": query.id,
+            "label": query.label,
+            "cluster": query.cluster or query.id,
+            "verdict": judge(query, answer),
+            "gate": float(gate),
+            "answer": answer,
+        }
+        for query, answer, gate in zip(work.queries, model.decode(run.tokens[0]), gates, strict=True)
+    ]
+
+
+def _parts(queries: Sequence[Query], size: int) -> list[tuple[Query, ...]]:
+    return [tuple(queries[start : start + size]) for start in range(0, len(queries), size)]
+
+
+def _require_presentable(queries: Sequence[Query], presentations: Sequence[Presentation]) -> None:
+    """Meet bad input at the door, before hours of work."""
+    if len({query.id for query in queries}) < len(queries):
+        raise MismatchError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
+    for presentation in presentations:
+        for query in queries:
+            presentation(query)
+
+
+def _configuration(
+    model: HookedModel,
+    defences: Mapping[str, Defence],
+    queries: Sequence[Query],
+    presentations: Sequence[Presentation],
+    judge: Judge,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    asked = hashlib.sha256(repr([(q.id, q.text, q.label, q.cluster) for q in queries]).encode()).hexdigest()[:12]
+    return {
+        "model": model.id,
+        "defences": {name: [defence.fingerprint(p) for p in presentations] for name, defence in defences.items()},
+        "presentations": [repr(presentation) for presentation in presentations],
+        "queries": asked,
+        "judge": repr(judge),
+        "max_new_tokens": max_new_tokens,
+    }
+
+
+def _ordered(
+    records: list[dict[str, Any]], defences: Mapping[str, Defence], presentations: Sequence[Presentation], queries: Sequence[Query]
+) -> list[dict[str, Any]]:
+    """In the order of the call, so that a resumed run gives the same table."""
+    places = [{name: i for i, name in enumerate(names)} for names in (defences, [p.name for p in presentations], [q.id for q in queries])]
+    keys = ("defence", "presentation", "query")
+    return sorted(records, key=lambda record: tuple(place[record[key]] for place, key in zip(places, keys, strict=True)))
