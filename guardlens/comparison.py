@@ -73,7 +73,8 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
         _require_comparable(llm, run, directions)
     groups = np.array([_group(query) for query in llm.queries])
     counts = resample_counts(len(groups), groups, draws)
-    rows = [row for run in runs for row in _rows(llm, run, directions, groups, counts)]
+    own: dict[tuple[str, int], Measured] = {}
+    rows = [row for run in runs for row in _rows(llm, run, directions, groups, counts, own)]
     words = sep.bag_of_words_scores([query.text for query in llm.queries], llm.harmful, groups)
     surface = percentile(sep.auroc(words, llm.harmful), sep.bootstrap_auroc(words, llm.harmful, counts), len(groups))
     facts = {
@@ -86,12 +87,20 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
 
 
 def _rows(
-    llm: Activations, run: Activations, directions: Directions, groups: Shaped[np.ndarray, "query"], counts: Int[np.ndarray, "draw query"]
+    llm: Activations,
+    run: Activations,
+    directions: Directions,
+    groups: Shaped[np.ndarray, "query"],
+    counts: Int[np.ndarray, "draw query"],
+    own: dict[tuple[str, int], Measured],
 ) -> Iterator[dict[str, Any]]:
+    """The rows of one run. The LLM's own values, which come first, are kept in `own` for the changes of the others."""
     for layer in llm.layers:
-        own = {} if run is llm else dict(_metrics(llm, llm, layer, directions, groups, counts))
         for metric, (value, resampled) in _metrics(llm, run, layer, directions, groups, counts):
-            interval, change = percentile(value, resampled, len(groups)), _change((value, resampled), own.get(metric), len(groups))
+            interval = percentile(value, resampled, len(groups))
+            change = _change((value, resampled), own.get((metric, layer)), len(groups))
+            if run is llm:
+                own[metric, layer] = (value, resampled)
             yield {
                 "metric": metric,
                 "run": _name(run, llm),
@@ -117,7 +126,7 @@ def _metrics(
     yield "d_prime", (sep.d_prime(scores, labels), sep.bootstrap_d_prime(scores, labels, counts))
     yield "midpoint_accuracy", _share((scores > threshold) == labels, counts)
     within, _ = sep.probe_accuracy(states, labels, groups)
-    _, transferred = sep.probe_accuracy(text, labels, groups, transfer=states)
+    transferred = within if run is llm else sep.probe_accuracy(text, labels, groups, transfer=states)[1]
     assert transferred is not None
     yield "probe", _share(within, counts)
     yield "transfer", _share(transferred, counts)

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -53,7 +53,7 @@ class Query:
 
 @dataclass(frozen=True)
 class QueryPairs:
-    """Harmful queries, each with its harmless twin in the same place.
+    """Harmful queries, each with its harmless twin in the same place. Twins that share no `pair` name get one.
 
     Raises:
         QueryError: Nothing in it, unequal lengths, or a label on the wrong side.
@@ -73,6 +73,11 @@ class QueryPairs:
             wrong = next((query for query in getattr(self, label) if query.label != label), None)
             if wrong is not None:
                 raise QueryError(f"query {wrong.id!r} with the label {wrong.label!r} on the {label} side", f"only {label} ones", "swap it")
+
+        if any(not harmful.pair or harmful.pair != harmless.pair for harmful, harmless in self):
+            for label in LABELS:
+                named = tuple(replace(query, pair=f"pair {number}") for number, query in enumerate(getattr(self, label)))
+                object.__setattr__(self, label, named)
 
     @classmethod
     def from_queries(cls, queries: Iterable[Query]) -> "QueryPairs":
@@ -160,6 +165,46 @@ def require_labels(queries: Sequence[Query]) -> None:
         raise QueryError(f"query {unlabelled.id!r} without a label", "'harmful' or 'harmless' on each", "pass Query(text, label=...)")
     if len(labels := {query.label for query in queries}) < 2:
         raise QueryError(f"{len(queries)} queries that are all {labels.pop()}", "both harmful and harmless ones", "add the other class")
+
+
+def split(queries: Sequence[Query], shares: Sequence[float], seed: int = 0) -> tuple[tuple[Query, ...], ...]:
+    """Split queries at random so that no pair and no cluster stands on two sides.
+
+    Args:
+        queries: What to split; order is kept within the parts.
+        shares: Of each part, e.g. `(0.5, 0.25, 0.25)`; relative to their sum.
+        seed: Of the shuffle.
+
+    Raises:
+        QueryError: A part would be empty.
+    """
+    import numpy as np
+
+    groups = _linked(queries)
+    names = np.array(sorted(set(groups)))
+    order = np.random.default_rng(seed).permutation(len(names))
+    bounds = np.rint(np.cumsum(shares) / np.sum(shares) * len(names)).astype(int)
+    part_of = {str(names[place]): int(np.searchsorted(bounds, rank, side="right")) for rank, place in enumerate(order)}
+    parts = tuple(tuple(q for q, g in zip(queries, groups, strict=True) if part_of[g] == part) for part in range(len(shares)))
+    if not all(parts):
+        raise QueryError(f"{len(names)} independent groups of queries for {len(shares)} parts", "enough for each part", "give more queries")
+    return parts
+
+
+def _linked(queries: Sequence[Query]) -> list[str]:
+    """A name for each query that all queries share which are linked to it by pairs or clusters."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    for query in queries:
+        links = [f"{kind}:{value}" for kind, value in (("pair", query.pair), ("cluster", query.cluster)) if value]
+        for link in links:
+            parent[root(link)] = root(f"id:{query.id}")
+    return [root(f"id:{query.id}") for query in queries]
 
 
 _COLUMNS = tuple(f.name for f in fields(Query))

@@ -1,0 +1,153 @@
+"""What of guardlens works on a model: each capability tried, against raw PyTorch where there is something to compare."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from guardlens import interventions as iv
+from guardlens import presentations
+from guardlens.directions import Directions
+from guardlens.errors import GuardlensError
+from guardlens.model import HookedModel
+from guardlens.queries import text_only
+from guardlens.sites import Site
+
+TEXTS = ("How to fold a paper boat?", "Please explain how to plant a tulip in a pot.")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One capability.
+
+    Attributes:
+        what: Its name.
+        works: Whether it does; None where it does not apply.
+        detail: What was measured, or what went wrong and what to do.
+    """
+
+    what: str
+    works: bool | None
+    detail: str
+
+
+def check(model: HookedModel) -> list[Finding]:
+    """Try everything that guardlens needs of a model. Takes a few forwards and a short generation."""
+    return [_try(name, trial, model) for name, trial in TRIALS.items()]
+
+
+def _try(name: str, trial: Callable[[HookedModel], tuple[bool | None, str]], model: HookedModel) -> Finding:
+    try:
+        return Finding(name, *trial(model))
+    except GuardlensError as error:
+        return Finding(name, False, str(error).replace("\n", " "))
+    except Exception as error:  # a foreign model may fail in any way, and the table must say so
+        return Finding(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _parts(model: HookedModel) -> tuple[bool, str]:
+    cfg = model.cfg
+    return True, f"{cfg.decoder}: {cfg.n_layers} layers, d_model {cfg.d_model}, {len(model.hook_names)} hooks"
+
+
+def _logits(model: HookedModel) -> tuple[bool, str]:
+    batch = model.batch(TEXTS)
+    logits, cache = model.run_with_cache(batch)
+    mine = model.hf.get_output_embeddings()(cache["ln_final.hook_out"])
+    return _near(mine[batch.mask], logits[batch.mask], "the last residual stream through norm and unembed")
+
+
+def _residual(model: HookedModel) -> tuple[bool, str]:
+    batch = model.batch(TEXTS)
+    _, cache = model.run_with_cache(batch)
+    gaps = [cache["resid_pre", i] + cache["attn_out", i] + cache["mlp_out", i] - cache["resid_post", i] for i in range(model.cfg.n_layers)]
+    scale = cache["resid_post", -1][batch.mask].abs().max()
+    worst = max(float(gap[batch.mask].abs().max() / scale) for gap in gaps)
+    return worst < 1e-2, f"resid_pre + attn_out + mlp_out = resid_post up to {worst:.0e} of its size"
+
+
+def _padding(model: HookedModel) -> tuple[bool, str]:
+    site = Site()
+    together = model.run(model.batch(TEXTS), read=[site], logits=None).reads[site]
+    alone = torch.cat([model.run(model.batch(text), read=[site], logits=None).reads[site] for text in TEXTS], dim=1)
+    return _near(together, alone, "states alone and in a padded batch")
+
+
+def _edit(model: HookedModel) -> tuple[bool, str]:
+    batch, layer = model.batch(TEXTS), model.cfg.n_layers // 2
+    push = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0)).to(model.hf.device)
+
+    def raw(module: torch.nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
+        out = out.clone()
+        out[:, -1] += push.to(out.dtype)
+        return out
+
+    handle = model.hf.get_submodule(f"{model.cfg.decoder}.layers.{layer}").register_forward_hook(raw)
+    try:
+        with torch.no_grad():
+            expected = model.hf(**batch.inputs, use_cache=False).logits[:, -1]
+    finally:
+        handle.remove()
+    plan = iv.custom(lambda states, context: states + push.to(states.dtype)).at(layers=[layer])
+    mine = model.run(batch, plan).logits
+    assert mine is not None
+    return _near(mine[0], expected, f"an edit at layer {layer} against a PyTorch hook")
+
+
+def _generate(model: HookedModel) -> tuple[bool, str]:
+    steps: list[int] = []
+
+    def note(states: torch.Tensor, context: iv.Context) -> torch.Tensor:
+        steps.append(context.step)
+        return states
+
+    model.generate(list(TEXTS), intervention=iv.custom(note).at(layers=[0]).during("always"), max_new_tokens=4)
+    return steps == list(range(len(steps))) and len(steps) > 0, f"an edit reached the prefill and {len(steps) - 1} decode steps"
+
+
+def _image(model: HookedModel) -> tuple[bool | None, str]:
+    if not model.sees_images:
+        return None, "a text-only model"
+    batch = model.batch(TEXTS, presentations.blank("grey", model.cfg.image_size or 336))
+    tokens = batch.image.sum(1).tolist()
+    model.run(batch, read=[Site(positions="image")])
+    return min(tokens) > 0, f"{tokens[0]} image tokens"
+
+
+def _twin(model: HookedModel) -> tuple[bool | None, str]:
+    if not model.sees_images:
+        return None, "a text-only model is its own twin"
+    width, image = model.cfg.d_model, presentations.blank("grey", model.cfg.image_size or 336)
+    basis = torch.nn.functional.normalize(torch.ones(1, 1, width), dim=-1)
+    zero = torch.zeros(1, width)
+    directions = Directions(basis, None, zero, zero, torch.zeros(1, 0), "check")
+    plan = iv.patch(directions, iv.text_twin).at(layers=[0])
+    edited = model.run(model.batch(TEXTS, image), plan, read=[Site(layers=(0,))]).reads[Site(layers=(0,))]
+    text = model.run(model.batch(TEXTS, text_only), read=[Site(layers=(0,))]).reads[Site(layers=(0,))]
+    at = basis[0].to(edited)
+    return _near(edited @ at.T, text @ at.T, "the VLM's component after a patch, and its text twin's")
+
+
+def _positions(model: HookedModel) -> tuple[bool, str]:
+    chosen = model.batch(TEXTS).select("instruction").sum(1).tolist()
+    tail = model.batch(TEXTS).select("post_instruction").sum(1).tolist()
+    return tail[0] == tail[1], f"instruction {chosen[0]} and {chosen[1]} tokens, template tail {tail[0]}"
+
+
+def _near(mine: torch.Tensor, expected: torch.Tensor, what: str) -> tuple[bool, str]:
+    difference = float((mine - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+    return difference <= tolerance, f"{what}: differ by {difference:.0e} of the largest"
+
+
+TRIALS: dict[str, Callable[[HookedModel], tuple[bool | None, str]]] = {
+    "parts found": _parts,
+    "logits reproduced": _logits,
+    "residual stream adds up": _residual,
+    "batches and padding": _padding,
+    "instruction positions": _positions,
+    "edits": _edit,
+    "generation under edits": _generate,
+    "images": _image,
+    "text twin": _twin,
+}

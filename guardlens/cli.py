@@ -1,0 +1,71 @@
+"""The command line: `guardlens demo` and `guardlens check MODEL`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from guardlens.errors import GuardlensError
+
+application = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+
+@application.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the report, figures and tables go.")] = Path("out/demo"),
+    model: Annotated[str | None, typer.Option(help="A hub id or a local directory; the embedded organism if left out.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL or CSV with text, label, pair (and images); needed with --model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, with --model.")] = 64,
+) -> None:
+    """See where safety is lost and what brings it back: separability, a sweep, and defences with intervals, in one report."""
+    from rich.console import Console
+
+    from guardlens import demo as work
+    from guardlens.tables import rich_table
+
+    if (model is None) != (data is None):
+        raise typer.BadParameter("--model and --data go together; leave both out for the organism")
+    subject = work.organism_subject() if model is None or data is None else work.own_subject(model, data, max_new_tokens)
+    console = Console()
+    console.print(f"guardlens demo on {subject.model!r}", highlight=False)
+    summary = work.run(subject, out)
+    console.print(rich_table("Defences on the test split (95 % intervals)", work.readable_arms(summary["arms"]).drop(columns=["n", "gate"])))
+    for sentence in work.lead(summary):
+        console.print(sentence, highlight=False)
+    console.print(f"\nReport: {out / 'report.html'}   Everything in numbers: {out / 'summary.json'}", highlight=False)
+
+
+@application.command()
+def check(
+    model: Annotated[str, typer.Argument(help="'organism', a hub id, or a local directory.")],
+    dtype: Annotated[str, typer.Option(help="As in transformers.")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="As in transformers, e.g. auto.")] = None,
+) -> None:
+    """Say what of guardlens works on a model, in a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from guardlens.check import check as try_everything
+    from guardlens.model import load
+
+    loaded = load(model, dtype=dtype, device_map=device_map)
+    findings = try_everything(loaded)
+    table = Table("", "what", "detail", title=repr(loaded), title_justify="left")
+    signs: dict[Any, str] = {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}
+    for finding in findings:
+        table.add_row(signs[finding.works], finding.what, finding.detail)
+    Console().print(table)
+    if any(finding.works is False for finding in findings):
+        raise typer.Exit(1)
+
+
+def app() -> None:
+    """Run the command line; our own errors are printed as sentences, without a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        application()
+    except GuardlensError as error:
+        sys.exit(f"guardlens: {error}")
