@@ -1,8 +1,9 @@
 """`evaluate`: defences x presentations over labelled queries, judged answers, rates with intervals; resumable."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,9 +36,10 @@ RATES = {
 
 @dataclass(frozen=True)
 class _Work:
-    """Some queries under one defence and one presentation."""
+    """Some queries under one draw of a defence and one presentation."""
 
     defence: str
+    draw: int
     presentation: Presentation
     queries: tuple[Query, ...]
 
@@ -48,7 +50,7 @@ class _Work:
 class Evaluation(Table):
     """One row per defence, presentation and query: the verdict on the answer, and whether the gates opened.
 
-    Columns: defence, presentation, query, label, cluster, verdict, gate (share of the plan's gates that opened, nan without any), answer.
+    Columns: defence, draw (where an arm has several, e.g. placebos), presentation, query, label, cluster, verdict, gate (share of the plan's gates that opened, nan without any), answer.
 
     A presentation is known by its name. ASR is the share of harmful queries that were *answered*; `non_refusal` counts everything but a
     refusal. Intervals are Wilson's, or resample clusters where the queries come in clusters.
@@ -57,7 +59,7 @@ class Evaluation(Table):
     kind: ClassVar[str] = "evaluation"
 
     def outcomes(self, rate: str, defence: str, *presentations: str) -> "tuple[np.ndarray, np.ndarray]":
-        """Outcome and cluster of each query, presentation after presentation, in one order for all defences.
+        """Outcome and cluster of each query, draw after draw, presentation after presentation, in one order for all defences.
 
         Raises:
             MismatchError: There are none.
@@ -67,7 +69,7 @@ class Evaluation(Table):
         frame = frame[(frame["label"] == label) & (frame["defence"] == defence) & frame["presentation"].isin(presentations)]
         if frame.empty:
             raise MismatchError(f"no rows of {defence!r} with {presentations}", "an arm that was evaluated", "see .arms()")
-        frame = frame.sort_values(["presentation", "query"])
+        frame = frame.sort_values(["draw", "presentation", "query"])
         return ((frame["verdict"] == verdict) == counts).to_numpy(dtype=bool), frame["cluster"].to_numpy()
 
     def rate(self, rate: str, defence: str, *presentations: str) -> Interval:
@@ -77,13 +79,12 @@ class Evaluation(Table):
     def gap_closed(self, defence: str, *presentations: str) -> Interval:
         """(ASR undefended - ASR defended) / (ASR undefended - ASR text alone): 1 restores the level of text; nan without a gap.
 
-        Several presentations are taken together, each query's images in one cluster.
+        Several presentations and draws are taken together, all rows of a query in one cluster.
         """
-        text, clusters = self.outcomes("asr", "none", TEXT)
+        text, _ = self.outcomes("asr", "none", TEXT)
         image, _ = self.outcomes("asr", "none", *presentations)
-        defended, _ = self.outcomes("asr", defence, *presentations)
-        times = len(image) // len(text)
-        return gap_closed(np.tile(text, times), image, defended, np.tile(clusters, times))
+        defended, clusters = self.outcomes("asr", defence, *presentations)
+        return gap_closed(_tiled(text, len(defended)), _tiled(image, len(defended)), defended, clusters)
 
     def mcnemar(self, first: str, second: str, *presentations: str, rate: str = "asr") -> McNemar:
         """Exact paired test of two defences on the same queries."""
@@ -91,6 +92,10 @@ class Evaluation(Table):
 
     def arms(self) -> "list[dict[str, Any]]":
         """One dictionary per defence and presentation: every rate with its bounds, the gap closed, and how often the gates opened."""
+        return self._arms
+
+    @cached_property
+    def _arms(self) -> list[dict[str, Any]]:
         pairs = dict.fromkeys(zip(self.columns["defence"], self.columns["presentation"], strict=True))
         return [self._arm(str(defence), str(presentation)) for defence, presentation in pairs]
 
@@ -134,7 +139,7 @@ class Evaluation(Table):
 
 def evaluate(
     model: HookedModel,
-    defences: Mapping[str, Defence],
+    defences: Mapping[str, Defence | Sequence[Defence]],
     queries: Queries,
     presentations: Sequence[Presentation],
     *,
@@ -148,7 +153,8 @@ def evaluate(
 
     Args:
         model: The model.
-        defences: By the names that the table will have; include `"none"` to know the gap.
+        defences: By the names that the table will have; include `"none"` to know the gap. Several defences under one name are draws of
+            one arm (placebos of several seeds), and are taken together.
         queries: Labelled, both classes; their `cluster` says which stand or fall together.
         presentations: Include `text_only` to know the gap.
         judge: Gives a verdict on each answer.
@@ -164,21 +170,23 @@ def evaluate(
     items = as_queries(queries)
     require_labels(items)
     _require_presentable(items, presentations)
-    directory = RunDirectory(out, _configuration(model, defences, items, presentations, judge, max_new_tokens)) if out else None
+    drawn = {name: (each,) if isinstance(each, Defence) else tuple(each) for name, each in defences.items()}
+    directory = RunDirectory(out, _configuration(model, drawn, items, presentations, judge, max_new_tokens)) if out else None
     records = directory.records() if directory else []
-    done = {(record["defence"], record["presentation"], record["query"]) for record in records}
+    done = {(record["defence"], record["draw"], record["presentation"], record["query"]) for record in records}
     work = [
-        _Work(name, presentation, part)
+        _Work(name, draw, presentation, part)
         for presentation in presentations
-        for name in defences
-        for part in _parts([q for q in items if (name, presentation.name, q.id) not in done], batch_size)
+        for name, draws in drawn.items()
+        for draw in range(len(draws))
+        for part in _parts([q for q in items if (name, draw, presentation.name, q.id) not in done], batch_size)
     ]
     for part in track(work, sum(map(len, work)), "evaluate", progress):
-        fresh = _answer(model, defences[part.defence], part, judge, max_new_tokens)
+        fresh = _answer(model, drawn[part.defence][part.draw], part, judge, max_new_tokens)
         records += fresh
         if directory:
             directory.append(fresh)
-    facts = {"judge": judge.name, "max_new_tokens": max_new_tokens, "plans": {name: repr(d.intervention) for name, d in defences.items()}}
+    facts = {"judge": judge.name, "max_new_tokens": max_new_tokens, "plans": {name: repr(draws[0].intervention) for name, draws in drawn.items()}}
     return Evaluation.from_rows(_ordered(records, defences, presentations, items), facts=facts, provenance=model.provenance)
 
 
@@ -190,6 +198,7 @@ def _answer(model: HookedModel, defence: Defence, work: _Work, judge: Judge, new
     return [
         {
             "defence": work.defence,
+            "draw": work.draw,
             "presentation": work.presentation.name,
             "query": query.id,
             "label": query.label,
@@ -217,7 +226,7 @@ def _require_presentable(queries: Sequence[Query], presentations: Sequence[Prese
 
 def _configuration(
     model: HookedModel,
-    defences: Mapping[str, Defence],
+    defences: Mapping[str, tuple[Defence, ...]],
     queries: Sequence[Query],
     presentations: Sequence[Presentation],
     judge: Judge,
@@ -226,7 +235,7 @@ def _configuration(
     asked = hashlib.sha256(repr([(q.id, q.text, q.label, q.cluster) for q in queries]).encode()).hexdigest()[:12]
     return {
         "model": model.id,
-        "defences": {name: [defence.fingerprint(p) for p in presentations] for name, defence in defences.items()},
+        "defences": {name: [d.fingerprint(p) for d in draws for p in presentations] for name, draws in defences.items()},
         "presentations": [repr(presentation) for presentation in presentations],
         "queries": asked,
         "judge": repr(judge),
@@ -235,9 +244,13 @@ def _configuration(
 
 
 def _ordered(
-    records: list[dict[str, Any]], defences: Mapping[str, Defence], presentations: Sequence[Presentation], queries: Sequence[Query]
+    records: list[dict[str, Any]], defences: Iterable[str], presentations: Sequence[Presentation], queries: Sequence[Query]
 ) -> list[dict[str, Any]]:
     """In the order of the call, so that a resumed run gives the same table."""
-    places = [{name: i for i, name in enumerate(names)} for names in (defences, [p.name for p in presentations], [q.id for q in queries])]
-    keys = ("defence", "presentation", "query")
-    return sorted(records, key=lambda record: tuple(place[record[key]] for place, key in zip(places, keys, strict=True)))
+    orders = {"defence": [*defences], "presentation": [p.name for p in presentations], "query": [q.id for q in queries]}
+    places = {key: {name: place for place, name in enumerate(names)} for key, names in orders.items()}
+    return sorted(records, key=lambda record: (*(places[key][record[key]] for key in ("defence", "presentation", "query")), record["draw"]))
+
+
+def _tiled(outcomes: np.ndarray, length: int) -> np.ndarray:
+    return np.tile(outcomes, length // len(outcomes))

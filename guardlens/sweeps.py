@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -52,6 +53,10 @@ class Sweep(Table):
 
     def summary(self) -> "pd.DataFrame":
         """Mean change of each cell for each label, with a 95 % bootstrap interval over queries; placebo draws taken together."""
+        return self._summary
+
+    @cached_property
+    def _summary(self) -> "pd.DataFrame":
         frame = self.frame.assign(arm=self.frame["arm"].str.split().str[0])
         keys = ["score", "plan", "arm", "layers", "layer", "strength", "label"]
         rows = []

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -46,7 +47,7 @@ class Table:
         names = list(rows[0]) if rows else []
         return cls({name: np.array([row[name] for row in rows]) for name in names}, **more)
 
-    @property
+    @cached_property
     def frame(self) -> "pd.DataFrame":
         """The columns as a pandas data frame."""
         import pandas as pd
