@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from guardlens import defences, directions, errors, interventions, judges, organism, plots, presentations, scores
     from guardlens.activations import ActivationCache, Activations
     from guardlens.collection import collect
+    from guardlens.comparison import compare
     from guardlens.directions import Directions
     from guardlens.evaluation import evaluate
     from guardlens.interventions import gates
     from guardlens.interventions.plan import Intervention
     from guardlens.model import HookedModel, load
     from guardlens.queries import Query, QueryPairs, read_queries
-    from guardlens.comparison import compare
     from guardlens.sites import Site
     from guardlens.sweeps import sweep
     from guardlens.tables import Table
@@ -50,9 +50,31 @@ _NAMES = {
 }
 
 __all__ = [
-    *("ActivationCache", "Activations", "Directions", "HookedModel", "Intervention", "Query", "QueryPairs", "Site", "Table"),
-    *("collect", "compare", "defences", "directions", "errors", "evaluate", "gates", "interventions", "judges", "load", "organism"),
-    *("plots", "presentations", "read_queries", "scores", "sweep"),
+    "ActivationCache",
+    "Activations",
+    "Directions",
+    "HookedModel",
+    "Intervention",
+    "Query",
+    "QueryPairs",
+    "Site",
+    "Table",
+    "collect",
+    "compare",
+    "defences",
+    "directions",
+    "errors",
+    "evaluate",
+    "gates",
+    "interventions",
+    "judges",
+    "load",
+    "organism",
+    "plots",
+    "presentations",
+    "read_queries",
+    "scores",
+    "sweep",
 ]
 
 

@@ -118,7 +118,9 @@ class Activations:
                 sides.setdefault(query.pair, {})[query.label] = index
         whole = [side for side in sides.values() if set(side) == {"harmful", "harmless"}]
         if not whole:
-            raise QueryError(f"{len(self.queries)} queries without a single pair", "harmful queries with harmless twins", "collect QueryPairs")
+            raise QueryError(
+                f"{len(self.queries)} queries without a single pair", "harmful queries with harmless twins", "collect QueryPairs"
+            )
         return torch.tensor([side["harmful"] for side in whole]), torch.tensor([side["harmless"] for side in whole])
 
     def at(self, layer: int) -> Float[Tensor, "query d_model"]:

@@ -131,7 +131,9 @@ def _path(hf: nn.Module, part: nn.Module) -> str:
 
 
 def _missing(hf: nn.Module, what: str, expected: str) -> ModelError:
-    return ModelError(f"{type(hf).__name__} without {what}", expected, "run `guardlens check MODEL`, and add the family to guardlens.architectures")
+    return ModelError(
+        f"{type(hf).__name__} without {what}", expected, "run `guardlens check MODEL`, and add the family to guardlens.architectures"
+    )
 
 
 def fingerprint(hf: nn.Module) -> str:
@@ -139,6 +141,10 @@ def fingerprint(hf: nn.Module) -> str:
     parts = []
     for name, parameter in sorted(hf.named_parameters()):
         flat = parameter.detach().flatten()
-        picked = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)] if flat.device.type != "meta" else flat[:0]
+        picked = (
+            flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
+            if flat.device.type != "meta"
+            else flat[:0]
+        )
         parts += [f"{name}{tuple(parameter.shape)}".encode(), picked.float().cpu().numpy().tobytes()]
     return digest(*parts)

@@ -23,6 +23,7 @@ def demo(
     from rich.console import Console
 
     from guardlens import demo as work
+    from guardlens.findings import in_short, lead
     from guardlens.tables import rich_table
 
     if (model is None) != (data is None):
@@ -31,8 +32,8 @@ def demo(
     console = Console()
     console.print(f"guardlens demo on {subject.model!r}", highlight=False)
     summary = work.run(subject, out)
-    console.print(rich_table("Defences on the test split (95 % intervals)", work.readable_arms(summary["arms"]).drop(columns=["n", "gate"])))
-    for sentence in work.lead(summary):
+    console.print(rich_table("Defences on the test split, blank images taken together (95 % intervals)", in_short(summary)))
+    for sentence in lead(summary):
         console.print(sentence, highlight=False)
     console.print(f"\nReport: {out / 'report.html'}   Everything in numbers: {out / 'summary.json'}", highlight=False)
 

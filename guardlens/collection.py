@@ -3,6 +3,7 @@
 import torch
 
 from guardlens.activations import Activations
+from guardlens.interventions.plan import Intervention, nothing
 from guardlens.model import HookedModel, Queries
 from guardlens.progress import track
 from guardlens.queries import Presentation, as_queries, text_only
@@ -13,6 +14,7 @@ def collect(
     model: HookedModel,
     queries: Queries,
     presentation: Presentation = text_only,
+    intervention: Intervention = nothing,
     *,
     site: Site = Site(),  # noqa: B008  (frozen)
     batch_size: int = 32,
@@ -24,6 +26,7 @@ def collect(
         model: The model.
         queries: Queries, or pairs of them (the harmful ones come first then).
         presentation: How they are shown. `text_only` is what the LLM sees.
+        intervention: What to change in the run; states are read after all edits.
         site: Hook, layers and positions; by default the residual stream after every block at the prompt's last token.
         batch_size: Queries per forward.
         progress: Show a bar.
@@ -41,7 +44,7 @@ def collect(
     items = as_queries(queries)
     parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     states = [
-        model.run(model.batch(part, presentation), read=[site], logits=None).reads[site][0].float().cpu()
+        model.run(model.batch(part, presentation), intervention, read=[site], logits=None).reads[site][0].float().cpu()
         for part in track(parts, len(items), f"collect, {presentation.name}", progress)
     ]
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))

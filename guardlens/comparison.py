@@ -1,7 +1,7 @@
 """`compare`: how separable harmful and harmless are in the LLM and in the VLM, layer by layer, with paired intervals."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -13,10 +13,7 @@ from guardlens.errors import MismatchError
 from guardlens.intervals import Interval, percentile, resample_counts
 from guardlens.queries import Query, require_labels
 from guardlens.storage import require_same_model
-from guardlens.tables import Table
-
-if TYPE_CHECKING:
-    import pandas as pd
+from guardlens.tables import Frame, Table
 
 Measured = tuple[float, Float[np.ndarray, "draw"]]
 """A value, and the value in each resample."""
@@ -38,7 +35,7 @@ class Comparison(Table):
 
     kind: ClassVar[str] = "comparison"
 
-    def summary(self) -> "pd.DataFrame":
+    def summary(self) -> Frame:
         """Metrics and runs as columns, a row per layer."""
         return self.frame.pivot_table(index="layer", columns=["metric", "run"], values="value", sort=False)
 
@@ -165,5 +162,7 @@ def _require_comparable(llm: Activations, run: Activations, directions: Directio
     ):
         if here != there:
             raise MismatchError(
-                f"other {what} in the run {run.presentation!r}", f"the same {what} as in the LLM's run and the directions", "collect both alike"
+                f"other {what} in the run {run.presentation!r}",
+                f"the same {what} as in the LLM's run and the directions",
+                "collect both alike",
             )

@@ -90,7 +90,9 @@ class Directions:
             MismatchError: Another model or another width.
         """
         if activations.d_model != self.d_model:
-            raise MismatchError(f"states of width {activations.d_model}", f"width {self.d_model}, the directions' own", "use one model for both")
+            raise MismatchError(
+                f"states of width {activations.d_model}", f"width {self.d_model}, the directions' own", "use one model for both"
+            )
         vectors = torch.stack([self.at(layer) for layer in activations.layers])
         return torch.einsum("qld,lrd->qlr", activations.states.to(vectors), vectors)
 
@@ -121,7 +123,7 @@ class Directions:
         layers = None if header["layers"] is None else tuple(header["layers"])
         return cls(**tensors, layers=layers, method=header["method"], hook=header["hook"], provenance=Provenance(**header["provenance"]))
 
-    def plot(self, axes=None):  # noqa: ANN001, ANN201
+    def plot(self, axes=None):
         """The spectrum of each layer (see `guardlens.plots.spectrum`)."""
         import pandas as pd
 

@@ -1,14 +1,14 @@
 """Every error that guardlens raises on purpose: what was found, what was expected, and what to do next.
 
-    GuardlensError
-    ├── QueryError           a query, a label, a pair or a file of them
-    │   └── PresentationError    a query that cannot be shown in the way asked for
-    ├── SiteError            a hook name, a layer or a set of positions that the model does not have
-    ├── PlanError            an intervention that contradicts itself
-    ├── MismatchError        two things that do not belong together (another model, width or configuration)
-    ├── NumericsError        NaN or infinity, too few samples, a rank that is not there
-    ├── ModelError           a model in which guardlens cannot find what it needs
-    └── StorageError         a file or a results directory that cannot be read or may not be written
+GuardlensError
+├── QueryError           a query, a label, a pair or a file of them
+│   └── PresentationError    a query that cannot be shown in the way asked for
+├── SiteError            a hook name, a layer or a set of positions that the model does not have
+├── PlanError            an intervention that contradicts itself
+├── MismatchError        two things that do not belong together (another model, width or configuration)
+├── NumericsError        NaN or infinity, too few samples, a rank that is not there
+├── ModelError           a model in which guardlens cannot find what it needs
+└── StorageError         a file or a results directory that cannot be read or may not be written
 """
 
 

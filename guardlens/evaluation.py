@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,10 +17,7 @@ from guardlens.model import HookedModel, Queries
 from guardlens.progress import track
 from guardlens.queries import Presentation, Query, as_queries, require_labels
 from guardlens.storage import RunDirectory
-from guardlens.tables import Table
-
-if TYPE_CHECKING:
-    import pandas as pd
+from guardlens.tables import Frame, Table
 
 TEXT = "text"
 """The presentation that the gap is measured from."""
@@ -50,7 +47,8 @@ class _Work:
 class Evaluation(Table):
     """One row per defence, presentation and query: the verdict on the answer, and whether the gates opened.
 
-    Columns: defence, draw (where an arm has several, e.g. placebos), presentation, query, label, cluster, verdict, gate (share of the plan's gates that opened, nan without any), answer.
+    Columns: defence, draw (where an arm has several, e.g. placebos), presentation, query, label, cluster, verdict, gate (share of the
+    plan's gates that opened, nan without any), answer.
 
     A presentation is known by its name. ASR is the share of harmful queries that were *answered*; `non_refusal` counts everything but a
     refusal. Intervals are Wilson's, or resample clusters where the queries come in clusters.
@@ -116,7 +114,7 @@ class Evaluation(Table):
         opened = here.groupby("label")["gate"].mean()
         return arm | {"gate_tpr": float(opened["harmful"]), "gate_fpr": float(opened["harmless"])}
 
-    def summary(self) -> "pd.DataFrame":
+    def summary(self) -> Frame:
         """`arms()` as a data frame."""
         import pandas as pd
 
@@ -186,7 +184,11 @@ def evaluate(
         records += fresh
         if directory:
             directory.append(fresh)
-    facts = {"judge": judge.name, "max_new_tokens": max_new_tokens, "plans": {name: repr(draws[0].intervention) for name, draws in drawn.items()}}
+    facts = {
+        "judge": judge.name,
+        "max_new_tokens": max_new_tokens,
+        "plans": {name: repr(draws[0].intervention) for name, draws in drawn.items()},
+    }
     return Evaluation.from_rows(_ordered(records, defences, presentations, items), facts=facts, provenance=model.provenance)
 
 

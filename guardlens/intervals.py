@@ -168,7 +168,7 @@ def gap_closed(
         return undefined
     closed = _divided(draws[:, 1] - draws[:, 2], draws[:, 1] - draws[:, 0])
     found = percentile((image.mean() - defended.mean()) / gap.value, closed, len(text), level)
-    if found.low < found.high:
+    if found.low < found.high or np.array_equal(image, defended):
         return found
     rate = proportion(defended, clusters, level)
     return Interval(found.value, (image.mean() - rate.high) / gap.value, (image.mean() - rate.low) / gap.value, len(text), level)

@@ -154,7 +154,7 @@ class HookedModel:
             self._check_sites(plan, read)
         lanes = [plan.to(self.hf.device) for plan in lanes]
         held = self._held(batch, lanes)
-        layout = Layout.tile(*batch.mask.shape, len(lanes), batch.mask.device)
+        layout = Layout.tile(len(batch.queries), batch.mask.shape[1], len(lanes), batch.mask.device)
         taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, held)
         raw = self._execute(layout.spread(batch.inputs), taps, logits, new_tokens, batch.padded_right)
         reads = {site: torch.stack([record.reads[site, p] for p in site.points(self.cfg.n_layers)], dim=2) for site in read}
@@ -274,7 +274,7 @@ class HookedModel:
             # A bounded iteration over decode steps may end early, at the end-of-sequence token.
             warnings.filterwarnings("ignore", message=r".*was never reached: the loop asked for a step")
             with torch.no_grad(), self._wrapped.trace(fn=boxed, **inputs) as tracer:
-                for step in tracer.iter[: new_tokens if later else 1]:
+                for step in tracer.iter[: new_tokens if later else 1]:  # type: ignore[attr-defined]
                     for tap, envoy, side in every if step == 0 else later:
                         whole = getattr(envoy, side)
                         value = whole[0] if isinstance(whole, tuple) else whole
@@ -322,7 +322,9 @@ class HookedModel:
                     "load a vision-language model to show images",
                 )
             if isinstance(token, str) and token in prompt.text:
-                raise QueryError(f"the image token {token!r} in the text of query {query.id!r}", "plain text", "remove it; images are added")
+                raise QueryError(
+                    f"the image token {token!r} in the text of query {query.id!r}", "plain text", "remove it; images are added"
+                )
 
     @cached_property
     def _takes_positions(self) -> bool:

@@ -110,4 +110,6 @@ def _opened(image: object, query: Query) -> Image.Image:
         with Image.open(str(image)) as opened:
             return opened.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise PresentationError(f"the image {image!s} of query {query.id!r} ({error})", "a file that Pillow opens", "check its path") from None
+        raise PresentationError(
+            f"the image {image!s} of query {query.id!r} ({error})", "a file that Pillow opens", "check its path"
+        ) from None

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -53,7 +54,7 @@ class Query:
 
 @dataclass(frozen=True)
 class QueryPairs:
-    """Harmful queries, each with its harmless twin in the same place. Twins that share no `pair` name get one.
+    """Harmful queries, each with its harmless twin in the same place. Twins that share no `pair` name of their own get one.
 
     Raises:
         QueryError: Nothing in it, unequal lengths, or a label on the wrong side.
@@ -74,10 +75,11 @@ class QueryPairs:
             if wrong is not None:
                 raise QueryError(f"query {wrong.id!r} with the label {wrong.label!r} on the {label} side", f"only {label} ones", "swap it")
 
-        if any(not harmful.pair or harmful.pair != harmless.pair for harmful, harmless in self):
+        named = {harmful.pair for harmful, harmless in self if harmful.pair == harmless.pair and harmful.pair}
+        if len(named) < len(self):
             for label in LABELS:
-                named = tuple(replace(query, pair=f"pair {number}") for number, query in enumerate(getattr(self, label)))
-                object.__setattr__(self, label, named)
+                numbered = tuple(replace(query, pair=f"pair {number}") for number, query in enumerate(getattr(self, label)))
+                object.__setattr__(self, label, numbered)
 
     @classmethod
     def from_queries(cls, queries: Iterable[Query]) -> "QueryPairs":
@@ -89,10 +91,14 @@ class QueryPairs:
         sides: dict[str, dict[str | None, Query]] = {}
         for query in queries:
             if query.pair and sides.setdefault(query.pair, {}).setdefault(query.label, query) is not query:
-                raise QueryError(f"two {query.label} queries in pair {query.pair!r}", "one harmful and one harmless", "name the pairs apart")
+                raise QueryError(
+                    f"two {query.label} queries in pair {query.pair!r}", "one harmful and one harmless", "name the pairs apart"
+                )
         lame = next((name for name, side in sides.items() if set(side) != set(LABELS)), None)
         if lame is not None:
-            raise QueryError(f"pair {lame!r} with {sorted(map(str, sides[lame]))}", "one harmful and one harmless query", "complete or drop it")
+            raise QueryError(
+                f"pair {lame!r} with {sorted(map(str, sides[lame]))}", "one harmful and one harmless query", "complete or drop it"
+            )
         return cls(tuple(side["harmful"] for side in sides.values()), tuple(side["harmless"] for side in sides.values()))
 
     @property
@@ -234,7 +240,7 @@ def read_queries(path: str | Path) -> tuple[Query, ...]:
 
 
 def _jsonl(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(text.splitlines(), start=1):
+    for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
             try:
                 yield line, json.loads(content)
@@ -243,7 +249,7 @@ def _jsonl(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     for row in reader:
         yield reader.line_num, {key: value for key, value in row.items() if value not in (None, "")}
 
@@ -252,6 +258,7 @@ def _query(row: Any, path: Path, line: int) -> Query:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise _unreadable(path, line, "without a 'text'")
     known = {key: row[key] for key in _COLUMNS if row.get(key) is not None}
+    known.update({key: str(known[key]) for key in ("id", "pair", "cluster", "source") if key in known})
     images = known.pop("images", ())
     names = [images] if isinstance(images, str) else images
     try:

@@ -5,12 +5,9 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from guardlens.storage import write_text
-
-if TYPE_CHECKING:
-    import pandas as pd
+from guardlens.tables import Frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +24,7 @@ class Section:
     title: str
     prose: Sequence[str] = ()
     figures: Sequence[tuple[Path, str]] = ()
-    table: "pd.DataFrame | None" = None
+    table: Frame | None = None
 
 
 _STYLE = """

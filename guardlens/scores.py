@@ -20,7 +20,9 @@ class Score(Protocol):
     @property
     def unit(self) -> str: ...
 
-    def __call__(self, logits: Float[Tensor, "query vocab"], base: Float[Tensor, "query vocab"], tokenizer: Any) -> Float[Tensor, "query"]: ...
+    def __call__(
+        self, logits: Float[Tensor, "query vocab"], base: Float[Tensor, "query vocab"], tokenizer: Any
+    ) -> Float[Tensor, "query"]: ...
 
 
 @dataclass(frozen=True)

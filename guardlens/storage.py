@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from guardlens.errors import MismatchError, StorageError
@@ -92,7 +93,7 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], hea
 
     meta = {"guardlens": json.dumps({"format": FORMAT, "kind": kind, "header": header})}
     with atomic(path) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=meta)
+        save_file({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, partial, metadata=meta)
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,12 +107,14 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("guardlens", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path}, which can't be read ({error})", f"a safetensors file with {kind}", "check the path") from None
     if meta.get("kind") != kind or meta.get("format") != FORMAT:
         raise StorageError(
-            f"{path} with {meta.get('kind', 'no guardlens data')}, format {meta.get('format')}", f"{kind}, format {FORMAT}", "check the path"
+            f"{path} with {meta.get('kind', 'no guardlens data')}, format {meta.get('format')}",
+            f"{kind}, format {FORMAT}",
+            "check the path",
         )
     return tensors, meta["header"]
 

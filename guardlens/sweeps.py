@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,16 +11,13 @@ from torch import Tensor
 
 from guardlens.batches import Batch
 from guardlens.errors import MismatchError, PlanError
-from guardlens.interventions.plan import Intervention, nothing
 from guardlens.intervals import mean_difference
+from guardlens.interventions.plan import Intervention, nothing
 from guardlens.model import HookedModel, Queries
 from guardlens.progress import track
 from guardlens.queries import Presentation, as_queries, text_only
 from guardlens.scores import Score, kl, refusal_logodds
-from guardlens.tables import Table
-
-if TYPE_CHECKING:
-    import pandas as pd
+from guardlens.tables import Frame, Table
 
 ROWS = 256
 """Prompts per forward: lanes times queries."""
@@ -51,12 +48,12 @@ class Sweep(Table):
 
     kind: ClassVar[str] = "sweep"
 
-    def summary(self) -> "pd.DataFrame":
+    def summary(self) -> Frame:
         """Mean change of each cell for each label, with a 95 % bootstrap interval over queries; placebo draws taken together."""
         return self._summary
 
     @cached_property
-    def _summary(self) -> "pd.DataFrame":
+    def _summary(self) -> Frame:
         frame = self.frame.assign(arm=self.frame["arm"].str.split().str[0])
         keys = ["score", "plan", "arm", "layers", "layer", "strength", "label"]
         rows = []
@@ -149,7 +146,9 @@ def sweep(
     named = {"edit": plans} if isinstance(plans, Intervention) else dict(plans)
     bound = next((name for name, plan in named.items() if not plan.free), None)
     if bound is not None:
-        raise PlanError(f"the plan {bound!r}, whose layers are all set", "a step without layers, for the sweep to move", "leave .at(layers=...) out")
+        raise PlanError(
+            f"the plan {bound!r}, whose layers are all set", "a step without layers, for the sweep to move", "leave .at(layers=...) out"
+        )
     wanted = range(model.cfg.n_layers) if layers is None else layers
     groups = [(group,) if isinstance(group, int) else tuple(group) for group in wanted]
     grid = _grid(named, groups, strengths, placebos)

@@ -13,8 +13,10 @@ from guardlens.errors import MismatchError, StorageError
 from guardlens.storage import Provenance, atomic, write_text
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.table import Table as RichTable
+
+Frame = Any
+"""A pandas data frame. pandas types its own selections too loosely to be checked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ class Table:
         return cls({name: np.array([row[name] for row in rows]) for name in names}, **more)
 
     @cached_property
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> Frame:
         """The columns as a pandas data frame."""
         import pandas as pd
 
@@ -75,7 +77,7 @@ class Table:
         """Write `path` as CSV, and the facts and the provenance as JSON beside it."""
         path = Path(path).with_suffix(".csv")
         with atomic(path) as partial:
-            self.frame.to_csv(partial, index=False)
+            self.frame.to_csv(partial, index=False, lineterminator="\r\n")  # so that a lone \r in an answer is quoted, too
         types = {name: str(values.dtype.kind) for name, values in self.columns.items()}
         meta = {"kind": self.kind, "types": types, "facts": dict(self.facts), "provenance": asdict(self.provenance)}
         write_text(path.with_suffix(".json"), json.dumps(meta, indent=1))
@@ -111,13 +113,14 @@ class Table:
 _DTYPES = {"U": object, "O": object, "f": float, "i": int, "b": bool}
 
 
-def rich_table(title: str, frame: "pd.DataFrame") -> "RichTable":
+def rich_table(title: str, frame: Frame) -> "RichTable":
     """A data frame as a table for the terminal."""
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     table = RichTable(title=title, title_justify="left")
     for name in frame.columns:
         table.add_column(str(name), overflow="fold")
     for row in frame.itertuples(index=False):
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(*(Text(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in row))
     return table

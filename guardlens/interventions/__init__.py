@@ -28,8 +28,28 @@ from guardlens.interventions.plan import Intervention, Phase, Step, nothing
 from guardlens.interventions.states import Context, State, own, text_twin
 
 __all__ = [
-    *("Affine", "Context", "Custom", "Edit", "Intervention", "Phase", "RelativeAdd", "State", "Step", "Turned"),
-    *("add", "add_component", "add_relative", "amplify", "custom", "gates", "linear", "nothing", "own", "patch", "project_out", "replace"),
+    "Affine",
+    "Context",
+    "Custom",
+    "Edit",
+    "Intervention",
+    "Phase",
+    "RelativeAdd",
+    "State",
+    "Step",
+    "Turned",
+    "add",
+    "add_component",
+    "add_relative",
+    "amplify",
+    "custom",
+    "gates",
+    "linear",
+    "nothing",
+    "own",
+    "patch",
+    "project_out",
+    "replace",
     "text_twin",
 ]
 

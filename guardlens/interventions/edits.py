@@ -91,9 +91,13 @@ class Affine:
             PlanError: They hold different states.
         """
         if None not in (self.held, after.held) and self.held != after.held:
-            raise PlanError(f"two held states, {self.held} and {after.held}", "at most one in a folded map", "keep them as two steps (a >> b)")
+            raise PlanError(
+                f"two held states, {self.held} and {after.held}", "at most one in a folded map", "keep them as two steps (a >> b)"
+            )
         if self.layers is not None and after.layers is not None and self.layers != after.layers:
-            raise PlanError(f"maps of the layers {self.layers} and {after.layers}", "the same layers", "restrict them with directions[layer]")
+            raise PlanError(
+                f"maps of the layers {self.layers} and {after.layers}", "the same layers", "restrict them with directions[layer]"
+            )
 
         def through(write: Tensor) -> Tensor:
             return write + write @ after.read.transpose(1, 2) @ after.write
@@ -143,8 +147,10 @@ class RelativeAdd:
     requires: tuple[State, ...] = ()
 
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
+        if self.layers is not None and context.layer not in self.layers:
+            raise SiteError(f"{self.label} at layer {context.layer}", f"one of the layers {list(self.layers)}", "collect that layer too")
         h = _precise(states)
-        vector = self.vectors[0 if self.layers is None else self.layers.index(context.layer)]  # type: ignore[arg-type]
+        vector = self.vectors[0 if self.layers is None else self.layers.index(context.layer)]
         return (h + self.alpha * h.norm(dim=-1, keepdim=True) * vector.to(h)).to(states.dtype)
 
     def __repr__(self) -> str:

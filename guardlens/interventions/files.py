@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if "tuple" in value:
         return tuple(_decode(item, tensors) for item in value["tuple"])
     module, _, name = value["type"].partition(":")
-    kind = getattr(importlib.import_module(module), name, None) if module.startswith("guardlens.") else None
+    loadable = module.startswith("guardlens.") and importlib.util.find_spec(module) and not module.endswith("__main__")
+    kind = getattr(importlib.import_module(module), name, None) if loadable else None
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise StorageError(f"the type {value['type']!r} in the file", "a type of guardlens", "save the plan anew with this version")
     return kind(**{name: _decode(field, tensors) for name, field in value["fields"].items()})

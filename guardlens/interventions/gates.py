@@ -1,7 +1,9 @@
 """When to edit: yes or no for each query, decided once from held states, then kept for the decode steps."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,24 +18,31 @@ from guardlens.interventions.states import State, text_twin
 Lookup = Callable[[State], Float[Tensor, "query d_model"]]
 
 
-class Gate:
+class Gate(ABC):
     """Base of all gates. Combine them with `&`, `|` and `~`."""
 
-    requires: tuple[State, ...]
-    model: str
+    @property
+    @abstractmethod
+    def requires(self) -> tuple[State, ...]:
+        """The held states that it will look up."""
 
+    @property
+    @abstractmethod
+    def model(self) -> str:
+        """The model that it was made for; empty for any."""
+
+    @abstractmethod
     def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
         """Which queries it opens for, at the layer of the edit that asks."""
-        raise NotImplementedError
 
     def __and__(self, other: "Gate") -> "Gate":
-        return Both(self, other)
+        return Combined("&", (self, other))
 
     def __or__(self, other: "Gate") -> "Gate":
-        return Either(self, other)
+        return Combined("|", (self, other))
 
     def __invert__(self) -> "Gate":
-        return Not(self)
+        return Combined("~", (self,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +54,15 @@ class Linear(Gate):
     weights: Float[Tensor, "layer d_model"]
     thresholds: Float[Tensor, "layer"]
     state: State = text_twin
-    model: str = ""
+    made_for: str = ""
 
     @property
     def requires(self) -> tuple[State, ...]:
         return (self.state,)
+
+    @property
+    def model(self) -> str:
+        return self.made_for
 
     def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
         layer = layer if self.state.layer is None else self.state.layer
@@ -65,68 +78,26 @@ class Linear(Gate):
 
 
 @dataclass(frozen=True, eq=False)
-class Both(Gate):
-    """Open where both are."""
+class Combined(Gate):
+    """Open where all of its gates are (`&`), where any is (`|`), or where its one gate is not (`~`)."""
 
-    first: Gate
-    second: Gate
-
-    @property
-    def requires(self) -> tuple[State, ...]:
-        return self.first.requires + self.second.requires
-
-    @property
-    def model(self) -> str:
-        return self.first.model or self.second.model
-
-    def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
-        return self.first.decide(held, layer) & self.second.decide(held, layer)
-
-    def __repr__(self) -> str:
-        return f"({self.first!r} & {self.second!r})"
-
-
-@dataclass(frozen=True, eq=False)
-class Either(Gate):
-    """Open where one of them is."""
-
-    first: Gate
-    second: Gate
+    operation: Literal["&", "|", "~"]
+    gates: tuple[Gate, ...]
 
     @property
     def requires(self) -> tuple[State, ...]:
-        return self.first.requires + self.second.requires
+        return tuple(state for gate in self.gates for state in gate.requires)
 
     @property
     def model(self) -> str:
-        return self.first.model or self.second.model
+        return next((gate.model for gate in self.gates if gate.model), "")
 
     def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
-        return self.first.decide(held, layer) | self.second.decide(held, layer)
+        verdicts = torch.stack([gate.decide(held, layer) for gate in self.gates])
+        return ~verdicts[0] if self.operation == "~" else verdicts.all(0) if self.operation == "&" else verdicts.any(0)
 
     def __repr__(self) -> str:
-        return f"({self.first!r} | {self.second!r})"
-
-
-@dataclass(frozen=True, eq=False)
-class Not(Gate):
-    """Open where the other is not."""
-
-    gate: Gate
-
-    @property
-    def requires(self) -> tuple[State, ...]:
-        return self.gate.requires
-
-    @property
-    def model(self) -> str:
-        return self.gate.model
-
-    def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
-        return ~self.gate.decide(held, layer)
-
-    def __repr__(self) -> str:
-        return f"~{self.gate!r}"
+        return f"~{self.gates[0]!r}" if self.operation == "~" else f"({f' {self.operation} '.join(map(repr, self.gates))})"
 
 
 def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoint", state: State = text_twin) -> Linear:
