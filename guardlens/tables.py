@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from guardlens.storage import Provenance, atomic, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+Kind = TypeVar("Kind", bound="Table")
 
 Frame = Any
 """A pandas data frame. pandas types its own selections too loosely to be checked."""
@@ -44,7 +46,7 @@ class Table:
             raise MismatchError(f"columns of the lengths {lengths}", "one length", "give every row every column")
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, Any]], **more: Any) -> Self:
+    def from_rows(cls: type[Kind], rows: Sequence[Mapping[str, Any]], **more: Any) -> Kind:
         """Make a table of dictionaries with the same keys."""
         names = list(rows[0]) if rows else []
         return cls({name: np.array([row[name] for row in rows]) for name in names}, **more)
@@ -59,7 +61,7 @@ class Table:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
-    def where(self, **equal: Any) -> Self:
+    def where(self: Kind, **equal: Any) -> Kind:
         """The rows whose columns have these values.
 
         Raises:
@@ -83,7 +85,7 @@ class Table:
         write_text(path.with_suffix(".json"), json.dumps(meta, indent=1))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[Kind], path: str | Path) -> Kind:
         """Read what `save` wrote.
 
         Raises:
@@ -120,7 +122,7 @@ def rich_table(title: str, frame: Frame) -> "RichTable":
 
     table = RichTable(title=title, title_justify="left")
     for name in frame.columns:
-        table.add_column(str(name), overflow="fold")
+        table.add_column(str(name), no_wrap=not len(table.columns))
     for row in frame.itertuples(index=False):
         table.add_row(*(Text(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in row))
     return table

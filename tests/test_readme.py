@@ -1,0 +1,37 @@
+"""The examples of the README and of the docs' first page do what they say."""
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+
+
+def test_readme_runs_and_its_guard_turns_an_answer_into_a_refusal(capsys):
+    matplotlib.use("agg")
+    space = {}
+    for block in blocks("README.md"):
+        exec(compile(block, "README.md", "exec"), space)
+    said = capsys.readouterr().out.splitlines()[-1]
+    before, after = said.split(" -> ")
+    assert before.startswith("sure : first") and after.startswith("sorry")
+    assert space["effect"].best(1) == (7,)
+    assert space["logits"].shape[:2] == (3, 8)
+    gap = space["gap"].frame.set_index(["metric", "run", "layer"])["value"]
+    assert gap["midpoint_accuracy", "LLM, text", 7] > gap["midpoint_accuracy", "VLM, blank grey", 7] + 0.05
+
+
+def test_the_first_page_shows_the_same_example():
+    assert blocks("docs/index.md") == blocks("README.md")[:1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/design.md", "CONTRIBUTING.md"])
+def test_no_dead_relative_links(page):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
