@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.resources
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from guardlens.batches import Batch, Layout
 from guardlens.errors import ModelError, PlanError, PresentationError, QueryError, SiteError
 from guardlens.interventions import Intervention, nothing
 from guardlens.program import Held, Tap, compile_taps, required_runs
+from guardlens.prompts import instruction_mask, tokenise
 from guardlens.queries import Presentation, Prompt, Query, QueryPairs, as_queries, text_only
 from guardlens.sites import Point, Site, parse
 from guardlens.storage import Provenance, digest
@@ -112,17 +114,14 @@ class HookedModel:
         items = as_queries(queries)
         prompts = [presentation(query) for query in items]
         self._check_prompts(items, prompts, presentation)
-        inputs = self._tokenise(prompts, padding_side)
+        inputs = tokenise(self.processor, prompts, padding_side, self.sees_images)
         mask = inputs["attention_mask"].bool()
-        ids = inputs["input_ids"]
-        image = ids == self.cfg.image_token_id if self.sees_images else torch.zeros_like(mask)
-        if self.sees_images or not self._takes_positions:
-            positions = {}
-        else:
-            positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        image = inputs["input_ids"] == self.cfg.image_token_id if self.sees_images else torch.zeros_like(mask)
+        instruction = instruction_mask(self.processor, prompts, mask, padding_side, self.sees_images)
+        if self._needs_positions:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         device = self.hf.device
-        inputs = {name: value.to(device) for name, value in {**inputs, **positions}.items()}
-        instruction = self._instruction(prompts, mask, padding_side)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         return Batch(items, presentation, inputs, mask.to(device), image.to(device), instruction.to(device))
 
     def run(
@@ -327,64 +326,9 @@ class HookedModel:
                 )
 
     @cached_property
-    def _takes_positions(self) -> bool:
-        import inspect
-
-        return "position_ids" in inspect.signature(self.hf.forward).parameters
-
-    def _tokenise(self, prompts: Sequence[Prompt], padding_side: str) -> dict[str, Tensor]:
-        padding = {"padding": True, "padding_side": padding_side}
-        if not self.sees_images or getattr(self.processor, "chat_template", None) is None:
-            texts = [self._rendered(prompt) for prompt in prompts]
-            images = [image for prompt in prompts for image in prompt.images]
-            extra = {"images": images or None} if self.sees_images else {}
-            special = not self._begins_with_bos(texts[0])
-            return dict(self.processor(text=texts, return_tensors="pt", add_special_tokens=special, **padding, **extra))
-        try:
-            encoded = self.processor.apply_chat_template(
-                [_message(prompt) for prompt in prompts],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs=padding,
-            )
-        except (ValueError, TypeError, IndexError, AttributeError) as error:
-            if any(prompt.images for prompt in prompts):
-                raise
-            raise ModelError(
-                f"{type(self.processor).__name__}, which takes no prompt without an image ({error})",
-                "a model with a text twin: one that also runs on text alone",
-                "use plans without text_twin (amplify, project_out, add), or another model",
-            ) from None
-        return dict(encoded)
-
-    def _rendered(self, prompt: Prompt) -> str:
-        """The prompt as text, each image as its one placeholder."""
-        if getattr(self.processor, "chat_template", None) is None:
-            return "".join(getattr(self.processor, "image_token", "<image>") for _ in prompt.images) + prompt.text
-        message = _message(prompt) if self.sees_images else [{"role": "user", "content": prompt.text}]
-        return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-
-    def _begins_with_bos(self, text: str) -> bool:
-        return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-
-    def _instruction(self, prompts: Sequence[Prompt], mask: Bool[Tensor, "query seq"], padding_side: str) -> Bool[Tensor, "query seq"]:
-        """The tokens of each query's own text: counted from the right, where images (which come first) can't shift them."""
-        chosen = torch.zeros_like(mask)
-        if not self.tokenizer.is_fast:
-            return chosen
-        for row, prompt in enumerate(prompts):
-            text = self._rendered(prompt)
-            start = text.rfind(prompt.text.strip())
-            special = not self._begins_with_bos(text)
-            offsets = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)["offset_mapping"]
-            stop = start + len(prompt.text.strip())
-            inside = [len(offsets) - i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
-            end = mask.shape[1] if padding_side == "left" else int(mask[row].sum())
-            if start >= 0 and inside:
-                chosen[row, end - inside[0] : end - inside[-1] + 1] = True
-        return chosen
+    def _needs_positions(self) -> bool:
+        """Learned positions would count padding; VLMs work theirs out themselves (2-D ones would break M-RoPE)."""
+        return not self.sees_images and "position_ids" in inspect.signature(self.hf.forward).parameters
 
 
 @dataclass(frozen=True)
@@ -415,11 +359,6 @@ class _Hook:
 
     def __call__(self, value: Tensor, step: int) -> Tensor | None:
         return self.fn(value, self.hook)
-
-
-def _message(prompt: Prompt) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in prompt.images]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt.text}]}]
 
 
 def _at_last(logits: Float[Tensor, "lane query seq vocab"], batch: Batch) -> Float[Tensor, "lane query vocab"]:

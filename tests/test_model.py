@@ -424,3 +424,19 @@ def test_importing_guardlens_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     code = "import guardlens.model, beartype"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_generation_that_ends_early_keeps_its_edits_and_warns_of_nothing():
+    """Trap: a bounded iteration over steps that the end-of-sequence token cuts short warns, and warnings are errors here."""
+    organism = gl.load("organism")
+    batch = organism.batch(gl.organism.queries("validation")[:6], GREY)
+    steps = []
+
+    def note(states, context):
+        steps.append(context.step)
+        return states
+
+    plain = organism.run(batch, new_tokens=16).tokens[0]
+    noted = organism.run(batch, iv.custom(note).at(layers=[3]).during("always"), new_tokens=16).tokens[0]
+    assert torch.equal(plain, noted)
+    assert steps == list(range(plain.shape[1])) and plain.shape[1] < 16
