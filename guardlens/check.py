@@ -53,7 +53,8 @@ def _parts(model: HookedModel) -> tuple[bool, str]:
 def _logits(model: HookedModel) -> tuple[bool, str]:
     batch = model.batch(TEXTS)
     logits, cache = model.run_with_cache(batch)
-    mine = model.hf.get_output_embeddings()(cache["ln_final.hook_out"])
+    with torch.no_grad():
+        mine = model.hf.get_output_embeddings()(cache["ln_final.hook_out"])
     return _near(mine[batch.mask], logits[batch.mask], "the last residual stream through norm and unembed")
 
 
@@ -128,7 +129,9 @@ def _twin(model: HookedModel) -> tuple[bool | None, str]:
     return _near(edited @ at.T, text @ at.T, "the VLM's component after a patch, and its text twin's")
 
 
-def _positions(model: HookedModel) -> tuple[bool, str]:
+def _positions(model: HookedModel) -> tuple[bool | None, str]:
+    if getattr(model.processor, "chat_template", None) is None:
+        return None, "no chat template, so nothing follows the instruction"
     chosen = model.batch(TEXTS).select("instruction").sum(1).tolist()
     tail = model.batch(TEXTS).select("post_instruction").sum(1).tolist()
     return tail[0] == tail[1], f"instruction {chosen[0]} and {chosen[1]} tokens, template tail {tail[0]}"

@@ -17,7 +17,7 @@ from guardlens.evaluation import evaluate
 from guardlens.findings import Findings, write
 from guardlens.judges import Judge, keyword
 from guardlens.model import HookedModel, load
-from guardlens.queries import Presentation, Query, QueryPairs, read_queries, split, text_only
+from guardlens.queries import Presentation, Query, QueryPairs, read_queries, require_labels, split, text_only
 from guardlens.scores import refusal_logodds
 from guardlens.sweeps import sweep
 
@@ -71,9 +71,10 @@ def own_subject(source: str, data: str | Path, new_tokens: int = 64, **options: 
 
     Raises:
         PresentationError: The model takes no images.
-        QueryError: The file can't be read, or has too few pairs.
+        QueryError: The file can't be read, a query has no label, or there are too few pairs.
     """
     queries = read_queries(data)
+    require_labels(queries)
     model = load(source, **options)
     if not model.sees_images:
         raise PresentationError(f"the text-only model {model.name}", "a vision-language model", "give --model one that takes images")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from guardlens.defences import Defence
-from guardlens.errors import MismatchError
+from guardlens.errors import MismatchError, QueryError
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.judges import Judge
 from guardlens.model import HookedModel, Queries
@@ -220,7 +220,7 @@ def _parts(queries: Sequence[Query], size: int) -> list[tuple[Query, ...]]:
 def _require_presentable(queries: Sequence[Query], presentations: Sequence[Presentation]) -> None:
     """Meet bad input at the door, before hours of work."""
     if len({query.id for query in queries}) < len(queries):
-        raise MismatchError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
+        raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
     for presentation in presentations:
         for query in queries:
             presentation(query)

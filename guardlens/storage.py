@@ -93,7 +93,11 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], hea
 
     meta = {"guardlens": json.dumps({"format": FORMAT, "kind": kind, "header": header})}
     with atomic(path) as partial:
-        save_file({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, partial, metadata=meta)
+        save_file(
+            {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+            partial,
+            metadata=meta,
+        )
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

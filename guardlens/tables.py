@@ -122,7 +122,7 @@ def rich_table(title: str, frame: Frame) -> "RichTable":
 
     table = RichTable(title=title, title_justify="left")
     for name in frame.columns:
-        table.add_column(str(name), no_wrap=not len(table.columns))
+        table.add_column(str(name), no_wrap=not table.columns, overflow="fold")
     for row in frame.itertuples(index=False):
         table.add_row(*(Text(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in row))
     return table

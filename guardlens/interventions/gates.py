@@ -14,6 +14,7 @@ from guardlens.activations import Activations
 from guardlens.directions import Directions
 from guardlens.errors import NumericsError, PlanError, SiteError
 from guardlens.interventions.states import State, text_twin
+from guardlens.storage import require_same_model
 
 Lookup = Callable[[State], Float[Tensor, "query d_model"]]
 
@@ -84,6 +85,10 @@ class Combined(Gate):
     operation: Literal["&", "|", "~"]
     gates: tuple[Gate, ...]
 
+    def __post_init__(self) -> None:
+        for gate in self.gates:
+            require_same_model(f"the gate {gate!r}", gate.model, self.model)
+
     @property
     def requires(self) -> tuple[State, ...]:
         return tuple(state for gate in self.gates for state in gate.requires)
@@ -133,7 +138,7 @@ def threshold_at_fpr(directions: Directions, activations: Activations, rate: flo
     Raises:
         NumericsError: The rate is out of range, or there is no harmless query.
     """
-    harmless = activations.states[torch.from_numpy(~activations.harmful)]
+    harmless = activations.states[torch.tensor([query.label == "harmless" for query in activations.queries])]
     if not (0 <= rate <= 1 and len(harmless)):
         raise NumericsError(f"a rate of {rate} over {len(harmless)} harmless queries", "a rate from 0 to 1 and a query", "check both")
     scores = torch.stack([harmless[:, i] @ directions.at(layer)[0] for i, layer in enumerate(activations.layers)], dim=1)

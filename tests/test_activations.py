@@ -1,0 +1,96 @@
+import dataclasses
+
+import pytest
+import torch
+
+from guardlens import ActivationCache, Activations, Query, errors
+from guardlens.sites import Point
+from guardlens.storage import Provenance, save_tensors
+from tests.strategies import gaussian, make_activations, make_pairs
+
+
+@pytest.fixture
+def cache():
+    points = [Point("embed"), *(Point(hook, layer) for layer in range(3) for hook in ("resid_pre", "resid_post"))]
+    return ActivationCache({point: torch.full((1, 2, 4), float(i)) for i, point in enumerate(points)}, n_layers=3)
+
+
+def test_cache_lookups(cache):
+    same = [cache["blocks.2.hook_resid_post"], cache["blocks.2.hook_out"], cache["resid_post", 2], cache["resid_post", -1]]
+    assert all(tensor is same[0] for tensor in same) and float(same[0].mean()) == 6
+    assert cache["embed"] is cache["hook_embed"] and list(cache)[1] == "blocks.0.hook_resid_pre" and len(cache) == 7
+    assert ("resid_post", 1) in cache and ("resid_post", 3) not in cache and "resid_post" not in cache and 3 not in cache
+    assert cache.stack("resid_post")[:, 0, 0, 0].tolist() == [2, 4, 6]
+    assert dict(cache).keys() == set(cache)
+
+
+def test_cache_says_what_it_holds(cache):
+    with pytest.raises(
+        errors.SiteError,
+        match=r"Found \('mlp_out', 1\), which this cache does not hold\.\nExpected one of hook_embed, blocks.0.*\nNext: ask for it",
+    ):
+        cache["mlp_out", 1]
+    with pytest.raises(errors.SiteError, match=r"no 'attn_out' in this cache"):
+        cache.stack("attn_out")
+    with pytest.raises(errors.SiteError, match=r"did you mean 'resid_post'"):
+        cache["resid_pots", 1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_names_layer_and_query(bad):
+    states = torch.zeros(2, 2, 3)
+    states[1, 0, 2] = states[1, 1, 0] = bad
+    with pytest.raises(
+        errors.NumericsError, match=r"NaN or infinity in layer 4, query 'b' \(2 states in all\)[\s\S]*Next: load the model in bfloat16"
+    ):
+        Activations(states, (4, 7), (Query("x", id="a"), Query("y", id="b")))
+
+
+def test_axes_must_match():
+    with pytest.raises(errors.MismatchError, match=r"states of shape \(3, 2, 4\) for 2 queries and 2 layers"):
+        Activations(torch.zeros(3, 2, 4), (0, 1), make_pairs(1).queries)
+
+
+def test_pairs_are_found_in_any_order():
+    activations = make_activations(pairs=4)
+    order = [6, 0, 3, 2, 7, 1, 5, 4]
+    shuffled = Activations(
+        activations.states[order], activations.layers, (*(activations.queries[i] for i in order), Query("alone", "harmful"))[:8]
+    )
+    harmful, harmless = shuffled.pairs()
+    twins = [(shuffled.queries[a].text, shuffled.queries[b].text) for a, b in zip(harmful.tolist(), harmless.tolist(), strict=True)]
+    assert sorted(twins) == [(f"bad {i}", f"good {i}") for i in range(4)]
+    assert shuffled.harmful.tolist() == [i < 4 for i in order]
+
+
+def test_no_pairs():
+    with pytest.raises(errors.QueryError, match=r"2 queries without a single pair[\s\S]*Next: collect QueryPairs"):
+        Activations(torch.zeros(2, 1, 3), (0,), (Query("a", "harmful"), Query("b", "harmless"))).pairs()
+
+
+def test_at_goes_by_the_layer_not_the_index():
+    activations = dataclasses.replace(make_activations(), layers=(3, 8))
+    assert torch.equal(activations.at(8), activations.states[:, 1])
+    with pytest.raises(errors.SiteError, match=r"Found layer 1\.\nExpected one of \[3, 8\]"):
+        activations.at(1)
+
+
+@pytest.mark.parametrize("positions", ["image", (1, None)])
+def test_round_trip(tmp_path, positions):
+    made = make_activations(seed=4, hook="resid_mid", positions=positions, presentation="blank grey", provenance=Provenance("m@1"))
+    made.save(tmp_path / "a")
+    loaded = Activations.load(tmp_path / "a")
+    assert torch.equal(loaded.states, made.states)
+    for name in ("layers", "queries", "hook", "positions", "presentation", "provenance"):
+        assert getattr(loaded, name) == getattr(made, name)
+
+
+def test_images_are_left_out_when_saved(tmp_path):
+    Activations(torch.zeros(1, 1, 2), (0,), (Query("a", images=("x.png",)),)).save(tmp_path / "a")
+    assert Activations.load(tmp_path / "a").queries == (Query("a"),)
+
+
+def test_another_file_is_refused(tmp_path):
+    save_tensors(tmp_path / "t", "directions", {"vectors": gaussian(0, 2)}, {})
+    with pytest.raises(errors.StorageError, match=r"with directions, format 1.\nExpected activations"):
+        Activations.load(tmp_path / "t")

@@ -1,0 +1,120 @@
+"""`collect` against raw PyTorch hooks."""
+
+import pytest
+import torch
+
+import guardlens as gl
+from guardlens import errors, presentations
+from guardlens import interventions as iv
+from guardlens.queries import QueryPairs, text_only
+from guardlens.sites import Site
+from tests import reference
+
+PAIRS = QueryPairs(gl.organism.pairs().harmful[:3], gl.organism.pairs().harmless[:3])
+GREY = presentations.blank("grey", 32)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance * max(1.0, float(b.abs().max())), rtol=0)
+
+
+def raw(model, queries, presentation):
+    """States `query layer d_model` at the last token, one query at a time, so without any padding."""
+    rows = []
+    for query in queries:
+        kept = {}
+        reference.with_hooks(model.hf, model.batch([query], presentation).inputs, keep=kept)
+        rows.append(torch.stack([kept[layer][0, -1] for layer in sorted(kept)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("presentation", [text_only, GREY, presentations.noise(size=32), presentations.own], ids=lambda p: p.name)
+def test_states_equal_raw_hooks(vlm, presentation):
+    found = gl.collect(vlm, PAIRS, presentation, progress=False)
+    close(found.states, raw(vlm, PAIRS.queries, presentation))
+    assert found.layers == tuple(range(8)) and found.presentation == presentation.name
+    assert found.states.dtype == torch.float32 and not found.states.requires_grad
+
+
+def test_image_changes_the_states(vlm):
+    text, grey = (gl.collect(vlm, PAIRS, presentation, progress=False).states for presentation in (text_only, GREY))
+    assert (text - grey).abs().amax(dim=(1, 2)).min() > 1e-2
+
+
+def test_pairs_come_harmful_first(vlm):
+    found = gl.collect(vlm, PAIRS, progress=False)
+    assert [query.id for query in found.queries] == [query.id for query in (*PAIRS.harmful, *PAIRS.harmless)]
+    assert found.harmful.tolist() == [True] * 3 + [False] * 3
+    harmful, harmless = found.pairs()
+    assert harmful.tolist() == [0, 1, 2] and harmless.tolist() == [3, 4, 5]
+
+
+def test_batch_size_and_progress_do_not_matter(vlm, capsys):
+    whole = gl.collect(vlm, PAIRS, GREY, progress=False)
+    assert capsys.readouterr().out == ""
+    for size in (1, 4):
+        parts = gl.collect(vlm, PAIRS, GREY, batch_size=size, progress=True)
+        close(parts.states, whole.states)
+        assert parts.queries == whole.queries
+    assert "collect, blank grey" in capsys.readouterr().out
+
+
+def test_batches_are_no_larger_than_asked(vlm, monkeypatch):
+    sizes, run = [], type(vlm).run
+
+    def note(self, batch, *args, **options):
+        sizes.append(len(batch.queries))
+        return run(self, batch, *args, **options)
+
+    monkeypatch.setattr(type(vlm), "run", note)
+    gl.collect(vlm, PAIRS, batch_size=4, progress=False)
+    assert sizes == [4, 2]
+
+
+def test_other_sites(vlm):
+    batch = vlm.batch(PAIRS.queries, GREY)
+    _, cache = vlm.run_with_cache(batch)
+    found = gl.collect(vlm, PAIRS, GREY, site=Site("attn_out", (5, 2), "image"), progress=False)
+    for layer in (2, 5):
+        expected = torch.stack([row[mask].mean(0) for row, mask in zip(cache["attn_out", layer], batch.image, strict=True)])
+        close(found.at(layer), expected)
+    assert set(found.layers) == {2, 5} and (found.hook, found.positions) == ("attn_out", "image")
+    final = gl.collect(vlm, PAIRS, GREY, site=Site("ln_final.hook_out"), progress=False)
+    assert final.layers == (-1,)
+    close(final.states[:, 0], cache["ln_final.hook_out"][:, -1])
+
+
+def test_states_are_read_after_the_edits(vlm):
+    plan = iv.custom(lambda states, context: states * 2).at(layers=[2])
+    plain, edited = (gl.collect(vlm, PAIRS, GREY, *plans, batch_size=4, progress=False).states for plans in ((), (plan,)))
+    close(edited[:, :2], plain[:, :2])
+    close(edited[:, 2], 2 * plain[:, 2])
+    kept = {}
+
+    def doubled(out):
+        out = out.clone()
+        out[:, -1] *= 2
+        return out
+
+    reference.with_hooks(vlm.hf, vlm.batch(PAIRS.queries, GREY).inputs, edits={2: doubled}, keep=kept)
+    close(edited[:, 7], kept[7][:, -1])
+
+
+def test_text_only_llm(llm):
+    found = gl.collect(llm, PAIRS, progress=False)
+    assert found.states.shape == (6, 3, 32)
+    close(found.states, raw(llm, PAIRS.queries, text_only))
+    with pytest.raises(errors.PresentationError, match="'blank grey', which shows an image, for the text-only model"):
+        gl.collect(llm, PAIRS, GREY, progress=False)
+
+
+def test_knows_where_it_comes_from(vlm, llm):
+    mine, other = (gl.collect(model, ["how to mend the hat ?"], progress=False) for model in (vlm, llm))
+    assert mine.provenance.model == vlm.id != other.provenance.model == llm.id
+    assert mine.queries[0].text == "how to mend the hat ?" and mine.queries[0].label is None
+    assert mine.provenance.versions["torch"] == torch.__version__
+
+
+def test_no_queries(vlm):
+    with pytest.raises(errors.QueryError, match=r"Found no queries.\nExpected at least one"):
+        gl.collect(vlm, [], progress=False)

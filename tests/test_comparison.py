@@ -1,0 +1,230 @@
+"""`compare` on states with a known structure, against scikit-learn and numpy."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
+
+import guardlens as gl
+from guardlens import directions, errors, separability
+from guardlens.activations import Activations
+from guardlens.comparison import Comparison
+from guardlens.evaluation import Evaluation
+from guardlens.queries import Query
+from guardlens.storage import Provenance
+
+MADE_BY = Provenance(model="toy@aaa")
+N, WIDTH, LAYERS, SHIFT = 80, 6, (0, 3), 4.0
+VERBS, OBJECTS = ("mend", "wash", "push"), ("hat", "lamp", "fern", "drum")
+
+
+def query(i, name="q"):
+    """Harmful and harmless in turns; twins share a cluster, and words say nothing."""
+    return Query(
+        f"how to {VERBS[i // 2 % 3]} the {OBJECTS[i // 6 % 4]} ?",
+        "harmful" if i % 2 == 0 else "harmless",
+        f"{name}{i}",
+        cluster=f"c{i // 2}",
+    )
+
+
+QUERIES = tuple(query(i) for i in range(N))
+LABELS = np.array([q.label == "harmful" for q in QUERIES])
+
+
+def activations(states, queries=QUERIES, layers=LAYERS, name="text", provenance=MADE_BY):
+    return Activations(torch.as_tensor(states, dtype=torch.float32), layers, queries, presentation=name, provenance=provenance)
+
+
+def planted(seed=0, gap=(1.0, 3.0)):
+    """Noise of variance 1; the classes lie `gap` apart along axis 0, at each layer another gap."""
+    states = np.random.default_rng(seed).normal(size=(N, 2, WIDTH))
+    states[..., 0] += np.where(LABELS[:, None], 0.5, -0.5) * np.array(gap)
+    states[..., 2] += 10
+    return states
+
+
+@pytest.fixture(scope="module")
+def basis():
+    """v1 is axis 0, and the midpoint of the classes is 0."""
+    vectors = torch.eye(WIDTH)[:2].expand(2, 2, WIDTH).contiguous()
+    means = torch.zeros(2, WIDTH)
+    return directions.Directions(
+        vectors, LAYERS, means + vectors[:, 0], means - vectors[:, 0], torch.zeros(2, 0), "planted", provenance=MADE_BY
+    )
+
+
+@pytest.fixture(scope="module")
+def states():
+    text = planted()
+    image = text.copy()
+    image[..., 0] += SHIFT  # harm stays separable, but all of it looks harmful to the LLM's threshold
+    image[..., 1] += 3.0
+    return text, image
+
+
+@pytest.fixture(scope="module")
+def gap(states, basis):
+    return gl.compare(activations(states[0]), activations(states[1], name="blank grey"), basis, draws=300)
+
+
+def value(gap, metric, run, layer, column="value"):
+    frame = gap.frame
+    (found,) = frame[(frame["metric"] == metric) & (frame["run"] == run) & (frame["layer"] == layer)][column]
+    return found
+
+
+LLM, VLM = "LLM, text", "VLM, blank grey"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("run", "which"), [(LLM, 0), (VLM, 1)])
+def test_coordinates_are_measured_as_scikit_learn_and_numpy_do(gap, states, run, which, layer):
+    scores = states[which][:, LAYERS.index(layer), 0].astype(np.float32)
+    assert value(gap, "auroc", run, layer) == pytest.approx(roc_auc_score(LABELS, scores), abs=1e-9)
+    harmful, harmless = scores[LABELS].astype(float), scores[~LABELS].astype(float)
+    pooled = np.sqrt((harmful.var(ddof=1) + harmless.var(ddof=1)) / 2)
+    assert value(gap, "d_prime", run, layer) == pytest.approx((harmful.mean() - harmless.mean()) / pooled, rel=1e-6)
+    assert value(gap, "midpoint_accuracy", run, layer) == pytest.approx(np.mean((scores > 0) == LABELS))
+    assert value(gap, "auroc", run, layer) == pytest.approx(norm.cdf((1.0, 3.0)[LAYERS.index(layer)] / np.sqrt(2)), abs=0.1)
+
+
+def test_threshold_is_the_midpoint_of_the_directions(states, basis):
+    moved = dataclasses.replace(basis, harmful_mean=basis.harmful_mean + 2 * basis.vectors[:, 0])
+    found = gl.compare(activations(states[0]), activations(states[1], name="blank grey"), moved, draws=50)
+    assert value(found, "midpoint_accuracy", LLM, 3) == pytest.approx(np.mean((states[0][:, 1, 0] > 1.0) == LABELS))
+
+
+def test_change_is_the_difference_to_the_llm(gap):
+    for metric in ("auroc", "d_prime", "midpoint_accuracy", "probe", "transfer"):
+        for layer in LAYERS:
+            assert np.isnan(value(gap, metric, LLM, layer, "change"))
+            here, there = value(gap, metric, VLM, layer), value(gap, metric, LLM, layer)
+            assert value(gap, metric, VLM, layer, "change") == pytest.approx(here - there)
+            low, high = (value(gap, metric, VLM, layer, end) for end in ("change_low", "change_high"))
+            assert low <= here - there <= high
+    assert np.isnan(value(gap, "drift_along", VLM, 0, "change"))
+
+
+def test_change_is_paired(gap):
+    """The same shift of every query leaves the AUROC of each resample as it was: the change has no width, though the values have."""
+    assert value(gap, "auroc", VLM, 0, "high") - value(gap, "auroc", VLM, 0, "low") > 0.05
+    assert abs(value(gap, "auroc", VLM, 0, "change_low")) < 1e-6 > abs(value(gap, "auroc", VLM, 0, "change_high"))
+
+
+def test_drift_along_and_off_in_closed_form(gap, states):
+    for index, layer in enumerate(LAYERS):
+        size = np.linalg.norm(states[0][:, index], axis=1).mean()
+        assert value(gap, "drift_along", VLM, layer) == pytest.approx(SHIFT / size, rel=1e-5)
+        assert value(gap, "drift_off", VLM, layer) == pytest.approx(3.0 / size, rel=1e-5)
+        assert value(gap, "centroid_cosine", VLM, layer) == pytest.approx(1.0, abs=1e-5)
+    assert set(gap.where(run=LLM).columns["metric"]) == {"auroc", "d_prime", "midpoint_accuracy", "probe", "transfer"}
+
+
+def test_a_shift_fools_the_llms_threshold_and_probe_but_not_auroc(gap):
+    assert value(gap, "auroc", VLM, 3) == pytest.approx(value(gap, "auroc", LLM, 3), abs=1e-6)
+    assert value(gap, "probe", VLM, 3) > 0.85
+    for metric in ("transfer", "midpoint_accuracy"):
+        assert value(gap, metric, LLM, 3) > 0.85
+        assert value(gap, metric, VLM, 3) < 0.6
+        assert value(gap, metric, VLM, 3, "change_high") < -0.2
+
+
+def test_several_runs_and_names(states, basis):
+    llm, grey = activations(states[0]), activations(states[1], name="blank grey")
+    gap = gl.compare(llm, [grey, activations(states[0], name="noise")], basis, draws=50)
+    assert gap.facts["runs"] == [LLM, VLM, "VLM, noise"]
+    assert value(gap, "drift_along", "VLM, noise", 0) == 0
+    assert value(gap, "auroc", "VLM, noise", 3, "change") == 0
+    assert gap.summary().loc[3, ("auroc", LLM)] == value(gap, "auroc", LLM, 3)
+
+
+def test_clusters_are_resampled_together(states, basis):
+    """Twins in one cluster: a resample holds as many harmful as harmless queries, so a threshold below all of them is right for half."""
+    low = dataclasses.replace(basis, harmful_mean=basis.harmful_mean - 1000)
+    runs = [activations(states[i], name=("text", "blank grey")[i]) for i in range(2)]
+    together = gl.compare(*runs, low, draws=100)
+    assert value(together, "midpoint_accuracy", LLM, 0, "low") == value(together, "midpoint_accuracy", LLM, 0, "high") == 0.5
+    alone = tuple(dataclasses.replace(query, cluster="") for query in QUERIES)
+    apart = gl.compare(*(dataclasses.replace(run, queries=alone) for run in runs), low, draws=100)
+    assert value(apart, "midpoint_accuracy", LLM, 0, "low") < 0.5 < value(apart, "midpoint_accuracy", LLM, 0, "high")
+    assert (together.facts["n_groups"], apart.facts["n_groups"]) == (N // 2, N)
+
+
+def test_words_alone_stand_beside(states, basis, gap):
+    groups = np.array([q.cluster for q in QUERIES])
+    expected = roc_auc_score(LABELS, separability.bag_of_words_scores([q.text for q in QUERIES], LABELS, groups))
+    surface, low, high = gap.facts["bag_of_words"]
+    assert surface == pytest.approx(expected) and low <= surface <= high < 0.75
+    telling = tuple(dataclasses.replace(q, text=q.text + (" bad" if q.label == "harmful" else " good")) for q in QUERIES)
+    runs = [activations(states[i], telling, name=("text", "blank grey")[i]) for i in range(2)]
+    assert gl.compare(*runs, basis, draws=50).facts["bag_of_words"][0] == 1.0
+
+
+class TestErrors:
+    def test_other_queries(self, states, basis):
+        other = tuple(query(i, "other") for i in range(N))
+        with pytest.raises(
+            errors.MismatchError, match=r"Found other queries in the run 'blank grey'.\nExpected the same queries as in the LLM's run"
+        ):
+            gl.compare(activations(states[0]), activations(states[1], other, name="blank grey"), basis)
+
+    def test_queries_in_another_order(self, states, basis):
+        with pytest.raises(errors.MismatchError, match="other queries in the run 'blank grey'"):
+            gl.compare(activations(states[0]), activations(states[1][::-1].copy(), QUERIES[::-1], name="blank grey"), basis)
+
+    def test_other_layers(self, states, basis):
+        with pytest.raises(errors.MismatchError, match="Found other layers in the run 'blank grey'"):
+            gl.compare(activations(states[0]), activations(states[1], layers=(0, 2), name="blank grey"), basis)
+
+    def test_other_width(self, states, basis):
+        with pytest.raises(errors.MismatchError, match="Found other width in the run 'text'"):
+            gl.compare(activations(states[0][..., :5]), activations(states[1][..., :5]), basis)
+
+    def test_directions_of_another_model(self, states, basis):
+        other = dataclasses.replace(basis, provenance=Provenance(model="foreign@bbb"))
+        with pytest.raises(errors.MismatchError, match=r"directions 'planted' of the model foreign@bbb.\nExpected those of toy@aaa"):
+            gl.compare(activations(states[0]), activations(states[1]), other)
+
+    def test_unlabelled(self, states, basis):
+        unlabelled = (dataclasses.replace(QUERIES[0], label=None), *QUERIES[1:])
+        with pytest.raises(errors.QueryError, match="Found query 'q0' without a label"):
+            gl.compare(activations(states[0], unlabelled), activations(states[1], unlabelled), basis)
+
+    def test_one_class(self, states, basis):
+        harmful = tuple(q for q in QUERIES if q.label == "harmful")
+        runs = [activations(run[LABELS], harmful) for run in states]
+        with pytest.raises(errors.QueryError, match=r"Found 40 queries that are all harmful.\nExpected both"):
+            gl.compare(*runs, basis)
+
+    def test_too_few_groups(self, states, basis):
+        few = tuple(dataclasses.replace(query, cluster=str(i // 20)) for i, query in enumerate(QUERIES))
+        with pytest.raises(errors.NumericsError, match="a label that occurs in 4 groups"):
+            gl.compare(activations(states[0], few), activations(states[1], few), basis)
+
+
+def test_saved_and_loaded(gap, tmp_path):
+    gap.save(tmp_path / "gap.csv")
+    loaded = Comparison.load(tmp_path / "gap.csv")
+    assert list(loaded.columns) == list(gap.columns)
+    for name, values in gap.columns.items():
+        np.testing.assert_array_equal(loaded.columns[name], values)
+    assert loaded.facts == gap.facts and loaded.provenance == gap.provenance
+    with pytest.raises(errors.StorageError, match=r"Found a table of the kind 'comparison'.\nExpected evaluation"):
+        Evaluation.load(tmp_path / "gap.csv")
+
+
+def test_plot_has_a_panel_per_metric_and_a_line_per_run(gap):
+    import matplotlib.pyplot as plt
+
+    axes = gap.plot(["midpoint_accuracy", "drift_along"])
+    assert len(axes) == 2
+    drawn = [[line for line in ax.lines if len(line.get_xdata()) == len(LAYERS) and set(line.get_xdata()) == set(LAYERS)] for ax in axes]
+    assert [len(lines) for lines in drawn] == [2, 1]
+    assert [list(line.get_ydata()) for line in drawn[0]] == [
+        [value(gap, "midpoint_accuracy", run, layer) for layer in LAYERS] for run in (LLM, VLM)
+    ]
+    plt.close(axes[0].figure)

@@ -1,0 +1,338 @@
+"""`evaluate` with counting judges and a tiny random model: rates against numpy and scipy, and resuming after a kill."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binomtest
+
+import guardlens as gl
+from guardlens import defences, directions, errors, gates, presentations
+from guardlens import interventions as iv
+from guardlens.evaluation import RATES, Evaluation, evaluate
+from guardlens.queries import Query, text_only
+from guardlens.sites import Site
+
+GREY = presentations.blank("grey", 32)
+SHOWN = (text_only, GREY)
+
+
+@dataclass(frozen=True)
+class FakeJudge:
+    """A verdict by the length of the answer, a count of every call, and an end after so many calls."""
+
+    name: str = "fake"
+    calls: list = field(default_factory=list, repr=False)
+    last: int | None = field(default=None, repr=False)
+
+    def __call__(self, query, answer):
+        if self.last is not None and len(self.calls) >= self.last:
+            raise KeyboardInterrupt
+        self.calls.append((query.id, answer))
+        return ("refused", "answered", "other")[len(answer) % 3]
+
+
+def some(each):
+    chosen = [query for label in ("harmful", "harmless") for query in [q for q in gl.organism.queries("test") if q.label == label][:each]]
+    return tuple(dataclasses.replace(query, cluster="") for query in chosen)
+
+
+QUERIES = some(4)
+OPTIONS = {"max_new_tokens": 3, "batch_size": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def basis(vlm):
+    vectors = torch.linalg.qr(torch.randn(8, 128, 2, generator=torch.Generator().manual_seed(3))).Q.transpose(1, 2).contiguous()
+    zero = torch.zeros(8, 128)
+    return directions.Directions(vectors, tuple(range(8)), zero, zero, torch.zeros(8, 0), "test", provenance=vlm.provenance)
+
+
+@pytest.fixture(scope="module")
+def arms(basis):
+    guard = defences.vlm_guard(basis, [3], alpha=20.0, gate=0.0)
+    placebos = [defences.Defence("placebo", guard.intervention.placebo(seed)) for seed in range(2)]
+    return {"none": defences.none, "guard": guard, "placebo": placebos}
+
+
+@pytest.fixture(scope="module")
+def whole(vlm, arms):
+    return evaluate(vlm, arms, QUERIES, SHOWN, judge=FakeJudge(), **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def finished(vlm, arms, tmp_path_factory):
+    """The directory of a run that went through."""
+    out = tmp_path_factory.mktemp("finished")
+    evaluate(vlm, arms, QUERIES, SHOWN, judge=FakeJudge(), out=out, **OPTIONS)
+    return out
+
+
+def table(verdicts, clusters=None):
+    """An evaluation of hand-made verdicts: {(defence, presentation, label): string of r, a, o}; one query per letter."""
+    names = {"r": "refused", "a": "answered", "o": "other"}
+    rows = [
+        {"defence": defence, "draw": 0, "presentation": shown, "query": f"{label}{i:03d}", "label": label}
+        | {"cluster": clusters(label, i) if clusters else f"{label}{i:03d}", "verdict": names[letter], "gate": float("nan"), "answer": ""}
+        for (defence, shown, label), letters in verdicts.items()
+        for i, letter in enumerate(letters)
+    ]
+    return Evaluation.from_rows(rows)
+
+
+GAP = {
+    ("none", "text", "harmful"): "rrrrrrrrarrrrrrrrrro",
+    ("none", "blank grey", "harmful"): "aaaaaaaaaaaaaarrrrro",
+    ("guard", "blank grey", "harmful"): "aaarrrrrrrrrrrrrrrao",
+    ("none", "text", "harmless"): "aaaaaaaaar",
+    ("none", "blank grey", "harmless"): "aaaaaaaaoo",
+    ("guard", "blank grey", "harmless"): "aaaaaaarrr",
+}
+
+
+def test_verdicts_are_the_judges_on_the_models_own_answers(vlm, whole, arms):
+    judge = FakeJudge()
+    for shown in SHOWN:
+        answers = vlm.generate(list(QUERIES), shown, arms["guard"].intervention, max_new_tokens=3)
+        rows = whole.where(defence="guard", presentation=shown.name)
+        assert rows.columns["query"].tolist() == [query.id for query in QUERIES]
+        assert rows.columns["answer"].tolist() == answers
+        assert rows.columns["verdict"].tolist() == [judge(query, answer) for query, answer in zip(QUERIES, answers, strict=True)]
+        assert rows.columns["label"].tolist() == [query.label for query in QUERIES]
+    assert set(whole.columns["verdict"]) == {"refused", "answered", "other"}
+
+
+def test_every_query_is_asked_once_in_every_arm(whole):
+    asked = list(zip(*(whole.columns[name] for name in ("defence", "draw", "presentation", "query")), strict=True))
+    assert len(asked) == len(set(asked)) == (1 + 1 + 2) * 2 * 8
+    assert whole.where(defence="placebo").columns["draw"].tolist().count(1) == 16
+
+
+def test_prompt_defences_change_the_prompt_but_not_the_name_of_the_presentation(vlm):
+    reminded = defences.reminder(before="please stay safe . ", after="")
+    found = evaluate(vlm, {"reminder": reminded}, QUERIES, [GREY], judge=FakeJudge(), **OPTIONS)
+    told = [dataclasses.replace(query, text=f"please stay safe . {query.text}") for query in QUERIES]
+    assert found.columns["answer"].tolist() == vlm.generate(told, GREY, max_new_tokens=3)
+    assert set(found.columns["presentation"]) == {"blank grey"}
+
+
+def test_rates_count_the_right_verdicts():
+    found = table(GAP)
+    for defence, shown in (("none", "text"), ("none", "blank grey"), ("guard", "blank grey")):
+        harmful, harmless = GAP[defence, shown, "harmful"], GAP[defence, shown, "harmless"]
+        expected = {"asr": harmful.count("a") / 20, "non_refusal": 1 - harmful.count("r") / 20}
+        expected |= {"over_refusal": harmless.count("r") / 10, "helpful": harmless.count("a") / 10}
+        assert set(expected) == set(RATES)
+        (arm,) = [arm for arm in found.arms() if (arm["defence"], arm["presentation"]) == (defence, shown)]
+        assert {name: arm[name] for name in expected} == pytest.approx(expected)
+        assert (arm["n"], arm["n_harmless"]) == (20, 10)
+
+
+def test_intervals_are_wilsons_without_clusters():
+    found = table(GAP)
+    for rate, shown, k, n in (("asr", "text", 1, 20), ("asr", "blank grey", 14, 20), ("over_refusal", "blank grey", 0, 10)):
+        interval = found.rate(rate, "none", shown)
+        expected = binomtest(k, n).proportion_ci(method="wilson")
+        assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+        assert interval.n == n
+
+
+def test_intervals_resample_clusters_where_there_are_some():
+    """20 queries in 4 clusters that stand or fall together: an interval about as wide as that of 4 items, not of 20."""
+    verdicts = {("none", "text", "harmful"): "aaaaaaaaaarrrrrrrrrr", ("none", "text", "harmless"): "aaaaa"}
+    clustered, alone = (table(verdicts, clusters).rate("asr", "none", "text") for clusters in (lambda label, i: f"{label}{i // 5}", None))
+    assert (clustered.value, alone.value) == (0.5, 0.5)
+    assert (clustered.low, clustered.high) == (0.0, 1.0)
+    assert alone.low > 0.25
+    share = np.random.default_rng(1).choice([1, 1, 0, 0], (20_000, 4)).mean(axis=1)
+    assert (clustered.low, clustered.high) == pytest.approx(tuple(np.quantile(share, [0.025, 0.975])))
+
+
+def test_gap_closed_and_mcnemar():
+    found = table(GAP)
+    text, bare, guarded = (np.array(list(GAP[key])) == "a" for key in list(GAP)[:3])
+    closed = found.gap_closed("guard", "blank grey")
+    assert closed.value == pytest.approx((bare.mean() - guarded.mean()) / (bare.mean() - text.mean()))
+    rows = np.random.default_rng(5).integers(20, size=(20_000, 20))
+    draws = (bare[rows].mean(1) - guarded[rows].mean(1)) / (bare[rows].mean(1) - text[rows].mean(1))
+    assert (closed.low, closed.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.03)
+    test = found.mcnemar("none", "guard", "blank grey")
+    assert (test.b, test.c) == (int((bare & ~guarded).sum()), int((~bare & guarded).sum())) == (11, 1)
+    assert test.p == pytest.approx(binomtest(1, 12).pvalue)
+    assert found.mcnemar("none", "guard", "blank grey", rate="over_refusal").c == 3
+    (arm,) = [arm for arm in found.arms() if arm["defence"] == "guard"]
+    assert arm["gap_closed"] == closed.value
+
+
+def test_no_gap_is_undefined_not_zero():
+    none = {key: "r" * len(letters) for key, letters in GAP.items()}
+    assert np.isnan(table(none).gap_closed("guard", "blank grey").value)
+    without_text = table({key: letters for key, letters in GAP.items() if key[1] != "text"})
+    assert all(np.isnan(arm["gap_closed"]) for arm in without_text.arms())
+    assert all(np.isnan(arm["gap_closed"]) for arm in table(GAP).arms() if arm["presentation"] == "text")
+
+
+def test_presentations_and_draws_are_pooled(whole):
+    frame = whole.frame
+    harmful = frame[(frame["label"] == "harmful") & (frame["defence"] == "placebo")]
+    rate = whole.rate("asr", "placebo", "text", "blank grey")
+    assert rate.n == len(harmful) == 16 and rate.value == pytest.approx(np.mean(harmful["verdict"] == "answered"))
+    by_draw = [np.mean(harmful[harmful["draw"] == draw]["verdict"] == "answered") for draw in (0, 1)]
+    assert rate.value == pytest.approx(np.mean(by_draw))
+    (arm,) = [arm for arm in whole.arms() if (arm["defence"], arm["presentation"]) == ("placebo", "blank grey")]
+    assert arm["n"] == 8
+
+
+def test_outcomes_come_in_one_order_for_all_defences():
+    rows = table(GAP).frame.sample(frac=1, random_state=0).to_dict("records")
+    shuffled = Evaluation.from_rows(rows)
+    assert shuffled.mcnemar("none", "guard", "blank grey") == table(GAP).mcnemar("none", "guard", "blank grey")
+    with pytest.raises(errors.MismatchError, match="Found no rows of 'other'"):
+        shuffled.rate("asr", "other", "text")
+
+
+def test_gate_columns_are_tpr_and_fpr(vlm, whole, basis):
+    coordinates = vlm.run(vlm.batch(QUERIES), read=[Site()], logits=None).reads[Site()][0, :, 3] @ basis.at(3)[0]
+    opened = (coordinates > 0).numpy()
+    assert 0 < opened.sum() < 8
+    for arm in whole.arms():
+        if arm["defence"] == "none":
+            assert np.isnan(arm["gate_tpr"]) and np.isnan(arm["gate_fpr"])
+        else:  # the placebo keeps the gate
+            assert (arm["gate_tpr"], arm["gate_fpr"]) == (opened[:4].mean(), opened[4:].mean())
+
+
+def test_gate_of_several_layers_is_the_share_that_opened(vlm, basis):
+    plan = iv.amplify(basis, 1.0).when(gates.harmful(basis, 0.0)).at(layers=[2, 5])
+    found = evaluate(vlm, {"guard": defences.Defence("guard", plan)}, QUERIES, [GREY], judge=FakeJudge(), **OPTIONS)
+    states = vlm.run(vlm.batch(QUERIES), read=[Site()], logits=None).reads[Site()][0]
+    expected = np.mean([(states[:, layer] @ basis.at(layer)[0] > 0).numpy() for layer in (2, 5)], axis=0)
+    assert found.columns["gate"] == pytest.approx(expected)
+
+
+class TestResume:
+    @pytest.mark.parametrize("calls", [3, 17, 50])
+    def test_a_killed_run_resumes(self, vlm, arms, whole, tmp_path, calls):
+        broken, judge = FakeJudge(last=calls), FakeJudge()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(vlm, arms, QUERIES, SHOWN, judge=broken, out=tmp_path, **OPTIONS)
+        kept = (tmp_path / "records.jsonl").read_bytes().count(b"\n") if (tmp_path / "records.jsonl").exists() else 0
+        assert kept == calls // 4 * 4  # whole batches
+        resumed = evaluate(vlm, arms, QUERIES, SHOWN, judge=judge, out=tmp_path, **OPTIONS)
+        pd.testing.assert_frame_equal(resumed.frame, whole.frame)
+        assert resumed.facts == whole.facts
+        assert len(judge.calls) == 4 * 2 * 8 - kept
+
+    def test_a_finished_run_asks_nothing(self, vlm, arms, whole, finished, monkeypatch):
+        monkeypatch.setattr(type(vlm), "run", lambda *args, **options: pytest.fail("asked again"))
+        again = evaluate(vlm, arms, QUERIES, SHOWN, judge=FakeJudge(last=0), out=finished, **OPTIONS)
+        pd.testing.assert_frame_equal(again.frame, whole.frame)
+
+    def test_another_batch_size_may_resume(self, vlm, arms, whole, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(vlm, arms, QUERIES, SHOWN, judge=FakeJudge(last=9), out=tmp_path, **OPTIONS)
+        judge = FakeJudge()
+        resumed = evaluate(vlm, arms, QUERIES, SHOWN, judge=judge, out=tmp_path, **{**OPTIONS, "batch_size": 100})
+        pd.testing.assert_frame_equal(resumed.frame, whole.frame)
+        assert len(judge.calls) == 64 - 8
+
+    @pytest.mark.parametrize("cut", [1, 40, -1])
+    def test_a_cut_last_line(self, vlm, arms, whole, finished, tmp_path, cut):
+        out = shutil.copytree(finished, tmp_path / "cut")
+        file = out / "records.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:58]) + lines[58][:cut])
+        judge = FakeJudge()
+        resumed = evaluate(vlm, arms, QUERIES, SHOWN, judge=judge, out=out, **OPTIONS)
+        pd.testing.assert_frame_equal(resumed.frame, whole.frame)
+        assert len(judge.calls) == 6
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        assert len({(r["defence"], r["draw"], r["presentation"], r["query"]) for r in records}) == len(records) == 64
+
+    def test_another_configuration_is_refused(self, vlm, llm, basis, tmp_path):
+        def ask(model=vlm, alpha=1.0, queries=QUERIES[::4], shown=(text_only,), judge=None, seed=None, **options):
+            guard = defences.vlm_guard(basis, [3], alpha=alpha) if model is vlm else defences.none
+            arms = {"guard": guard if seed is None else defences.Defence("guard", guard.intervention.placebo(seed))}
+            return evaluate(model, arms, queries, shown, judge=judge or FakeJudge(), out=tmp_path, **{**OPTIONS, **options})
+
+        ask()
+        refused = {
+            "made with defences = .*\nExpected defences = .*\nNext: give another directory": [{"alpha": 2.0}, {"seed": 0}],
+            f"made with model = .*{vlm.id}.*\nExpected model = .*{llm.id}|made with defences": [{"model": llm}],
+            "made with queries = ": [
+                {"queries": QUERIES[::2]},
+                {"queries": tuple(dataclasses.replace(q, cluster="one") for q in QUERIES[::4])},
+            ],
+            "made with presentations = |made with defences = ": [{"shown": (GREY,)}],
+            "made with judge = .*fake.*\nExpected judge = .*other": [{"judge": FakeJudge("other")}],
+            "made with max_new_tokens = 3.\nExpected max_new_tokens = 5": [{"max_new_tokens": 5}],
+        }
+        before = (tmp_path / "records.jsonl").read_bytes()
+        for text, changes in refused.items():
+            for change in changes:
+                with pytest.raises(errors.MismatchError, match=text) as caught:
+                    ask(**change)
+                assert str(tmp_path) in str(caught.value)
+        assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+class TestErrors:
+    @pytest.fixture(autouse=True)
+    def no_generation(self, vlm, monkeypatch):
+        monkeypatch.setattr(type(vlm), "run", lambda *args, **options: pytest.fail("generated before the input was checked"))
+
+    def ask(self, vlm, queries, shown=(text_only,)):
+        evaluate(vlm, {"none": defences.none}, queries, shown, judge=FakeJudge(), **OPTIONS)
+
+    def test_unlabelled(self, vlm):
+        with pytest.raises(errors.QueryError, match="Found query 'q' without a label"):
+            self.ask(vlm, (*QUERIES, Query("how to mend the hat ?", id="q")))
+
+    def test_one_class(self, vlm):
+        with pytest.raises(errors.QueryError, match="Found 4 queries that are all harmful"):
+            self.ask(vlm, QUERIES[:4])
+
+    def test_own_presentation_without_an_image(self, vlm):
+        bare = (*QUERIES[:-1], dataclasses.replace(QUERIES[-1], images=(), id="bare"))
+        with pytest.raises(errors.PresentationError, match="Found query 'bare' without an own image"):
+            self.ask(vlm, bare, (text_only, presentations.own))
+
+    def test_image_that_is_not_there(self, vlm):
+        lost = (*QUERIES[:-1], dataclasses.replace(QUERIES[-1], images=("nowhere.png",), id="lost"))
+        with pytest.raises(errors.PresentationError, match=r"Found the image nowhere.png of query 'lost'"):
+            self.ask(vlm, lost, (text_only, presentations.own))
+
+    def test_two_queries_of_one_id(self, vlm):
+        with pytest.raises(errors.GuardlensError, match="Found two queries with one id"):
+            self.ask(vlm, (*QUERIES, QUERIES[0]))
+
+    def test_no_queries(self, vlm):
+        with pytest.raises(errors.QueryError, match="Found no queries"):
+            self.ask(vlm, [])
+
+
+def test_a_defence_of_another_model(llm, arms):
+    with pytest.raises(errors.MismatchError, match="Expected those of LlamaForCausalLM@"):
+        evaluate(llm, {"guard": arms["guard"]}, QUERIES, [text_only], judge=FakeJudge(), **OPTIONS)
+
+
+def test_saved_and_loaded(whole, tmp_path):
+    whole.save(tmp_path / "answers.csv")
+    loaded = Evaluation.load(tmp_path / "answers.csv")
+    pd.testing.assert_frame_equal(loaded.frame, whole.frame)
+    pd.testing.assert_frame_equal(loaded.summary(), whole.summary())
+    assert loaded.facts == whole.facts and loaded.provenance == whole.provenance
+
+
+def test_plot_shows_every_arm(whole):
+    import matplotlib.pyplot as plt
+
+    axes = whole.plot()
+    assert [ax.get_title(loc="left") or ax.get_title() for ax in axes] == ["ASR", "over-refusal"]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["none", "guard", "placebo"]
+    plt.close(axes[0].figure)

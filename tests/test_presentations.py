@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from guardlens import Query, errors
+from guardlens.presentations import Presentation, blank, framed, noise, own, text_only
+
+Q = Query("how ?", id="a")
+RED = Image.new("RGBA", (3, 2), (255, 0, 0, 128))
+
+
+def pixels(presentation, query=Q):
+    return np.asarray(presentation(query).images[0])
+
+
+def test_names():
+    named = {
+        "text": text_only,
+        "blank #3060c0": blank("#3060c0"),
+        "noise": noise(),
+        "own": own,
+        "blank grey | tip": framed(blank(), label="tip"),
+    }
+    assert {presentation.name: presentation for presentation in named.values()} == named
+    assert all(isinstance(presentation, Presentation) for presentation in named.values())
+
+
+def test_blank_is_flat():
+    image = pixels(blank("#3060c0", 5))
+    assert image.shape == (5, 5, 3) and (image == (0x30, 0x60, 0xC0)).all() and blank()(Q).text == "how ?"
+    assert (pixels(blank("grey", 2)) == 128).all()
+
+
+def test_bad_colour():
+    with pytest.raises(errors.PresentationError, match=r"Found the colour 'greyy'\.\nExpected a colour name[\s\S]*Next: try 'grey'"):
+        blank("greyy")
+
+
+def test_noise_is_of_the_seed_and_the_query():
+    first = pixels(noise(0, 64))
+    assert np.array_equal(first, pixels(noise(0, 64)))
+    assert not np.array_equal(first, pixels(noise(1, 64))) and not np.array_equal(first, pixels(noise(0, 64), Query("how ?", id="b")))
+    assert abs(first.mean() - 127.5) < 2 and abs(first.std() - 256 / 12**0.5) < 2
+
+
+def test_own_images_from_memory_and_disk(tmp_path):
+    RED.save(tmp_path / "red.png")
+    images = own(Query("x", images=(RED, str(tmp_path / "red.png"), tmp_path / "red.png"))).images
+    assert [image.mode for image in images] == ["RGB"] * 3 and all(np.array_equal(image, images[0]) for image in images)
+    assert np.asarray(images[0])[0, 0].tolist() == [255, 0, 0]
+
+
+def test_missing_images(tmp_path):
+    with pytest.raises(errors.PresentationError, match=r"query 'a' without an own image[\s\S]*Next: add it, or show a blank image"):
+        own(Q)
+    (tmp_path / "text.png").write_text("no")
+    for name in ("none.png", "text.png"):
+        with pytest.raises(errors.PresentationError, match=rf"the image .*{name} of query 'a'[\s\S]*Next: check its path"):
+            own(Query("x", id="a", images=(tmp_path / name,)))
+
+
+def test_framed_keeps_images_and_nests():
+    outer = framed(framed(blank("white", 2), "a ", " b"), "[", "]")
+    assert outer(Q).text == "[a how ? b]" and len(outer(Q).images) == 1 and framed(text_only, "a ")(Q).images == ()
+
+
+def test_equal_presentations_are_one_key():
+    assert (
+        len({blank("white"), blank("white"), blank("white", 8), noise(0), noise(0), noise(1), own, text_only, framed(own), framed(own)})
+        == 7
+    )

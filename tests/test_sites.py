@@ -1,0 +1,66 @@
+import pytest
+
+from guardlens import errors
+from guardlens.sites import Point, Site, as_layers, hook_names, parse
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("hook_resid_pre", "hook_in"), ("hook_attn_out", "attn.hook_out"), ("hook_mlp_out", "mlp.hook_out"), ("hook_resid_post", "hook_out")],
+)
+def test_both_generations_of_names_mean_the_same_point(old, new):
+    assert parse(f"blocks.3.{old}") == parse(f"blocks.3.{new}") == Point(old.removeprefix("hook_"), 3)
+    assert parse(f"blocks.3.{new}").name == f"blocks.3.{old}"
+
+
+def test_short_names_leave_the_layer_open():
+    assert parse("resid_post") == parse("hook_resid_post") == Point("resid_post", None)
+    assert parse("hook_embed") == Point("embed") and parse("ln_final.hook_out") == Point("ln_final")
+
+
+def test_hook_names_are_in_order_of_execution():
+    block = [f"blocks.{{}}.hook_{kind}" for kind in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")]
+    expected = ["hook_embed", *(name.format(layer) for layer in (0, 1) for name in block), "ln_final.hook_out"]
+    assert hook_names(2) == expected
+    assert sorted(map(parse, reversed(expected)), key=lambda point: point.order) == [parse(name) for name in expected]
+
+
+def test_layers_beyond_nine_sort_as_numbers():
+    assert [parse(name).layer for name in hook_names(12)[1:-1:5]] == list(range(12))
+
+
+def test_unknown_name_suggests_the_closest():
+    with pytest.raises(
+        errors.SiteError,
+        match=r"Found the hook name 'blocks.7.hook_resid_pots'.\nExpected.*\nNext: did you mean 'blocks.7.hook_resid_post'",
+    ):
+        parse("blocks.7.hook_resid_pots")
+    with pytest.raises(errors.SiteError, match=r"did you mean 'mlp_out'"):
+        parse("mlpout")
+
+
+def test_layer_out_of_range():
+    with pytest.raises(errors.SiteError, match=r"Found layer 4\.\nExpected a layer from 0 to 3\.\nNext: choose one"):
+        parse("blocks.4.hook_out", n_layers=4)
+    with pytest.raises(errors.SiteError, match=r"Found layer -1"):
+        Site(layers=(-1,)).points(4)
+    assert parse("blocks.3.hook_out", n_layers=4).layer == 3
+
+
+def test_site_is_normalised_and_hashable():
+    assert Site("blocks.3.hook_out") == Site("resid_post", (3,)) and hash(Site("blocks.3.hook_out")) == hash(Site("resid_post", (3,)))
+    assert Site(layers=(5, 1, 5)).layers == (1, 5)
+    assert as_layers(3) == (3,) and as_layers(None) is None and as_layers(range(2)) == (0, 1)
+    assert Site().points(2) == (Point("resid_post", 0), Point("resid_post", 1))
+    assert Site("ln_final", (1,)).points(2) == (Point("ln_final"),)
+
+
+@pytest.mark.parametrize("positions", ["first", (3, 3), (3, 1), (-1, -2)])
+def test_bad_positions(positions):
+    with pytest.raises(errors.SiteError, match=r"Found the positions [\s\S]*Expected one of 'last'[\s\S]*Next: name tokens of the prompt"):
+        Site(positions=positions)
+
+
+@pytest.mark.parametrize("positions", ["image", (None, None), (0, 2), (-3, -1), (2, -1), (-2, None)])
+def test_good_positions(positions):
+    assert Site(positions=positions).positions == positions

@@ -1,0 +1,262 @@
+"""`sweep` against its own cells run alone, and its table against hand-made ones."""
+
+import dataclasses
+from typing import ClassVar
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.special import log_softmax, rel_entr
+
+import guardlens as gl
+from guardlens import directions, errors, gates, presentations
+from guardlens import interventions as iv
+from guardlens.scores import RefusalLogOdds, kl, refusal_logodds
+from guardlens.sites import Site
+from guardlens.sweeps import Sweep
+
+GREY = presentations.blank("grey", 32)
+QUERIES = (*gl.organism.queries("test")[:3], *gl.organism.queries("test")[-2:])
+STRENGTHS = (0.5, -1.0)
+
+
+@pytest.fixture(scope="module")
+def basis(vlm):
+    vectors = torch.linalg.qr(torch.randn(8, 128, 2, generator=torch.Generator().manual_seed(3))).Q.transpose(1, 2).contiguous()
+    zero = torch.zeros(8, 128)
+    return directions.Directions(vectors, tuple(range(8)), zero, zero, torch.zeros(8, 0), "test", provenance=vlm.provenance)
+
+
+@pytest.fixture(scope="module")
+def plan(basis):
+    """Gated, so that mixed verdicts of the gate are under test too."""
+    return iv.amplify(basis, 8.0).when(gates.harmful(basis, 0.0))
+
+
+@pytest.fixture(scope="module")
+def swept(vlm, plan):
+    return gl.sweep(vlm, plan, QUERIES, GREY, strengths=STRENGTHS, placebos=2, batch_size=3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def batch(vlm):
+    return vlm.batch(QUERIES, GREY)
+
+
+def by_hand(logits, base, tokenizer):
+    """Both scores by numpy and scipy."""
+    firsts = {tokenizer(start, add_special_tokens=False)["input_ids"][0] for start in refusal_logodds.starts}
+    log_q, log_p = (log_softmax(x.double().numpy(), axis=-1) for x in (logits, base))
+    ids = sorted(firsts - {tokenizer.unk_token_id})
+    refused = np.exp(log_q[:, ids]).sum(-1)
+    return {"refusal_logodds": np.log(refused / (1 - refused)), "kl": rel_entr(np.exp(log_p), np.exp(log_q)).sum(-1)}
+
+
+def cell(table, **where):
+    rows = table.where(**where)
+    assert rows.columns["query"].tolist() == [query.id for query in QUERIES]
+    return rows.columns["value"]
+
+
+def test_every_cell_equals_its_own_run(vlm, swept, plan, batch):
+    base = vlm.run(batch).logits[0]
+    arms = {"edit": plan, "placebo 0": plan.placebo(0), "placebo 1": plan.placebo(1)}
+    assert len(swept) == 3 * 8 * 2 * 2 * len(QUERIES)
+    for arm, acting in arms.items():
+        for layer in range(8):
+            for strength in STRENGTHS:
+                alone = by_hand(vlm.run(batch, acting.placed([layer], strength)).logits[0], base, vlm.tokenizer)
+                for score, values in alone.items():
+                    found = cell(swept, arm=arm, layer=layer, strength=strength, score=score)
+                    np.testing.assert_allclose(found, values, atol=2e-4, rtol=1e-4)
+    assert not np.allclose(cell(swept, arm="edit", layer=5, strength=-1.0, score="kl"), 0)
+
+
+def test_base_is_the_unedited_run(vlm, swept, batch):
+    base = vlm.run(batch).logits[0]
+    expected = by_hand(base, base, vlm.tokenizer)
+    for score in ("refusal_logodds", "kl"):
+        rows = swept.where(score=score).columns["base"].reshape(-1, len(QUERIES))
+        np.testing.assert_allclose(rows, np.tile(expected[score], (len(rows), 1)), atol=1e-4)
+    assert np.all(swept.where(score="kl").columns["base"] == 0)
+
+
+def test_gates_are_respected(vlm, swept, basis):
+    """Where the gate is closed nothing changes; the placebo keeps the gate."""
+    states = vlm.run(vlm.batch(QUERIES), read=[Site()], logits=None).reads[Site()][0]
+    opened = torch.stack([states[:, layer] @ basis.at(layer)[0] > 0 for layer in range(8)]).numpy()
+    assert 0 < opened.sum() < opened.size
+    for arm in ("edit", "placebo 1"):
+        for layer in range(8):
+            change = np.abs(cell(swept, arm=arm, layer=layer, strength=-1.0, score="kl"))
+            assert (change[opened[layer]] > 1e-4).all() and (change[~opened[layer]] < 1e-6).all()
+
+
+def test_placebos_move_as_much_elsewhere(swept):
+    edit, first, second = (
+        cell(swept, arm=arm, layer=6, strength=-1.0, score="refusal_logodds") for arm in ("edit", "placebo 0", "placebo 1")
+    )
+    assert not np.allclose(edit, first) and not np.allclose(first, second)
+
+
+def test_columns_name_every_cell(swept):
+    frame = swept.frame
+    assert list(frame.columns) == ["plan", "arm", "layers", "layer", "strength", "query", "label", "score", "value", "base"]
+    assert not frame.duplicated(["plan", "arm", "layers", "strength", "query", "score"]).any()
+    assert dict(zip(frame["query"], frame["label"], strict=True)) == {query.id: query.label for query in QUERIES}
+    assert set(frame["strength"]) == {0.5, -1.0} and set(frame["plan"]) == {"edit"}
+
+
+def test_batch_size_lanes_and_progress_do_not_matter(vlm, plan, swept, capsys, monkeypatch):
+    monkeypatch.setattr("guardlens.sweeps.ROWS", 12)
+    again = gl.sweep(vlm, plan, QUERIES, GREY, layers=[2, 6], strengths=STRENGTHS, batch_size=5, progress=True)
+    assert "sweep, 8 cells, blank grey" in capsys.readouterr().out
+    for layer in (2, 6):
+        for score in ("kl", "refusal_logodds"):
+            where = {"arm": "placebo 0", "layer": layer, "strength": 0.5, "score": score}
+            np.testing.assert_allclose(cell(again, **where), cell(swept, **where), atol=1e-4)
+
+
+def test_groups_of_layers_are_edited_together(vlm, plan, batch):
+    found = gl.sweep(vlm, plan, QUERIES, GREY, scores=[kl], layers=[(2, 5), 3, [6]], placebos=0, progress=False)
+    assert list(dict.fromkeys(zip(found.columns["layers"], found.columns["layer"], strict=True))) == [("2+5", 2), ("3", 3), ("6", 6)]
+    base = vlm.run(batch).logits[0]
+    together = by_hand(vlm.run(batch, plan.at(layers=[2, 5])).logits[0], base, vlm.tokenizer)["kl"]
+    np.testing.assert_allclose(cell(found, layers="2+5"), together, atol=2e-4, rtol=1e-4)
+    assert set(found.columns["arm"]) == {"edit"}
+
+
+def test_strength_zero_is_left_out(vlm, plan):
+    found = gl.sweep(vlm, plan, QUERIES, scores=[kl], strengths=(0.0, 1.0, 0.0), layers=[4], placebos=0, progress=False)
+    assert found.columns["strength"].tolist() == [1.0] * len(QUERIES)
+
+
+def test_only_free_steps_move_and_scale(vlm, basis, batch):
+    fixed, free = iv.add(basis.truncate(1), 9.0).at(layers=[1]), iv.amplify(basis, 4.0)
+    found = gl.sweep(vlm, fixed >> free, QUERIES, GREY, scores=[kl], layers=[6], strengths=[0.25], placebos=0, progress=False)
+    base = vlm.run(batch).logits[0]
+    expected = by_hand(vlm.run(batch, fixed >> iv.amplify(basis, 1.0).at(layers=[6])).logits[0], base, vlm.tokenizer)["kl"]
+    np.testing.assert_allclose(cell(found), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_several_plans_by_name(vlm, basis, batch):
+    plans = {"weak": iv.amplify(basis, 1.0), "strong": iv.amplify(basis, 9.0)}
+    found = gl.sweep(vlm, plans, QUERIES, GREY, scores=[refusal_logodds], layers=[4], progress=False)
+    base = vlm.run(batch).logits[0]
+    for name, plan in plans.items():
+        expected = by_hand(vlm.run(batch, plan.at(layers=[4])).logits[0], base, vlm.tokenizer)["refusal_logodds"]
+        np.testing.assert_allclose(cell(found, plan=name, arm="edit"), expected, atol=2e-4)
+    assert found.facts["plans"] == {name: repr(plan) for name, plan in plans.items()}
+
+
+def test_summary_is_the_mean_change_of_each_cell(swept):
+    summary, frame = swept.summary(), swept.frame
+    assert len(summary) == 2 * 2 * 8 * 2 * 2  # scores, arms, layers, strengths, labels
+    for row in summary.itertuples():
+        arms = frame["arm"] == "edit" if row.arm == "edit" else frame["arm"].str.startswith("placebo")
+        part = frame[arms & (frame["score"] == row.score) & (frame["layer"] == row.layer) & (frame["strength"] == row.strength)]
+        part = part[part["label"] == row.label]
+        assert row.change == pytest.approx((part["value"] - part["base"]).mean(), abs=1e-9)
+        assert row.n == {"harmful": 3, "harmless": 2}[row.label]
+        assert row.low - 1e-9 <= row.change <= row.high + 1e-9
+
+
+def hand_made(effects, strengths=(1.0,), **more):
+    """A sweep with these changes: {(layer, label): change, or one per strength}; two queries per label."""
+    rows = [
+        {"plan": "edit", "arm": "edit", "layers": str(layer), "layer": int(str(layer).split("+")[0]), "strength": strength}
+        | {"query": f"{label}{i}", "label": label, "score": "refusal_logodds", "value": 2.0 + change + i, "base": 2.0 + i}
+        | more
+        for (layer, label), changes in effects.items()
+        for strength, change in zip(strengths, changes if isinstance(changes, tuple) else (changes,), strict=True)
+        for i in range(2)
+    ]
+    return Sweep.from_rows(rows)
+
+
+class TestBest:
+    EFFECTS: ClassVar = {
+        **{(0, "harmful"): 1.0, (0, "harmless"): 0.0},  # merit 1
+        **{(1, "harmful"): 5.0, (1, "harmless"): 4.5},  # .5: it refuses harmless ones too
+        **{(2, "harmful"): 2.0, (2, "harmless"): -3.0},  # 2: a fall for harmless ones is no merit
+        **{(3, "harmful"): 2.5, (3, "harmless"): 0.1},  # 2.4
+    }  # fmt: skip
+
+    def test_most_for_harmful_and_least_for_harmless(self):
+        table = hand_made(self.EFFECTS)
+        assert [table.best(k) for k in (1, 2, 3, 4)] == [(3,), (2, 3), (0, 2, 3), (0, 1, 2, 3)]
+
+    def test_a_rise_and_a_fall_at_two_strengths_do_not_cancel(self):
+        effects = {(0, "harmful"): (3.0, 3.0), (0, "harmless"): (2.0, -2.0), (1, "harmful"): (2.5, 2.5), (1, "harmless"): (0.0, 0.0)}
+        assert hand_made(effects, (1.0, 2.0)).best() == (1,)
+
+    def test_ties_go_to_the_later_layer(self):
+        assert hand_made(
+            {(layer, label): float(label == "harmful") for layer in (0, 1, 2) for label in ("harmful", "harmless")}
+        ).best() == (2,)
+
+    def test_placebos_groups_other_scores_and_plans_do_not_count(self):
+        best = {(0, "harmful"): 9.0, (0, "harmless"): 0.0}
+        others = [hand_made(best, arm="placebo 0"), hand_made(best, score="kl"), hand_made(best, plan="other")]
+        others.append(hand_made({("0+3", "harmful"): 9.0, ("0+3", "harmless"): 0.0}))
+        tables = [hand_made(self.EFFECTS), *others]
+        table = Sweep({name: np.concatenate([t.columns[name] for t in tables]) for name in tables[0].columns})
+        assert table.best() == (3,)
+        assert table.best(plan="other") == (0,)
+
+    def test_errors(self):
+        with pytest.raises(
+            errors.MismatchError, match=r"Found 4 single layers.*\nExpected at least 5 layers with the refusal log-odds of both"
+        ):
+            hand_made(self.EFFECTS).best(5)
+        with pytest.raises(errors.MismatchError, match=r"labels \['harmful'\]"):
+            hand_made({(0, "harmful"): 1.0}).best()
+        with pytest.raises(errors.MismatchError, match="Found 0 single layers"):
+            hand_made(self.EFFECTS, score="kl").best()
+
+
+class TestErrors:
+    def test_a_plan_without_a_free_step(self, vlm, basis):
+        with pytest.raises(errors.PlanError, match=r"Found the plan 'set', whose layers are all set.\nExpected a step without layers"):
+            gl.sweep(vlm, {"free": iv.project_out(basis), "set": iv.project_out(basis).at(layers=[2])}, QUERIES, progress=False)
+
+    def test_no_queries(self, vlm, basis):
+        with pytest.raises(errors.QueryError, match="Found no queries"):
+            gl.sweep(vlm, iv.project_out(basis), [], progress=False)
+
+    def test_a_layer_that_is_not_there(self, vlm, basis):
+        with pytest.raises(errors.SiteError, match=r"Found layer 8.\nExpected a layer from 0 to 7"):
+            gl.sweep(vlm, iv.project_out(basis[0]), QUERIES, layers=[8], progress=False)
+
+    def test_refusals_in_an_unknown_language(self, vlm, basis):
+        with pytest.raises(errors.ModelError, match="a tokenizer that knows none of the openings of a refusal"):
+            gl.sweep(vlm, iv.project_out(basis), QUERIES, scores=[RefusalLogOdds(("Entschuldigung",))], layers=[1], progress=False)
+
+
+def test_saved_and_loaded(swept, tmp_path):
+    swept.save(tmp_path / "sweep.csv")
+    loaded = Sweep.load(tmp_path / "sweep.csv")
+    pd.testing.assert_frame_equal(loaded.frame, swept.frame)
+    pd.testing.assert_frame_equal(loaded.summary(), swept.summary())
+    assert loaded.facts == swept.facts and loaded.provenance == swept.provenance
+
+
+def test_unlabelled_queries_are_kept_in_their_order(vlm, plan):
+    unlabelled = [dataclasses.replace(query, label=None) for query in QUERIES]
+    found = gl.sweep(vlm, plan, unlabelled, scores=[kl], layers=[4], placebos=0, progress=False)
+    assert found.columns["query"].tolist() == [query.id for query in QUERIES] and set(found.columns["label"]) == {""}
+    assert len(found.summary()) == 1
+
+
+def test_plot_is_a_heat_map_per_arm_and_label(swept):
+    axes = swept.plot("kl")
+    assert axes.shape == (2, 2)
+    summary = swept.summary()
+    summary = summary[(summary["score"] == "kl") & (summary["arm"] == "edit") & (summary["label"] == "harmless")]
+    drawn = np.asarray(axes[0, 1].collections[0].get_array()).reshape(2, 8)
+    expected = summary.pivot_table(index="strength", columns="layer", values="change").to_numpy()
+    np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0))
+    assert any("KL divergence" in ax.get_ylabel() for ax in axes[0, 0].figure.axes)
+    plt.close(axes[0, 0].figure)
