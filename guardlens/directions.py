@@ -87,7 +87,7 @@ class Directions:
         """Each state's coordinates along the directions of its layer.
 
         Raises:
-            MismatchError: Another model or another width.
+            MismatchError: Another width.
         """
         if activations.d_model != self.d_model:
             raise MismatchError(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from guardlens.defences import Defence
-from guardlens.errors import MismatchError, QueryError
+from guardlens.errors import MismatchError, PresentationError, QueryError
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.judges import Judge
 from guardlens.model import HookedModel, Queries
@@ -221,6 +221,8 @@ def _require_presentable(queries: Sequence[Query], presentations: Sequence[Prese
     """Meet bad input at the door, before hours of work."""
     if len({query.id for query in queries}) < len(queries):
         raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
+    if len({presentation.name for presentation in presentations}) < len(presentations):
+        raise PresentationError("two presentations of one name", "a name for each", "evaluate sizes of one image in separate calls")
     for presentation in presentations:
         for query in queries:
             presentation(query)

@@ -36,7 +36,7 @@ class Noise:
 
     @property
     def name(self) -> str:
-        return "noise"
+        return f"noise {self.seed}" if self.seed else "noise"
 
     def __call__(self, query: Query) -> Prompt:
         generator = np.random.default_rng([self.seed, zlib.crc32(query.id.encode())])

@@ -101,6 +101,8 @@ class Site:
         object.__setattr__(self, "hook", point.hook)
         layers = (point.layer,) if point.layer is not None else self.layers
         object.__setattr__(self, "layers", as_layers(layers))
+        if isinstance(self.positions, list):
+            object.__setattr__(self, "positions", tuple(self.positions))
         if self.positions not in POSITIONS and not _is_range(self.positions):
             raise SiteError(
                 f"the positions {self.positions!r}",
@@ -162,6 +164,6 @@ def parse(name: str, n_layers: int | None = None) -> Point:
             if n_layers is not None and point.layer is not None:
                 Site(hook.name, (point.layer,)).points(n_layers)
             return point
-    known = [*HOOKS, *hook_names(n_layers or 1 + int(layer[0] if layer else 0))]
+    known = [*HOOKS, *hook_names(n_layers or min(200, 1 + int(layer[0] if layer else 0)))]
     closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     raise SiteError(f"the hook name {name!r}", "a name from model.hook_names", f"did you mean {closest!r}?")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -134,6 +134,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, configuration: Mapping[str, Any]) -> None:
         self.path = Path(path)
+        self._file = self.path / "records.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(configuration))
         manifest = self.path / "manifest.json"
@@ -153,22 +154,27 @@ class RunDirectory:
 
     def records(self) -> list[dict[str, Any]]:
         """All whole records so far. A last line that was cut off by a kill is dropped."""
-        file = self.path / "records.jsonl"
-        if not file.exists():
+        if not self._file.exists():
             return []
-        whole = file.read_bytes().rpartition(b"\n")[0]
+        whole = self._file.read_bytes().rpartition(b"\n")[0]
         return [json.loads(line) for line in whole.splitlines()]
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Add records and make sure that they are on disk."""
-        file = self.path / "records.jsonl"
-        cut = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
-        if cut:
-            write_text(file, "".join(json.dumps(record) + "\n" for record in self.records()))
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(record) + "\n" for record in records))
+        with self._file.open("a+b") as stream:
+            self._drop_cut_line(stream)
+            stream.write("".join(json.dumps(record) + "\n" for record in records).encode())
             stream.flush()
             os.fsync(stream.fileno())
+
+    @staticmethod
+    def _drop_cut_line(stream: BinaryIO) -> None:
+        """Undo what a kill left half-written at the end."""
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 1))
+        if size and stream.read(1) != b"\n":
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 def _short(value: Any) -> str:

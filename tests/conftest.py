@@ -39,6 +39,17 @@ def vlm(hf_vlm, processor):
 
 
 @pytest.fixture(scope="session")
+def basis(vlm):
+    """Random orthonormal directions of rank 2, with class means, made for `vlm`."""
+    from guardlens.directions import Directions
+
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.linalg.qr(torch.randn(8, 128, 2, generator=generator)).Q.transpose(1, 2).contiguous()
+    means = torch.randn(2, 8, 128, generator=generator)
+    return Directions(vectors, tuple(range(8)), means[0], means[1], torch.zeros(8, 0), "test", provenance=vlm.provenance)
+
+
+@pytest.fixture(scope="session")
 def llm(processor):
     """A random text-only Llama of another width, with the same words."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -10,7 +10,7 @@ def blocks(hf):
 
 
 def with_hooks(hf, inputs, edits=None, pre_edits=None, keep=None):
-    """Logits of a forward in which `edits[layer]` maps each block's output (and `pre_edits` its input); outputs of blocks are kept in `keep`."""
+    """Logits of a forward: `edits[layer]` maps a block's output, `pre_edits[layer]` its input; outputs are kept in `keep`."""
     with ExitStack() as stack, torch.no_grad():
         for layer, block in enumerate(blocks(hf)):
             if pre_edits and layer in pre_edits:
@@ -23,8 +23,19 @@ def with_hooks(hf, inputs, edits=None, pre_edits=None, keep=None):
         return hf(**inputs, use_cache=False).logits
 
 
+def at_last(edit):
+    """A hook for `with_hooks` that maps the last column (left padding)."""
+
+    def hook(out):
+        out = out.clone()
+        out[:, -1] = edit(out[:, -1])
+        return out
+
+    return hook
+
+
 def generate(hf, inputs, layer, fn, phase, new_tokens):
-    """Greedy tokens while the output of one block is mapped in the prefill, the decode steps, or always: `fn` gets states `b d` of the last column."""
+    """Greedy tokens while one block's output in the last column is mapped by `fn`, in the prefill, the decode steps, or always."""
 
     def hook(module, args, out):
         prefill = out.shape[1] > 1

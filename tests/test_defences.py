@@ -50,15 +50,6 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance * max(1.0, float(b.abs().max())), rtol=0)
 
 
-def at_last(edit):
-    def hook(out):
-        out = out.clone()
-        out[:, -1] = edit(out[:, -1])
-        return out
-
-    return hook
-
-
 def formulas(ssd, text, alpha=ALPHA):
     """The readings of methods.md, section 2, as functions of h(Q)."""
     V = ssd.at(LAYER)
@@ -79,7 +70,7 @@ def test_readings_are_what_the_paper_allows(vlm, batch, ssd, text, reading):
     plain, edited = {}, {}
     logits = reference.with_hooks(vlm.hf, batch.inputs, keep=plain)[:, -1]
     edit = formulas(ssd, text)[reading]
-    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={LAYER: at_last(edit)}, keep=edited)[:, -1]
+    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={LAYER: reference.at_last(edit)}, keep=edited)[:, -1]
     states = run.reads[Site()][0]
     close(states[:, LAYER], edit(plain[LAYER][:, -1]))
     close(states[:, LAYER - 1], plain[LAYER - 1][:, -1])

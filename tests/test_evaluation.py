@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy.stats import binomtest
 
 import guardlens as gl
-from guardlens import defences, directions, errors, gates, presentations
+from guardlens import defences, errors, gates, presentations
 from guardlens import interventions as iv
 from guardlens.evaluation import RATES, Evaluation, evaluate
 from guardlens.queries import Query, text_only
@@ -44,13 +43,6 @@ def some(each):
 
 QUERIES = some(4)
 OPTIONS = {"max_new_tokens": 3, "batch_size": 4, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def basis(vlm):
-    vectors = torch.linalg.qr(torch.randn(8, 128, 2, generator=torch.Generator().manual_seed(3))).Q.transpose(1, 2).contiguous()
-    zero = torch.zeros(8, 128)
-    return directions.Directions(vectors, tuple(range(8)), zero, zero, torch.zeros(8, 0), "test", provenance=vlm.provenance)
 
 
 @pytest.fixture(scope="module")
@@ -336,3 +328,9 @@ def test_plot_shows_every_arm(whole):
     assert [ax.get_title(loc="left") or ax.get_title() for ax in axes] == ["ASR", "over-refusal"]
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["none", "guard", "placebo"]
     plt.close(axes[0].figure)
+
+
+def test_two_presentations_of_one_name_are_refused(vlm):
+    sizes = [presentations.blank("grey", 32), presentations.blank("grey", 64)]
+    with pytest.raises(errors.PresentationError, match="two presentations of one name"):
+        gl.evaluate(vlm, {"none": defences.none}, QUERIES, sizes, judge=gl.organism.judge, **OPTIONS)

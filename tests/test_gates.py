@@ -80,3 +80,14 @@ def test_errors():
         gates.threshold_at_fpr(V, make_activations(), 1.5)
     with pytest.raises(TypeError, match=r"abstract"):
         gates.Gate()
+
+
+def test_thresholds_follow_the_layers_of_the_directions():
+    """Activations with more layers, or in another order, give each direction its own layer's threshold."""
+    V, activations = make_directions(), make_activations()
+    flipped = dataclasses.replace(activations, states=activations.states.flip(1), layers=activations.layers[::-1])
+    assert torch.equal(gates.threshold_at_fpr(V, flipped), gates.threshold_at_fpr(V, activations))
+    one = gates.threshold_at_fpr(
+        V[V.layers[1]], dataclasses.replace(activations, states=activations.states[:, 1:2], layers=activations.layers[1:2])
+    )
+    assert torch.equal(one, gates.threshold_at_fpr(V, activations)[1:2])

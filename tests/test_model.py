@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from tests import reference
 
 import guardlens as gl
 from guardlens import directions, errors, gates, presentations
@@ -13,6 +12,7 @@ from guardlens import interventions as iv
 from guardlens.architectures import find
 from guardlens.queries import text_only
 from guardlens.sites import Site
+from tests import reference
 
 TEXTS = ["how to forge the badge ?", "please explain how to wash the hat .", "i want to push the radio ?", "tell me how to mend the fern ."]
 GREY = presentations.blank("grey", 32)
@@ -22,28 +22,6 @@ LAYERS = 8
 @pytest.fixture(scope="module")
 def batch(vlm):
     return vlm.batch(TEXTS, GREY)
-
-
-@pytest.fixture(scope="module")
-def basis(vlm):
-    """Random orthonormal directions of rank 2 with class means, made for `vlm`."""
-    torch.manual_seed(3)
-    vectors = torch.linalg.qr(torch.randn(LAYERS, 128, 2)).Q.transpose(1, 2)
-    means = torch.randn(2, LAYERS, 128)
-    return directions.Directions(
-        vectors.contiguous(), tuple(range(LAYERS)), means[0], means[1], torch.zeros(LAYERS, 0), "test", provenance=vlm.provenance
-    )
-
-
-def at_last(edit):
-    """A raw hook that maps the last column (left padding)."""
-
-    def hook(out):
-        out = out.clone()
-        out[:, -1] = edit(out[:, -1])
-        return out
-
-    return hook
 
 
 def close(a, b, tolerance=1e-5):
@@ -88,7 +66,10 @@ def test_cache_is_a_copy(vlm, batch):
 
     _, before = vlm.run_with_cache(batch, names_filter="resid_post")
     taps_seen = {}
-    vlm.run_with_hooks(batch, fwd_hooks=[("blocks.2.hook_resid_post", lambda v, hook: taps_seen.update(a=v.clone())), ("blocks.2.hook_resid_post", in_place)])
+    vlm.run_with_hooks(
+        batch,
+        fwd_hooks=[("blocks.2.hook_resid_post", lambda v, hook: taps_seen.update(a=v.clone())), ("blocks.2.hook_resid_post", in_place)],
+    )
     assert torch.equal(taps_seen["a"], before["resid_post", 2])
     _, after = vlm.run_with_cache(batch, names_filter="resid_post")
     assert torch.equal(after["resid_post", 2], before["resid_post", 2])
@@ -110,7 +91,7 @@ def test_every_edit_equals_a_raw_hook(vlm, batch, basis, name, layer):
         "custom": (iv.custom(lambda states, context: states.tanh()), torch.tanh),
     }
     plan, edit = plans[name]
-    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={layer: at_last(edit)})[:, -1]
+    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={layer: reference.at_last(edit)})[:, -1]
     plain = reference.with_hooks(vlm.hf, batch.inputs)[:, -1]
     mine = vlm.run(batch, plan.at(layers=[layer])).logits[0]
     close(mine, expected)
@@ -143,7 +124,7 @@ def test_text_twin_is_read_from_the_image_free_run(vlm, batch, basis):
     def edit(h):
         return h + (1.5 * kept[4][:, -1] - h) @ V.T @ V
 
-    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={4: at_last(edit)})[:, -1]
+    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={4: reference.at_last(edit)})[:, -1]
     close(vlm.run(batch, iv.replace(basis, iv.text_twin, gain=1.5).at(layers=[4])).logits[0], expected)
 
 
@@ -164,13 +145,17 @@ def test_gate_decides_per_row(vlm, batch, basis):
 def test_strength_zero_and_closed_gate_are_bit_identical(vlm, batch, basis):
     plain = vlm.run(batch).logits
     closed = gates.harmful(basis, 1e9)
-    for plan in (iv.amplify(basis, 5.0).scaled(0.0), iv.replace(basis, iv.text_twin).when(closed), iv.project_out(basis).scaled(0.0).at(positions="all")):
+    for plan in (
+        iv.amplify(basis, 5.0).scaled(0.0),
+        iv.replace(basis, iv.text_twin).when(closed),
+        iv.project_out(basis).scaled(0.0).at(positions="all"),
+    ):
         assert torch.equal(vlm.run(batch, plan).logits, plain)
 
 
 def test_strength_interpolates(vlm, batch, basis):
     V = basis.at(5)
-    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={5: at_last(lambda h: h - 0.3 * h @ V.T @ V)})[:, -1]
+    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={5: reference.at_last(lambda h: h - 0.3 * h @ V.T @ V)})[:, -1]
     close(vlm.run(batch, iv.project_out(basis).scaled(0.3).at(layers=[5])).logits[0], expected)
 
 
@@ -181,7 +166,9 @@ def test_generation_edits_exactly_the_steps_of_its_phase(vlm, batch, basis, phas
     expected = reference.generate(vlm.hf, batch.inputs, 6, lambda h: h + push, phase, 8)
     plan = iv.add(basis.truncate(1), 12.0).at(layers=[6]).during(phase)
     assert torch.equal(vlm.run(batch, plan, new_tokens=8).tokens[0], expected)
-    others = [reference.generate(vlm.hf, batch.inputs, 6, lambda h: h + push, other, 8) for other in {"prefill", "decode", "always"} - {phase}]
+    others = [
+        reference.generate(vlm.hf, batch.inputs, 6, lambda h: h + push, other, 8) for other in {"prefill", "decode", "always"} - {phase}
+    ]
     assert not any(torch.equal(expected, other) for other in others)
 
 
@@ -229,7 +216,12 @@ def test_alone_in_a_batch_in_any_order_with_either_padding(vlm, presentation, ba
 
 
 def test_lanes_equal_separate_runs(vlm, batch, basis):
-    plans = [iv.nothing, iv.amplify(basis, 2.0).at(layers=[1]), iv.replace(basis, iv.text_twin).at(layers=[4]).when(gates.harmful(basis)), iv.add(basis.truncate(1), 5.0)]
+    plans = [
+        iv.nothing,
+        iv.amplify(basis, 2.0).at(layers=[1]),
+        iv.replace(basis, iv.text_twin).at(layers=[4]).when(gates.harmful(basis)),
+        iv.add(basis.truncate(1), 5.0),
+    ]
     together = vlm.run(batch, plans, read=[Site()])
     assert together.layout == "tile"
     for lane, plan in enumerate(plans):
@@ -244,12 +236,14 @@ def test_own_state_is_read_before_its_edit_and_after_earlier_ones(vlm, batch, ba
     V, push = basis.at(4), 5 * basis.at(2)[0]
     plan = iv.add(basis.truncate(1), 5.0).at(layers=[2]) >> iv.patch(basis, iv.State(layer=2)).at(layers=[4])
     kept = {}
-    reference.with_hooks(vlm.hf, batch.inputs, edits={2: at_last(lambda h: h + push)}, keep=kept)
+    reference.with_hooks(vlm.hf, batch.inputs, edits={2: reference.at_last(lambda h: h + push)}, keep=kept)
 
     def edit(h):
         return h + (kept[2][:, -1] - h) @ V.T @ V
 
-    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={2: at_last(lambda h: h + push), 4: at_last(edit)})[:, -1]
+    expected = reference.with_hooks(vlm.hf, batch.inputs, edits={2: reference.at_last(lambda h: h + push), 4: reference.at_last(edit)})[
+        :, -1
+    ]
     close(vlm.run(batch, plan).logits[0], expected)
     own = vlm.run(batch, iv.patch(basis, iv.own)).logits
     close(own, vlm.run(batch).logits)
@@ -329,17 +323,19 @@ def test_bfloat16_projects_in_float32(hf_vlm, processor, basis):
     def edit(h):
         return (h.float() - h.float() @ V.T @ V).to(h.dtype)
 
-    expected = reference.with_hooks(half.hf, batch.inputs, edits={4: at_last(edit)})[:, -1]
+    expected = reference.with_hooks(half.hf, batch.inputs, edits={4: reference.at_last(edit)})[:, -1]
     assert torch.equal(half.run(batch, plan).logits[0], expected)
 
 
 class TestErrors:
     def test_hook_name(self, vlm):
-        with pytest.raises(errors.SiteError, match=r"hook name 'blocks.3.hook_resid_pots'.*\n.*\nNext: did you mean 'blocks.3.hook_resid_post'"):
+        with pytest.raises(
+            errors.SiteError, match=r"hook name 'blocks.3.hook_resid_pots'.*\n.*\nNext: did you mean 'blocks.3.hook_resid_post'"
+        ):
             vlm.run_with_cache("how to mend the hat ?", names_filter="blocks.3.hook_resid_pots")
 
     def test_layer(self, vlm, batch, basis):
-        with pytest.raises(errors.SiteError, match="Found layer 8.\nExpected a layer from 0 to 7."):
+        with pytest.raises(errors.SiteError, match=r"Found layer 8\.\nExpected a layer from 0 to 7\."):
             vlm.run(batch, iv.project_out(basis[3]).at(layers=[8]))
         with pytest.raises(errors.SiteError, match="Found layer 9"):
             vlm.run_with_cache(batch, names_filter="blocks.9.hook_resid_post")
@@ -420,7 +416,8 @@ class TestErrors:
 
 def test_importing_guardlens_is_light():
     """Nothing heavy until it is used; and jaxtyping's checks need beartype imported before nnsight, which guardlens.model sees to."""
-    code = "import sys, guardlens; print([m for m in ('nnsight', 'transformers', 'pandas', 'matplotlib', 'sklearn', 'scipy') if m in sys.modules])"
+    heavy = ("nnsight", "transformers", "pandas", "matplotlib", "sklearn", "scipy")
+    code = f"import sys, guardlens; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     code = "import guardlens.model, beartype"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

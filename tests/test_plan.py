@@ -163,3 +163,20 @@ def test_files_hold_data_only(tmp_path):
     PLANS["vlm_guard"].save(tmp_path / "p")
     with safe_open(tmp_path / "p", framework="pt") as file:
         assert json.loads(file.metadata()["guardlens"])["kind"] == "intervention"
+
+
+def test_check_refuses_a_gate_and_a_relative_edit_of_another_width():
+    V = make_directions()
+    narrow = iv.custom(lambda states, context: states).when(gates.harmful(V))
+    for plan in (narrow, iv.add_relative(V.truncate(1))):
+        with pytest.raises(errors.MismatchError, match=f"of width {V.d_model}"):
+            plan.check("", 99, V.d_model + 1)
+
+
+def test_fingerprint_of_half_precision_factors():
+    half = iv.linear(torch.eye(4, dtype=torch.bfloat16))
+    assert (
+        half.fingerprint
+        == iv.linear(torch.eye(4, dtype=torch.bfloat16)).fingerprint
+        != iv.linear(2 * torch.eye(4, dtype=torch.bfloat16)).fingerprint
+    )

@@ -11,7 +11,7 @@ import torch
 from scipy.special import log_softmax, rel_entr
 
 import guardlens as gl
-from guardlens import directions, errors, gates, presentations
+from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
 from guardlens.scores import RefusalLogOdds, kl, refusal_logodds
 from guardlens.sites import Site
@@ -20,13 +20,6 @@ from guardlens.sweeps import Sweep
 GREY = presentations.blank("grey", 32)
 QUERIES = (*gl.organism.queries("test")[:3], *gl.organism.queries("test")[-2:])
 STRENGTHS = (0.5, -1.0)
-
-
-@pytest.fixture(scope="module")
-def basis(vlm):
-    vectors = torch.linalg.qr(torch.randn(8, 128, 2, generator=torch.Generator().manual_seed(3))).Q.transpose(1, 2).contiguous()
-    zero = torch.zeros(8, 128)
-    return directions.Directions(vectors, tuple(range(8)), zero, zero, torch.zeros(8, 0), "test", provenance=vlm.provenance)
 
 
 @pytest.fixture(scope="module")

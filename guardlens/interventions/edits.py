@@ -10,6 +10,7 @@ from torch import Tensor
 
 from guardlens.errors import PlanError, SiteError
 from guardlens.interventions.states import Context, State
+from guardlens.storage import require_same_model
 
 
 @runtime_checkable
@@ -88,8 +89,10 @@ class Affine:
         """One map that does this one first, then `after`.
 
         Raises:
-            PlanError: They hold different states.
+            PlanError: They hold different states, or have other layers.
+            MismatchError: They were made for different models.
         """
+        require_same_model(f"the directions of {after!r}", after.model, self.model)
         if None not in (self.held, after.held) and self.held != after.held:
             raise PlanError(
                 f"two held states, {self.held} and {after.held}", "at most one in a folded map", "keep them as two steps (a >> b)"
@@ -145,6 +148,11 @@ class RelativeAdd:
     alpha: float
     model: str = ""
     requires: tuple[State, ...] = ()
+
+    @property
+    def d_model(self) -> int:
+        """Width of the states that it maps."""
+        return self.vectors.shape[-1]
 
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
         if self.layers is not None and context.layer not in self.layers:

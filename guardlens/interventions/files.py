@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from guardlens.errors import StorageError
@@ -32,7 +33,7 @@ def fingerprint(plan: Any) -> str:
     """A digest of everything that a plan consists of."""
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_encode(plan, tensors, "plan"), sort_keys=True)
-    return digest(header.encode(), *(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors.values()))
+    return digest(header.encode(), *(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values()))
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:

@@ -65,6 +65,11 @@ class Linear(Gate):
     def model(self) -> str:
         return self.made_for
 
+    @property
+    def d_model(self) -> int:
+        """Width of the states that it decides on."""
+        return self.weights.shape[-1]
+
     def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
         layer = layer if self.state.layer is None else self.state.layer
         if self.layers is not None and layer not in self.layers:
@@ -132,14 +137,16 @@ def threshold_at_fpr(directions: Directions, activations: Activations, rate: flo
 
     Args:
         directions: Their first row is v1.
-        activations: Labelled, of other queries than the directions were made from.
+        activations: Labelled, with all layers of the directions (of one layer only where these serve every layer).
         rate: The false-positive rate, from 0 to 1.
 
     Raises:
         NumericsError: The rate is out of range, or there is no harmless query.
+        SiteError: A layer of the directions was not collected.
     """
-    harmless = activations.states[torch.tensor([query.label == "harmless" for query in activations.queries])]
-    if not (0 <= rate <= 1 and len(harmless)):
-        raise NumericsError(f"a rate of {rate} over {len(harmless)} harmless queries", "a rate from 0 to 1 and a query", "check both")
-    scores = torch.stack([harmless[:, i] @ directions.at(layer)[0] for i, layer in enumerate(activations.layers)], dim=1)
+    chosen = torch.tensor([query.label == "harmless" for query in activations.queries])
+    if not (0 <= rate <= 1 and chosen.any()):
+        raise NumericsError(f"a rate of {rate} over {int(chosen.sum())} harmless queries", "a rate from 0 to 1 and a query", "check both")
+    layers = activations.layers[:1] if directions.layers is None else directions.layers
+    scores = torch.stack([activations.at(layer)[chosen].to(directions.vectors) @ directions.at(layer)[0] for layer in layers], dim=1)
     return torch.from_numpy(np.quantile(scores.numpy(), 1 - rate, axis=0, method="higher")).float()

@@ -156,11 +156,12 @@ class Intervention:
             PlanError: It asks for a state that comes too late.
         """
         for step in self.steps:
-            for owner in (step.edit, *((step.gate,) if step.gate else ())):
-                require_same_model(f"the directions of {owner!r}", owner.model, model)
             edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
-            if isinstance(edit, Affine) and edit.d_model != d_model:
-                raise MismatchError(f"{edit!r} of width {edit.d_model}", f"width {d_model}, the model's", "collect with this model")
+            for owner in (edit, *((step.gate,) if step.gate else ())):
+                require_same_model(f"the directions of {owner!r}", owner.model, model)
+                width = getattr(owner, "d_model", d_model)
+                if width != d_model:
+                    raise MismatchError(f"{owner!r} of width {width}", f"width {d_model}, the model's", "collect with this model")
         self.requires(n_layers)
 
     def to(self, device: torch.device) -> "Intervention":
