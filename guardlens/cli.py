@@ -34,7 +34,7 @@ def demo(
     summary = work.run(subject, out)
     console.print(rich_table("Defences on the test split, blank images taken together (95 % intervals)", in_short(summary)))
     for sentence in lead(summary):
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, markup=False)
     console.print(f"\nReport: {out / 'report.html'}   Everything in numbers: {out / 'summary.json'}", highlight=False)
 
 

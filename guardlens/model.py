@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 with contextlib.suppress(ImportError):
     # nnsight mounts a method on `object`; beartype fails to import after that, so it goes first where it is installed.
-    import beartype  # noqa: F401
+    import beartype  # noqa: F401  # pyright: ignore[reportMissingImports]
 import nnsight
 import torch
 from jaxtyping import Bool, Float, Int
