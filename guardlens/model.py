@@ -22,7 +22,7 @@ from guardlens.activations import ActivationCache, require_finite
 from guardlens.architectures import Architecture, find, fingerprint
 from guardlens.batches import Batch, Layout
 from guardlens.errors import ModelError, PlanError, PresentationError, QueryError, SiteError
-from guardlens.interventions import Intervention, nothing
+from guardlens.interventions import Intervention, State, nothing
 from guardlens.program import Held, Tap, compile_taps, required_runs
 from guardlens.prompts import instruction_mask, tokenise
 from guardlens.queries import Presentation, Prompt, Query, QueryPairs, as_queries, text_only
@@ -284,19 +284,20 @@ class HookedModel:
 
     def _held(self, batch: Batch, plans: Sequence[Intervention]) -> Held:
         """The states that the plans need of other presentations' runs: one unedited forward per presentation."""
-        by_run: dict[Presentation, dict[Site, Any]] = {}
-        for state, layers in required_runs(plans, self.cfg.n_layers).items():
-            known = [layer for layer in layers if layer is not None]
-            site = Site(state.hook, tuple(known) or None, state.positions)
-            by_run.setdefault(state.run, {})[site] = state  # type: ignore[arg-type]
-        held: dict[Any, Tensor] = {}
-        for presentation, sites in by_run.items():
+        wanted = required_runs(plans, self.cfg.n_layers)
+        held: dict[tuple[State, int | None], Tensor] = {}
+        for presentation in {state.run for state in wanted if state.run is not None}:
+            sites = {state: self._site(state, wanted[state]) for state in wanted if state.run == presentation}
             twin = batch if presentation == batch.presentation else self.batch(batch.queries, presentation)
-            run = self.run(twin, read=tuple(sites), logits=None)
-            for site, state in sites.items():
+            reads = self.run(twin, read=tuple(set(sites.values())), logits=None).reads
+            for state, site in sites.items():
                 for index, point in enumerate(site.points(self.cfg.n_layers)):
-                    held[state, point.layer] = run.reads[site][0, :, index]
+                    held[state, point.layer] = reads[site][0, :, index]
         return held
+
+    @staticmethod
+    def _site(state: State, layers: set[int | None]) -> Site:
+        return Site(state.hook, tuple(layer for layer in layers if layer is not None) or None, state.positions)
 
     def _check_sites(self, plan: Intervention, read: Sequence[Site]) -> None:
         known = set(self.cfg.points)

@@ -128,6 +128,16 @@ def test_text_twin_is_read_from_the_image_free_run(vlm, batch, basis):
     close(vlm.run(batch, iv.replace(basis, iv.text_twin, gain=1.5).at(layers=[4])).logits[0], expected)
 
 
+def test_two_states_read_at_the_same_place(vlm, batch, basis):
+    """A state of the asking layer and one of a fixed layer may coincide."""
+    fixed = iv.State(run=text_only, layer=4)
+    plan = iv.patch(basis, iv.text_twin).at(layers=[4]) >> iv.patch(basis, fixed).at(layers=[5])
+    assert set(plan.requires(LAYERS)) == {iv.text_twin, fixed}
+    twin = vlm.run(vlm.batch(TEXTS), read=[Site()], logits=None).reads[Site()][0, :, 4]
+    edits = {layer: reference.at_last(lambda h, V=basis.at(layer): h + (twin - h) @ V.T @ V) for layer in (4, 5)}
+    close(vlm.run(batch, plan).logits[0], reference.with_hooks(vlm.hf, batch.inputs, edits=edits)[:, -1])
+
+
 def test_gate_decides_per_row(vlm, batch, basis):
     """Mixed verdicts in one batch: closed rows are bit-identical to no edit, open ones to the ungated edit."""
     states = vlm.run(vlm.batch(TEXTS), read=[Site()], logits=None).reads[Site()][0, :, 3] @ basis.at(3)[0]
@@ -300,6 +310,9 @@ def test_text_model(llm):
     close(right.logits, mine.logits)
     assert "position_ids" in batch.inputs
     assert isinstance(llm.generate(TEXTS[0], max_new_tokens=3), str)
+    plain = {name: value for name, value in batch.inputs.items() if name != "position_ids"}
+    expected = llm.hf.generate(**plain, max_new_tokens=9, do_sample=False, pad_token_id=0)[:, batch.mask.shape[1] :]
+    assert torch.equal(llm.run(batch, new_tokens=9).tokens[0], expected)
     assert len(llm.generate(TEXTS, max_new_tokens=3)) == 4
 
 
