@@ -58,7 +58,8 @@ class ActivationCache(Mapping[str, Tensor]):
         return torch.stack(layers)
 
     def __repr__(self) -> str:
-        return f"ActivationCache({len(self)} hooks: {', '.join(self)})"
+        names = list(self)
+        return f"ActivationCache({len(self)} hooks{f', {names[0]} to {names[-1]}' if names else ''})"
 
 
 @dataclass(frozen=True, eq=False)

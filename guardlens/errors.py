@@ -30,7 +30,8 @@ class GuardlensError(Exception):
 
     def __init__(self, found: str, expected: str, next_step: str) -> None:
         self.found, self.expected, self.next_step = found, expected, next_step
-        super().__init__(f"Found {found}.\nExpected {expected}.\nNext: {next_step}.")
+        end = "" if next_step.endswith("?") else "."
+        super().__init__(f"Found {found}.\nExpected {expected}.\nNext: {next_step}{end}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.found, self.expected, self.next_step)
