@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from guardlens.evaluation import evaluate
     from guardlens.interventions import gates
     from guardlens.interventions.plan import Intervention
-    from guardlens.model import HookedModel, load
+    from guardlens.loading import load
+    from guardlens.model import HookedModel
     from guardlens.queries import Query, QueryPairs, read_queries
     from guardlens.sites import Site
     from guardlens.sweeps import sweep
@@ -44,7 +45,7 @@ _NAMES = {
     "compare": "comparison",
     "evaluate": "evaluation",
     "gates": "interventions",
-    "load": "model",
+    "load": "loading",
     "read_queries": "queries",
     "sweep": "sweeps",
 }

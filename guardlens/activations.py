@@ -1,6 +1,6 @@
 """Hidden states as data: the whole tensors of one run (`ActivationCache`) and one vector per query and layer (`Activations`)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,34 @@ from guardlens.queries import Query
 from guardlens.sites import Point, parse
 from guardlens.storage import Provenance, load_tensors, save_tensors
 
+Components = Float[Tensor, "component batch seq d"]
+
 
 class ActivationCache(Mapping[str, Tensor]):
     """Hook name -> tensor, as in TransformerLens.
 
-    Shape: residual-stream hooks are `batch seq d_model`, padding included.
+    Shapes, padding included: the residual stream and what is added to it `batch seq d_model`; queries, keys, values and z
+    `batch seq head d_head`; patterns `batch head query key`; the eye and the projector as the family has them.
+
+    Args:
+        tensors: The values.
+        n_layers: Blocks of the model.
+        to_logits: Final norm and unembedding, for the logit lens.
+        residual_scale: What the model multiplies attention and MLP by before it adds them.
 
     Example:
         `cache["blocks.5.hook_resid_post"]`, `cache["resid_post", 5]` and `cache["resid_post", -1]` (the last layer).
     """
 
-    def __init__(self, tensors: Mapping[Point, Tensor], n_layers: int) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[Point, Tensor],
+        n_layers: int,
+        to_logits: Callable[[Tensor], Tensor] | None = None,
+        residual_scale: float = 1.0,
+    ) -> None:
         self._tensors, self._n_layers = dict(tensors), n_layers
+        self._to_logits, self._residual_scale = to_logits, residual_scale
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         name, layer = (key, None) if isinstance(key, str) else key
@@ -56,6 +72,54 @@ class ActivationCache(Mapping[str, Tensor]):
         if not layers:
             raise SiteError(f"no {hook!r} in this cache", f"one of {', '.join(self)}", "ask for it with names_filter")
         return torch.stack(layers)
+
+    def accumulated_resid(
+        self, layer: int | None = None, incl_mid: bool = False
+    ) -> tuple[Float[Tensor, "component batch seq d"], list[str]]:
+        """The residual stream as it grows: before each block, and at the end of the last one.
+
+        Args:
+            layer: Up to the input of this block; all blocks if None.
+            incl_mid: Also between attention and MLP.
+
+        Returns:
+            The states, and their names: `0_pre`, `0_mid`, ..., `final_post`.
+        """
+        stop = self._n_layers if layer is None else layer
+        wanted = [(f"{i}_{where}", f"resid_{where}", i) for i in range(stop) for where in ("pre", "mid") if incl_mid or where == "pre"]
+        wanted.append(("final_post", "resid_post", stop - 1) if stop == self._n_layers else (f"{stop}_pre", "resid_pre", stop))
+        return torch.stack([self[hook, i] for _, hook, i in wanted]), [name for name, _, _ in wanted]
+
+    def decompose_resid(self, layer: int | None = None) -> tuple[Components, list[str]]:
+        """What the residual stream is the sum of, before a block (after the last if None).
+
+        Returns:
+            The terms, and their names: `embed` (all that enters the first block: tokens, images, learned positions), `0_attn_out`,
+            `0_mlp_out`, ...; `0_between` is what a family adds between two blocks (DeepStack), and `0_rest` what a block does besides.
+        """
+        stop = self._n_layers if layer is None else layer
+        terms = {"embed": self["resid_pre", 0]}
+        for i in range(stop):
+            added = [(f"{i}_{hook}", self[hook, i] * self._residual_scale) for hook in ("attn_out", "mlp_out") if (hook, i) in self]
+            rest = self["resid_post", i] - self["resid_pre", i] - sum(term for _, term in added)
+            between = self["resid_pre", i + 1] - self["resid_post", i] if i + 1 < self._n_layers else rest[:0]
+            terms |= dict(added) | {name: term for name, term in ((f"{i}_rest", rest), (f"{i}_between", between)) if self._matters(term, i)}
+        return torch.stack(list(terms.values())), list(terms)
+
+    def logit_lens(self, pos_slice: int | slice = -1) -> Float[Tensor, "layer ..."]:
+        """The logits that each block's residual stream would give if the model ended there.
+
+        Args:
+            pos_slice: Columns to look at; the last one by default. (All of them are `layer batch seq vocab` numbers: often gigabytes.)
+        """
+        if self._to_logits is None:
+            raise SiteError("a cache without its model", "one from model.run_with_cache", "call model.to_logits(states) yourself")
+        return torch.stack([self._to_logits(self["resid_post", layer][:, pos_slice]) for layer in range(self._n_layers)])
+
+    def _matters(self, term: Tensor, layer: int) -> bool:
+        """Whether a term is more than rounding."""
+        scale = self["resid_post", layer].abs().amax()
+        return term.numel() > 0 and bool(term.abs().amax() > 50 * torch.finfo(term.dtype).eps * scale)
 
     def __repr__(self) -> str:
         names = list(self)

@@ -34,6 +34,11 @@ class Batch:
     instruction: Bool[Tensor, "query seq"]
 
     @property
+    def beside_image(self) -> bool:
+        """Whether some prompt shows an image."""
+        return bool(self.image.any())
+
+    @property
     def padded_right(self) -> bool:
         """Whether some row ends in padding."""
         return not bool(self.mask[:, -1].all())
@@ -82,6 +87,10 @@ class Placement(NamedTuple):
     columns: Int[Tensor, "state"]
     queries: Int[Tensor, "state"]
 
+    def to(self, device: torch.device) -> "Placement":
+        """On another device: the blocks of a large model may lie on several."""
+        return Placement(*(index.to(device) for index in self))
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -124,7 +133,8 @@ class Layout:
         rows, columns = here.nonzero(as_tuple=True)
         return Placement(rows, columns, self.query[rows])
 
-    def decoding(self, lane: int) -> Placement:
-        """Where lane `lane` has its newest token during decoding, when there is one column."""
-        rows = (self.lane[:, 0] == lane).nonzero().flatten()
-        return Placement(rows, torch.zeros_like(rows), self.query[rows])
+    def decoding(self, lane: int, new: int = 1) -> Placement:
+        """Where lane `lane` has its `new` newest tokens during decoding: the last columns, ordered by query, then column."""
+        rows = (self.lane[:, 0] == lane).nonzero().flatten().repeat_interleave(new)
+        columns = torch.arange(-new, 0, device=rows.device).repeat(len(rows) // new)
+        return Placement(rows, columns, self.query[rows])

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from guardlens import interventions as iv
 from guardlens import presentations
 from guardlens.directions import Directions
-from guardlens.errors import GuardlensError
+from guardlens.errors import GuardlensError, ModelError
 from guardlens.model import HookedModel
 from guardlens.queries import text_only
 from guardlens.sites import Site
@@ -36,6 +37,24 @@ def check(model: HookedModel) -> list[Finding]:
     return [_try(name, trial, model) for name, trial in TRIALS.items()]
 
 
+def require_sound(model: HookedModel) -> None:
+    """Refuse a model of a family that guardlens's tests do not know, if the parts that were found do not compute its logits.
+
+    Raises:
+        ModelError: What was measured, or what is missing.
+    """
+    if model.cfg.proven or any(parameter.is_meta for parameter in model.hf.parameters()):
+        return
+    for what in ESSENTIAL:
+        finding = _try(what, TRIALS[what], model)
+        if finding.works is False:
+            raise ModelError(
+                f"{type(model.hf).__name__}, a family that is new to guardlens, failing at {what!r}: {finding.detail}",
+                "parts that compute the model's own logits, alone and in a batch",
+                "see what `guardlens check` says of it, and add its names to guardlens/architectures/names.py",
+            )
+
+
 def _try(name: str, trial: Callable[[HookedModel], tuple[bool | None, str]], model: HookedModel) -> Finding:
     try:
         return Finding(name, *trial(model))
@@ -53,18 +72,30 @@ def _parts(model: HookedModel) -> tuple[bool, str]:
 def _logits(model: HookedModel) -> tuple[bool, str]:
     batch = model.batch(TEXTS)
     logits, cache = model.run_with_cache(batch)
-    with torch.no_grad():
-        mine = model.hf.get_output_embeddings()(cache["ln_final.hook_out"])
+    mine = model.to_logits(cache["resid_post", -1])
     return _near(mine[batch.mask], logits[batch.mask], "the last residual stream through norm and unembed")
 
 
 def _residual(model: HookedModel) -> tuple[bool, str]:
     batch = model.batch(TEXTS)
     _, cache = model.run_with_cache(batch)
-    gaps = [cache["resid_pre", i] + cache["attn_out", i] + cache["mlp_out", i] - cache["resid_post", i] for i in range(model.cfg.n_layers)]
-    scale = cache["resid_post", -1][batch.mask].abs().max()
-    worst = max(float(gap[batch.mask].abs().max() / scale) for gap in gaps)
-    return worst < 1e-2, f"resid_pre + attn_out + mlp_out = resid_post up to {worst:.0e} of its size"
+    terms, names = cache.decompose_resid()
+    rest = [name for name in names if name.endswith("rest")]
+    if rest:
+        worst = max(float(term[batch.mask].abs().max()) for name, term in zip(names, terms, strict=True) if name in rest)
+        worst /= float(cache["resid_post", -1][batch.mask].abs().max())
+        return worst < 1e-2, f"resid_pre + attn_out + mlp_out = resid_post up to {worst:.0e} of its size, in {len(rest)} blocks"
+    return _near(terms.sum(0)[batch.mask], cache["resid_post", -1][batch.mask], "the sum of all that blocks add, and the residual stream")
+
+
+def _heads(model: HookedModel) -> tuple[bool | None, str]:
+    layers = [p.layer for p in model.cfg.computed(False) if p.hook == "z" and p.layer is not None]
+    if not layers:
+        return None, "no attention heads were found"
+    _, cache = model.run_with_cache(TEXTS[0], names_filter=[f"blocks.{layers[0]}.attn.hook_{x}" for x in "qz"])
+    q, z = (cache[x, layers[0]] for x in "qz")
+    heads = model.cfg.n_heads
+    return q.shape[2] == z.shape[2] == heads, f"{heads} heads of width {z.shape[-1]} in {len(layers)} layers"
 
 
 def _padding(model: HookedModel) -> tuple[bool, str]:
@@ -78,12 +109,12 @@ def _edit(model: HookedModel) -> tuple[bool, str]:
     batch, layer = model.batch(TEXTS), model.cfg.n_layers // 2
     push = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0)).to(model.hf.device)
 
-    def raw(module: torch.nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
-        out = out.clone()
-        out[:, -1] += push.to(out.dtype)
-        return out
+    def raw(module: torch.nn.Module, args: object, out: Any) -> Any:
+        states = (out[0] if isinstance(out, tuple) else out).clone()
+        states[:, -1] += push.to(states.dtype)
+        return (states, *out[1:]) if isinstance(out, tuple) else states
 
-    handle = model.hf.get_submodule(f"{model.cfg.decoder}.layers.{layer}").register_forward_hook(raw)
+    handle = model.hf.get_submodule(model.cfg.blocks[layer]).register_forward_hook(raw)
     try:
         with torch.no_grad():
             expected = model.hf(**batch.inputs, use_cache=False).logits[:, -1]
@@ -109,10 +140,15 @@ def _generate(model: HookedModel) -> tuple[bool, str]:
 def _image(model: HookedModel) -> tuple[bool | None, str]:
     if not model.sees_images:
         return None, "a text-only model"
-    batch = model.batch(TEXTS, presentations.blank("grey", model.cfg.image_size or 336))
-    tokens = batch.image.sum(1).tolist()
-    model.run(batch, read=[Site(positions="image")])
-    return min(tokens) > 0, f"{tokens[0]} image tokens"
+    size, hook = model.cfg.image_size or 336, "blocks.0.hook_resid_pre"
+    batches = [model.batch(TEXTS, presentations.noise(seed, size)) for seed in (0, 1)]
+    tokens = batches[0].image.sum(1).tolist()
+    if model.cfg.image_layers:
+        one, other = (model.run(batch).logits for batch in batches)
+        return bool((one != other).any()), f"{tokens[0]} image token, seen through cross-attention in {sorted(model.cfg.image_layers)}"
+    one, other = (model.run_with_cache(batch, names_filter=hook)[1][hook] for batch in batches)
+    changed = ((one != other).any(-1) & batches[0].mask).cpu()
+    return torch.equal(changed, batches[0].image.cpu()), f"{tokens[0]} image tokens: another image changes the embeddings of just these"
 
 
 def _twin(model: HookedModel) -> tuple[bool | None, str]:
@@ -149,8 +185,12 @@ TRIALS: dict[str, Callable[[HookedModel], tuple[bool | None, str]]] = {
     "residual stream adds up": _residual,
     "batches and padding": _padding,
     "instruction positions": _positions,
+    "attention heads": _heads,
     "edits": _edit,
     "generation under edits": _generate,
     "images": _image,
     "text twin": _twin,
 }
+
+ESSENTIAL = ("logits reproduced", "batches and padding", "edits")
+"""What a model of an unknown family must pass to be handed out."""

@@ -49,7 +49,7 @@ def check(
     from rich.table import Table
 
     from guardlens.check import check as try_everything
-    from guardlens.model import load
+    from guardlens.loading import load
 
     loaded = load(model, dtype=dtype, device_map=device_map)
     findings = try_everything(loaded)

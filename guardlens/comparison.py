@@ -66,6 +66,9 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
     """
     runs = [llm, *([vlm] if isinstance(vlm, Activations) else vlm)]
     require_labels(llm.queries)
+    require_same_model(
+        f"the directions {directions.method!r}", directions.provenance.model, *(run.provenance.model for run in (llm, *runs))
+    )
     for run in runs:
         _require_comparable(llm, run, directions)
     groups = np.array([_group(query) for query in llm.queries])
@@ -78,6 +81,7 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
         "bag_of_words": [surface.value, surface.low, surface.high],
         "directions": directions.method,
         "runs": [_name(run, llm) for run in runs],
+        "models": [run.provenance.model for run in runs],
         "n_groups": len(set(groups.tolist())),
     }
     return Comparison.from_rows(rows, facts=facts, provenance=llm.provenance)
@@ -154,7 +158,6 @@ def _name(run: Activations, llm: Activations) -> str:
 
 
 def _require_comparable(llm: Activations, run: Activations, directions: Directions) -> None:
-    require_same_model(f"the directions {directions.method!r}", directions.provenance.model, run.provenance.model)
     for what, here, there in (
         ("queries", [query.id for query in run.queries], [query.id for query in llm.queries]),
         ("layers", list(run.layers), list(llm.layers)),

@@ -16,7 +16,8 @@ from guardlens.errors import PresentationError, QueryError
 from guardlens.evaluation import evaluate
 from guardlens.findings import Findings, write
 from guardlens.judges import Judge, keyword
-from guardlens.model import HookedModel, load
+from guardlens.loading import load
+from guardlens.model import HookedModel
 from guardlens.queries import Presentation, Query, QueryPairs, read_queries, require_labels, split, text_only
 from guardlens.scores import refusal_logodds
 from guardlens.sweeps import sweep

@@ -1,13 +1,12 @@
 """`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names. The one module that imports nnsight."""
 
 import contextlib
-import importlib.resources
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 with contextlib.suppress(ImportError):
@@ -16,21 +15,21 @@ with contextlib.suppress(ImportError):
 import nnsight
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from guardlens.activations import ActivationCache, require_finite
 from guardlens.architectures import Architecture, find, fingerprint
 from guardlens.batches import Batch, Layout
-from guardlens.errors import ModelError, PlanError, PresentationError, QueryError, SiteError
+from guardlens.errors import MismatchError, PlanError, PresentationError, QueryError
 from guardlens.interventions import Intervention, State, nothing
-from guardlens.program import Held, Tap, compile_taps, required_runs
+from guardlens.program import Held, Record, Tap, compile_taps, required_runs, site_of
 from guardlens.prompts import instruction_mask, tokenise
-from guardlens.queries import Presentation, Prompt, Query, QueryPairs, as_queries, text_only
-from guardlens.sites import Point, Site, parse
+from guardlens.queries import Presentation, Prompt, Query, QueryPairs, WithoutImages, as_queries, text_only
+from guardlens.sites import Site
 from guardlens.storage import Provenance, digest
+from guardlens.verbs import HookFunction, Names, cache_taps, hook_taps
 
 Queries = str | Query | QueryPairs | Sequence[str | Query]
-HookFunction = Callable[[Tensor, Any], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +60,32 @@ class HookedModel:
         processor: Its processor, or the tokenizer of a text-only model.
         name: As it appears in results.
         revision: The hub's revision, where there is one.
+        separate_llm: Another language model to compare with, of the same width and depth; None for the VLM's own.
     """
 
     hf: Any
     processor: Any
     name: str
     revision: str = ""
+    separate_llm: "HookedModel | None" = None
+
+    def __post_init__(self) -> None:
+        llm = self.separate_llm
+        if llm and (llm.cfg.d_model, llm.cfg.n_layers) != (self.cfg.d_model, self.cfg.n_layers):
+            raise MismatchError(
+                f"an LLM of width {llm.cfg.d_model} and {llm.cfg.n_layers} layers beside {self.name}",
+                f"width {self.cfg.d_model} and {self.cfg.n_layers} layers, as the VLM's own language model",
+                "give the LLM that the VLM was made from",
+            )
+
+    @property
+    def llm(self) -> "HookedModel":
+        """The model of the text twin: the LLM that was given beside the VLM, else the VLM itself, shown no image."""
+        return self.separate_llm or self
 
     @cached_property
     def cfg(self) -> Architecture:
-        """Sizes and paths: `n_layers`, `d_model`, `n_heads`, `d_vocab`, `image_token_id`, `image_size`."""
+        """Sizes and paths: `n_layers`, `d_model`, `n_heads`, `d_vocab`, `image_token_id`, `image_size`, ..."""
         return find(self.hf)
 
     @cached_property
@@ -132,6 +147,8 @@ class HookedModel:
         read: Sequence[Site] = (),
         logits: Literal["last", "all"] | None = "last",
         new_tokens: int = 0,
+        seed: int | None = None,
+        generation: Mapping[str, Any] = MappingProxyType({}),
     ) -> Run:
         """Run one or several plans over a batch; each plan is a lane.
 
@@ -140,7 +157,9 @@ class HookedModel:
             plans: What to change, one plan per lane.
             read: Sites to read, after all edits there.
             logits: At the prompt's last token, at all tokens, or none (the unembedding is then skipped).
-            new_tokens: Generate greedily up to so many tokens; `logits` are then not returned.
+            new_tokens: Generate up to so many tokens; `logits` are then not returned.
+            seed: Of the draws, where `generation` asks for sampling.
+            generation: Options of transformers' `generate`; greedy without any.
 
         Raises:
             MismatchError: A plan was made for another model.
@@ -149,44 +168,52 @@ class HookedModel:
         """
         lanes = [plans] if isinstance(plans, Intervention) else list(plans)
         for plan in lanes:
-            plan.check(self.id, self.cfg.n_layers, self.cfg.d_model)
+            plan.check((self.id, self.llm.id), self.cfg.n_layers, self.cfg.widths)
             self._check_sites(plan, read)
         lanes = [plan.to(self.hf.device) for plan in lanes]
         held = self._held(batch, lanes)
         layout = Layout.tile(len(batch.queries), batch.mask.shape[1], len(lanes), batch.mask.device)
         taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, held)
-        raw = self._execute(layout.spread(batch.inputs), taps, logits, new_tokens, batch.padded_right)
-        reads = {site: torch.stack([record.reads[site, p] for p in site.points(self.cfg.n_layers)], dim=2) for site in read}
-        self._require_finite(batch, reads)
-        by_lane = None if raw is None else raw.unflatten(0, (len(lanes), -1))
+        run = replace(batch, inputs=layout.spread(batch.inputs))
         if new_tokens:
-            return Run(reads, None, by_lane[..., batch.mask.shape[1] :], record.verdicts, layout.name)  # type: ignore[index]
+            tokens = self._generate(run, taps, new_tokens, seed, generation)
+            return Run(self._reads(record, read, batch), None, tokens.unflatten(0, (len(lanes), -1)), record.verdicts, layout.name)
+        # On the left, every row ends in its last token, and the unembedding of all others can be skipped.
+        raw = self._forward(run, taps, None if logits is None else int(logits == "last" and not batch.padded_right))
+        reads = self._reads(record, read, batch)
+        by_lane = None if raw is None else raw.unflatten(0, (len(lanes), -1))
         if by_lane is not None and logits == "last":
             by_lane = _at_last(by_lane, batch)
             require_finite(by_lane.transpose(0, 1), batch.queries, tuple(range(len(lanes))), "the logits of lane")
         return Run(reads, by_lane, None, record.verdicts, layout.name)
 
+    def _reads(self, record: Record, sites: Sequence[Site], batch: Batch) -> dict[Site, Tensor]:
+        reads = {}
+        for site in sites:
+            values = [record.reads[site, point].to(batch.mask.device) for point in site.points(self.cfg.n_layers)]
+            reads[site] = torch.stack(values, dim=2)
+        self._require_finite(batch, reads)
+        return reads
+
     def run_with_cache(
-        self,
-        queries: Queries | Batch,
-        presentation: Presentation = text_only,
-        *,
-        names_filter: str | Iterable[str] | Callable[[str], bool] | None = None,
+        self, queries: Queries | Batch, presentation: Presentation = text_only, *, names_filter: Names = None
     ) -> tuple[Float[Tensor, "query seq vocab"], ActivationCache]:
         """Logits at all tokens, and whole hook values, as in TransformerLens.
 
         Args:
             queries: What to ask, or a batch.
             presentation: How to show it.
-            names_filter: A hook name, several, or a predicate; None caches everything.
+            names_filter: A hook name, several, or a predicate; None caches everything that the run computes (attention patterns
+                only of a model loaded with `attn_implementation="eager"`).
 
         Raises:
-            SiteError: Unknown hook name; the closest is suggested.
+            SiteError: Unknown hook name (the closest is suggested), or a value that the run did not compute.
         """
-        cached: dict[Point, Tensor] = {}
-        keep = _predicate(names_filter, self.cfg.n_layers)
-        taps = [Tap(point, _Cache(cached, point)) for point in self.cfg.points if keep(point)]
-        return self._run_taps(queries, presentation, taps), ActivationCache(cached, self.cfg.n_layers)
+        batch = queries if isinstance(queries, Batch) else self.batch(queries, presentation)
+        computed = [p for p in self.cfg.computed(batch.beside_image) if p.hook != "pattern" or self._eager]
+        taps, kept = cache_taps(self.cfg, names_filter, computed)
+        logits = self._forward(batch, taps)
+        return logits, ActivationCache(kept, self.cfg.n_layers, self.to_logits, self.cfg.residual_scale)
 
     def run_with_hooks(
         self,
@@ -206,11 +233,14 @@ class HookedModel:
         Raises:
             SiteError: Unknown hook name; the closest is suggested.
         """
-        taps = []
-        for name, fn in fwd_hooks:
-            keep = _predicate(name, self.cfg.n_layers)
-            taps += [Tap(point, _Hook(fn, HookPoint(point.name, point.layer))) for point in self.cfg.points if keep(point)]
-        return self._run_taps(queries, presentation, sorted(taps, key=lambda tap: tap.point.order))
+        batch = queries if isinstance(queries, Batch) else self.batch(queries, presentation)
+        return self._forward(batch, hook_taps(self.cfg, fwd_hooks))
+
+    def to_logits(self, states: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape vocab"]:
+        """The residual stream through final norm and unembedding: the logit lens of any layer, the model's own logits for the last."""
+        norm, unembed = (self.hf.get_submodule(path) for path in (self.cfg.norm, self.cfg.unembed))
+        with torch.no_grad():
+            return self.cfg.finish(unembed(norm(states)))
 
     def generate(
         self,
@@ -219,10 +249,24 @@ class HookedModel:
         intervention: Intervention = nothing,
         *,
         max_new_tokens: int = 64,
+        seed: int | None = None,
+        **options: Any,
     ) -> Any:
-        """Greedy answers under an intervention: a string for one query, else a list of them."""
+        """Answers under an intervention: a string for one query, else a list of them.
+
+        Args:
+            queries: What to ask, or a batch.
+            presentation: How to show it.
+            intervention: What to change.
+            max_new_tokens: The longest answer.
+            seed: Of the draws, with `do_sample=True`.
+            options: Handed to transformers' `generate`: `do_sample=True, temperature=0.7`, `use_cache=False`, ... Greedy by default.
+
+        Raises:
+            PlanError: Options that give several answers per prompt.
+        """
         batch = queries if isinstance(queries, Batch) else self.batch(queries, presentation)
-        tokens = self.run(batch, intervention, new_tokens=max_new_tokens).tokens
+        tokens = self.run(batch, intervention, new_tokens=max_new_tokens, seed=seed, generation=options).tokens
         answers = self.decode(tokens[0])  # type: ignore[index]
         return answers[0] if isinstance(queries, str | Query) else answers
 
@@ -232,31 +276,47 @@ class HookedModel:
 
     def __repr__(self) -> str:
         kind = "VLM" if self.sees_images else "LLM"
-        return f"HookedModel({self.name!r}: {type(self.hf).__name__}, {kind}, {self.cfg.n_layers} layers, d_model {self.cfg.d_model})"
+        beside = f", beside {self.separate_llm.name!r}" if self.separate_llm else ""
+        sizes = f"{self.cfg.n_layers} layers, d_model {self.cfg.d_model}"
+        return f"HookedModel({self.name!r}: {type(self._inner).__name__}, {kind}, {sizes}{beside})"
 
-    def _run_taps(self, queries: Queries | Batch, presentation: Presentation, taps: list[Tap]) -> Tensor:
-        batch = queries if isinstance(queries, Batch) else self.batch(queries, presentation)
-        logits = self._execute(dict(batch.inputs), taps, "all", 0, False)
-        assert logits is not None
-        return logits
+    @cached_property
+    def _inner(self) -> Any:
+        """The model itself, where an adapter (PEFT) is around it."""
+        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
 
-    def _execute(
-        self, inputs: dict[str, Tensor], taps: list[Tap], logits: str | None, new_tokens: int, padded_right: bool
-    ) -> Tensor | None:
-        if new_tokens:
-            if padded_right:
-                raise PlanError("a batch padded on the right", "padding on the left for generation", "make it with padding_side='left'")
-            pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-            settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad}
-            return self._drive(self.hf.generate, {**inputs, **settings}, taps, new_tokens)
-        if logits is None:
-            self._drive(self.hf.base_model, {**inputs, "use_cache": False}, taps, 1)
+    @property
+    def _eager(self) -> bool:
+        return self._inner.config.get_text_config(decoder=True)._attn_implementation == "eager"
+
+    def _forward(self, batch: Batch, taps: list[Tap], keep: int | None = 0) -> Any:
+        """Logits of a forward: at all tokens (`keep` 0), at the last (1), or none (None; the unembedding is then skipped)."""
+        trunk = self._inner.base_model
+        inputs = {**batch.inputs, "use_cache": False}
+        if keep is None and trunk is not self._inner:
+            self._drive(trunk, inputs, taps, batch.beside_image)
             return None
-        # On the left, every row ends in its last token, and the unembedding of all others can be skipped.
-        keep = 1 if logits == "last" and not padded_right else 0
-        return self._drive(self.hf, {**inputs, "use_cache": False, "logits_to_keep": keep}, taps, 1).logits
+        if "logits_to_keep" in inspect.signature(self._inner.forward).parameters:
+            inputs["logits_to_keep"] = keep or 0
+        logits = self._drive(self.hf, inputs, taps, batch.beside_image).logits
+        return None if keep is None else logits[:, -keep:]
 
-    def _drive(self, call: Callable[..., Any], inputs: dict[str, Any], taps: list[Tap], new_tokens: int) -> Any:
+    def _generate(self, batch: Batch, taps: list[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any]) -> Tensor:
+        if batch.padded_right:
+            raise PlanError("a batch padded on the right", "padding on the left for generation", "make it with padding_side='left'")
+        if several := next((name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) != 1), None):
+            raise PlanError(f"{several}={options[several]}", "one answer per prompt", "hand in the query several times, or several seeds")
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad, **options}
+        if not settings.get("use_cache", True):
+            taps = [replace(tap, decode=True) for tap in taps]
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            tokens = self._drive(self.hf.generate, {**batch.inputs, **settings}, taps, batch.beside_image, new_tokens)
+        return tokens[:, batch.mask.shape[1] :]
+
+    def _drive(self, call: Callable[..., Any], inputs: dict[str, Any], taps: list[Tap], beside_image: bool, new_tokens: int = 1) -> Any:
         """Run `call` with the taps in place: the trace body, the same for forward and generate."""
         result: list[Any] = []
 
@@ -264,8 +324,9 @@ class HookedModel:
             result.append(call(*args, **kwargs))
             return result[0]
 
-        every = [(tap, self._wrapped.get(path), side) for tap in taps for path, side in (self.cfg.locate(tap.point),)]
-        later = [located for located in every if located[0].decode]
+        located = [(tap, self.cfg.locate(tap.point, beside_image)) for tap in taps]
+        every = [(tap, self._wrapped.get(part.path), part) for tap, part in located]
+        later = [placed for placed in every if placed[0].decode]
         if not taps:
             with torch.no_grad():
                 return call(**inputs)
@@ -274,12 +335,11 @@ class HookedModel:
             warnings.filterwarnings("ignore", message=r".*was never reached: the loop asked for a step")
             with torch.no_grad(), self._wrapped.trace(fn=boxed, **inputs) as tracer:
                 for step in tracer.iter[: new_tokens if later else 1]:  # type: ignore[attr-defined]
-                    for tap, envoy, side in every if step == 0 else later:
-                        whole = getattr(envoy, side)
-                        value = whole[0] if isinstance(whole, tuple) else whole
-                        new = tap.fn(value, step)
+                    for tap, envoy, part in every if step == 0 else later:
+                        whole = getattr(envoy, part.side)
+                        new = tap.fn(part.read(whole, tap.point.name), step)
                         if new is not None:
-                            setattr(envoy, side, (new, *whole[1:]) if isinstance(whole, tuple) else new)
+                            setattr(envoy, part.side, part.view.write(whole, new))
         return result[0]
 
     def _held(self, batch: Batch, plans: Sequence[Intervention]) -> Held:
@@ -287,24 +347,25 @@ class HookedModel:
         wanted = required_runs(plans, self.cfg.n_layers)
         held: dict[tuple[State, int | None], Tensor] = {}
         for presentation in {state.run for state in wanted if state.run is not None}:
-            sites = {state: self._site(state, wanted[state]) for state in wanted if state.run == presentation}
-            twin = batch if presentation == batch.presentation else self.batch(batch.queries, presentation)
-            reads = self.run(twin, read=tuple(set(sites.values())), logits=None).reads
+            sites = {state: site_of(state, wanted[state]) for state in wanted if state.run == presentation}
+            model, other = self._other(batch, presentation)
+            reads = model.run(other, read=tuple(set(sites.values())), logits=None).reads
             for state, site in sites.items():
                 for index, point in enumerate(site.points(self.cfg.n_layers)):
-                    held[state, point.layer] = reads[site][0, :, index]
+                    held[state, point.layer] = reads[site][0, :, index].to(self.hf.device)
         return held
 
-    @staticmethod
-    def _site(state: State, layers: set[int | None]) -> Site:
-        return Site(state.hook, tuple(layer for layer in layers if layer is not None) or None, state.positions)
+    def _other(self, batch: Batch, presentation: Presentation) -> "tuple[HookedModel, Batch]":
+        """The model and the prompts that a held state is read from; the text twin is the prompt as it is, without its images."""
+        if presentation == text_only:
+            same = self.llm is self and not batch.beside_image
+            return self.llm, batch if same else self.llm.batch(batch.queries, WithoutImages(batch.presentation))
+        return self, batch if presentation == batch.presentation else self.batch(batch.queries, presentation)
 
     def _check_sites(self, plan: Intervention, read: Sequence[Site]) -> None:
-        known = set(self.cfg.points)
         for site in (*(step.site for step in plan.steps), *read):
-            missing = next((point.name for point in site.points(self.cfg.n_layers) if point not in known), None)
-            if missing:
-                raise SiteError(f"{missing}, which {self.name} does not have", "one of model.hook_names", "choose another hook")
+            for point in site.points(self.cfg.n_layers):
+                self.cfg.locate(point)
 
     def _require_finite(self, batch: Batch, reads: Mapping[Site, Tensor]) -> None:
         for site, states in reads.items():
@@ -332,102 +393,8 @@ class HookedModel:
         return not self.sees_images and "position_ids" in inspect.signature(self.hf.forward).parameters
 
 
-@dataclass(frozen=True)
-class HookPoint:
-    """What a hook function is told about where it is."""
-
-    name: str
-    index: int | None
-
-    def layer(self) -> int | None:
-        """The layer; None where the hook has none."""
-        return self.index
-
-
-@dataclass(frozen=True, eq=False)
-class _Cache:
-    cached: dict[Point, Tensor]
-    point: Point
-
-    def __call__(self, value: Tensor, step: int) -> None:
-        self.cached[self.point] = value.clone()
-
-
-@dataclass(frozen=True, eq=False)
-class _Hook:
-    fn: HookFunction
-    hook: HookPoint
-
-    def __call__(self, value: Tensor, step: int) -> Tensor | None:
-        return self.fn(value, self.hook)
-
-
 def _at_last(logits: Float[Tensor, "lane query seq vocab"], batch: Batch) -> Float[Tensor, "lane query vocab"]:
     if not batch.padded_right:
         return logits[:, :, -1]
     last = batch.select("last").long().argmax(dim=1)
     return logits[:, torch.arange(len(last), device=last.device), last]
-
-
-def _predicate(names: str | Iterable[str] | Callable[[str], bool] | None, n_layers: int) -> Callable[[Point], bool]:
-    if names is None:
-        return lambda point: True
-    if callable(names):
-        return lambda point: names(point.name)
-    wanted = [parse(name, n_layers) for name in ([names] if isinstance(names, str) else names)]
-    return lambda point: point in wanted or replace(point, layer=None) in wanted
-
-
-def load(
-    source: str | Path | nn.Module,
-    *,
-    processor: Any = None,
-    dtype: str | torch.dtype = "auto",
-    device_map: Any = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> HookedModel:
-    """Load a VLM or LLM.
-
-    Args:
-        source: `"organism"` (the embedded tiny model), a hub id, a local directory, or a module already in memory.
-        processor: For a module: its processor (VLM) or tokenizer (LLM).
-        dtype: As in transformers; `"auto"` takes the checkpoint's.
-        device_map: As in transformers, e.g. `"auto"`.
-        revision: The hub's revision.
-        trust_remote_code: Off unless you ask for it.
-        options: Handed to `from_pretrained` (a quantisation config, an attention implementation, ...).
-
-    Raises:
-        ModelError: It can't be loaded, or a part of it is not found.
-    """
-    if isinstance(source, nn.Module):
-        if processor is None:
-            raise ModelError("a module without its processor", "both", "pass processor=AutoProcessor.from_pretrained(...)")
-        name = getattr(source.config, "name_or_path", "") or type(source).__name__
-        model = HookedModel(source.eval(), processor, Path(name).name)
-    else:
-        path = str(importlib.resources.files("guardlens") / "organism" / "weights") if source == "organism" else str(source)
-        shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-        name = Path(path).name if Path(path).exists() and source != "organism" else str(source)
-        model = HookedModel(*_from_pretrained(path, shared, {"dtype": dtype, "device_map": device_map, **options}), name, revision or "")
-    _ = model.cfg  # finds the parts now, so that an unknown family fails here
-    return model
-
-
-def _from_pretrained(path: str, shared: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(path, **shared)
-        multimodal = type(config) in AutoModelForImageTextToText._model_mapping  # type: ignore[operator]
-        model_class, reader = (AutoModelForImageTextToText, AutoProcessor) if multimodal else (AutoModelForCausalLM, AutoTokenizer)
-        hf = model_class.from_pretrained(path, **shared, **options)
-        return hf.eval(), reader.from_pretrained(path, **shared)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path!r}, which transformers can't load ({str(error).splitlines()[0]})",
-            "'organism', a local directory made by save_pretrained, or a hub id that can be reached",
-            "check the name; for a gated model, log in with `hf auth login`",
-        ) from None

@@ -1,7 +1,7 @@
 """How a query reaches the model: text only, beside a blank, noisy or its own image, or inside a sentence."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
@@ -9,7 +9,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from guardlens.errors import PresentationError
 from guardlens.queries import Presentation, Prompt, Query, TextOnly, text_only
 
-__all__ = ["Blank", "Framed", "Noise", "Own", "Presentation", "TextOnly", "blank", "framed", "noise", "own", "text_only"]
+__all__ = ["Blank", "Chat", "Framed", "Noise", "Own", "Presentation", "TextOnly", "blank", "chat", "framed", "noise", "own", "text_only"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Framed:
 
     def __call__(self, query: Query) -> Prompt:
         prompt = self.inner(query)
-        return Prompt(f"{self.before}{prompt.text}{self.after}", prompt.images)
+        return replace(prompt, text=f"{self.before}{prompt.text}{self.after}")
 
 
 def blank(colour: str = "grey", size: int = 336) -> Blank:
@@ -101,6 +101,28 @@ own = Own()
 def framed(inner: Presentation, before: str = "", after: str = "", label: str = "framed") -> Framed:
     """Words before and after the text of another presentation."""
     return Framed(inner, before, after, label)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Another presentation inside a longer conversation: after a system prompt, before the beginning of the answer."""
+
+    inner: Presentation
+    system: str = ""
+    prefill: str = ""
+    label: str = "chat"
+
+    @property
+    def name(self) -> str:
+        return f"{self.inner.name} | {self.label}"
+
+    def __call__(self, query: Query) -> Prompt:
+        return replace(self.inner(query), system=self.system, prefill=self.prefill)
+
+
+def chat(inner: Presentation, system: str = "", prefill: str = "", label: str = "chat") -> Chat:
+    """A system prompt before another presentation, and words that the answer begins with (the model goes on after them)."""
+    return Chat(inner, system, prefill, label)
 
 
 def _opened(image: object, query: Query) -> Image.Image:

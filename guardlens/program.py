@@ -67,27 +67,38 @@ class Apply:
     step: Step
     point: Point
     n_layers: int
-    prefill: Placement | None
-    decode: Placement | None
+    layout: Layout
+    prompt: Placement | None
 
     def __call__(self, value: Float[Tensor, "row width d"], step: int) -> Float[Tensor, "row width d"] | None:
         lookup = partial(self.record.lookup, self.lane, self.point, self.n_layers)
         if step == 0 and self.step.gate is not None:
             verdict = self.step.gate.decide(lookup, self.point.layer)
             self.record.verdicts[self.lane, self.number, self.point.layer] = verdict
-        places = self.prefill if step == 0 else self.decode
+        places = self._places(value.shape[1], step)
         if places is None:
             return None
+        places = places.to(value.device)
         states = value[places.rows, places.columns]
         context = Context(self.point.hook, self.point.layer, step, places.queries, self.step.strength, lookup)
         return value.index_put((places.rows, places.columns), self._edited(states, context))
+
+    def _places(self, width: int, step: int) -> Placement | None:
+        """The prompt's places in the prefill, the newest token while decoding; without a KV cache, a step brings all of them again."""
+        if step == 0:
+            return self.prompt
+        whole = width > 1
+        found = [self.prompt] if whole and self.prompt is not None else []
+        if self.step.phase != "prefill":
+            found.append(self.layout.decoding(self.lane, width - self.layout.column.shape[1] if whole else 1))
+        return Placement(*map(torch.cat, zip(*found, strict=True))) if found else None
 
     def _edited(self, states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
         edited = self.step.edit(states, context)
         if self.step.strength != 1:
             edited = states + self.step.strength * (edited - states)
         if self.step.gate is not None:
-            opened = self.record.verdicts[self.lane, self.number, self.point.layer]
+            opened = self.record.verdicts[self.lane, self.number, self.point.layer].to(states.device)
             edited = torch.where(opened[context.query][:, None], edited, states)
         return edited
 
@@ -113,7 +124,7 @@ class Tap:
     """A function at a point of the model: gets the hook's value and the step, returns a new value or None.
 
     Attributes:
-        decode: Whether it must also run in the decode steps.
+        decode: Whether it must also run in the decode steps. (Without a KV cache, all must.)
     """
 
     point: Point
@@ -123,6 +134,7 @@ class Tap:
 
 def mean_per_query(value: Float[Tensor, "row width d"], places: Placement, queries: int) -> Float[Tensor, "query d"]:
     """The mean of the states at `places` for each query: a copy, never a view that a later edit could change."""
+    places = places.to(value.device)
     states = value[places.rows, places.columns]
     if len(states) == queries:
         return states
@@ -165,9 +177,8 @@ def compile_taps(
 
 
 def _apply(step: Step, point: Point, lane: int, number: int, layout: Layout, batch: Batch, n_layers: int, record: Record) -> Tap:
-    prefill = layout.find(lane, batch.select(step.site.positions)) if step.phase != "decode" else None
-    decode = layout.decoding(lane) if step.phase != "prefill" else None
-    return Tap(point, Apply(record, lane, number, step, point, n_layers, prefill, decode), decode is not None)
+    prompt = layout.find(lane, batch.select(step.site.positions)) if step.phase != "decode" else None
+    return Tap(point, Apply(record, lane, number, step, point, n_layers, layout, prompt), step.phase != "prefill")
 
 
 def _holds(step: Step, point: Point, lane: int, layout: Layout, batch: Batch, n_layers: int, record: Record) -> list[Tap]:
@@ -178,6 +189,11 @@ def _holds(step: Step, point: Point, lane: int, layout: Layout, batch: Batch, n_
             places = layout.find(lane, batch.select(state.positions))
             taps.append(Tap(source, Hold(record, (lane, state, source.layer), places, len(batch.queries))))
     return taps
+
+
+def site_of(state: State, layers: set[int | None]) -> Site:
+    """The site at which a held state is read, at all the layers that are asked for."""
+    return Site(state.hook, tuple(layer for layer in layers if layer is not None) or None, state.positions)
 
 
 def required_runs(plans: Sequence[Intervention], n_layers: int) -> dict[State, set[int | None]]:

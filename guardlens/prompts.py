@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from guardlens.errors import ModelError
+from guardlens.errors import ModelError, PresentationError
 from guardlens.queries import Prompt
 
 
@@ -22,44 +22,46 @@ def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_
 
     Raises:
         ModelError: A prompt without image for a processor that can't take one.
+        PresentationError: A system prompt that the chat template has no place for.
     """
-    padding = {"padding": True, "padding_side": padding_side}
-    if sees_images and _template(processor):
-        return _through_template(processor, prompts, padding)
     texts = [render(processor, prompt, sees_images) for prompt in prompts]
-    images = {"images": [image for prompt in prompts for image in prompt.images] or None} if sees_images else {}
+    shown = any(prompt.images for prompt in prompts)
+    # One list per prompt: families differ in how they read a flat one.
+    images = {"images": [list(prompt.images) for prompt in prompts]} if shown else {}
     special = not _begins_with_bos(processor, texts[0])
-    return dict(processor(text=texts, return_tensors="pt", add_special_tokens=special, **padding, **images))
-
-
-def _through_template(processor: Any, prompts: Sequence[Prompt], padding: dict[str, Any]) -> dict[str, Tensor]:
-    """The processor's own way, which knows how each family wants its images."""
+    options = {"return_tensors": "pt", "padding": True, "padding_side": padding_side, "add_special_tokens": special}
     try:
-        encoded = processor.apply_chat_template(
-            [_message(prompt) for prompt in prompts],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=padding,
-        )
+        return dict(processor(text=texts, **images, **options))
     except (ValueError, TypeError, IndexError, AttributeError) as error:
-        if any(prompt.images for prompt in prompts):
+        if shown or not sees_images:
             raise
         raise ModelError(
             f"{type(processor).__name__}, which takes no prompt without an image ({error})",
             "a model with a text twin: one that also runs on text alone",
-            "use plans without text_twin (amplify, project_out, add), or another model",
+            "use plans without text_twin (amplify, project_out, add), load with llm=..., or another model",
         ) from None
-    return dict(encoded)
 
 
 def render(processor: Any, prompt: Prompt, sees_images: bool) -> str:
-    """The prompt as text, each image as its one placeholder."""
-    if not _template(processor):
-        return "".join(getattr(processor, "image_token", "<image>") for _ in prompt.images) + prompt.text
-    message = _message(prompt) if sees_images else [{"role": "user", "content": prompt.text}]
-    return processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    """The prompt as text, each image as its one placeholder, up to and with the words that the answer begins with.
+
+    Raises:
+        PresentationError: A system prompt that the chat template has no place for.
+    """
+    if not getattr(processor, "chat_template", None):
+        images = "".join(getattr(processor, "image_token", "<image>") for _ in prompt.images)
+        return images + "\n\n".join(filter(None, (prompt.system, prompt.text))) + prompt.prefill
+    messages = [{"role": "system", "content": _content(prompt.system, 0, sees_images)}] if prompt.system else []
+    messages.append({"role": "user", "content": _content(prompt.text, len(prompt.images), sees_images)})
+    from jinja2 import TemplateError
+
+    try:
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise _no_place(processor, prompt, f" ({error})") from None
+    if prompt.system.strip() not in text:
+        raise _no_place(processor, prompt, "")
+    return text + prompt.prefill
 
 
 def instruction_mask(
@@ -73,7 +75,7 @@ def instruction_mask(
     tokenizer = getattr(processor, "tokenizer", processor)
     for row, prompt in enumerate(prompts if tokenizer.is_fast else ()):
         text = render(processor, prompt, sees_images)
-        start = text.rfind(prompt.text.strip())
+        start = text.rfind(prompt.text.strip(), 0, len(text) - len(prompt.prefill))
         stop = start + len(prompt.text.strip())
         special = not _begins_with_bos(processor, text)
         offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)["offset_mapping"]
@@ -84,16 +86,20 @@ def instruction_mask(
     return chosen
 
 
-def _template(processor: Any) -> str | None:
-    return getattr(processor, "chat_template", None)
-
-
 def _begins_with_bos(processor: Any, text: str) -> bool:
     """Whether the template wrote the first special token itself, so that the tokenizer must not add another."""
     bos = getattr(processor, "tokenizer", processor).bos_token
     return bos is not None and text.startswith(bos)
 
 
-def _message(prompt: Prompt) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in prompt.images]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt.text}]}]
+def _content(text: str, images: int, sees_images: bool) -> Any:
+    return [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}] if sees_images else text
+
+
+def _no_place(processor: Any, prompt: Prompt, why: str) -> PresentationError:
+    what = f"the system prompt {prompt.system!r}" if prompt.system else "a prompt"
+    return PresentationError(
+        f"{what}, which the chat template of {type(processor).__name__} does not take{why}",
+        "a template with a place for it",
+        "put the words around the query instead: presentations.framed(inner, before=...)",
+    )

@@ -115,10 +115,19 @@ class QueryPairs:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A query as it is shown: what goes into the chat template."""
+    """A query as it is shown: what goes into the chat template.
+
+    Attributes:
+        text: What the user says.
+        images: What they show, before the text.
+        system: The system prompt; none if empty.
+        prefill: How the assistant's answer begins, the model going on from there.
+    """
 
     text: str
     images: "tuple[Image.Image, ...]" = ()
+    system: str = ""
+    prefill: str = ""
 
 
 @runtime_checkable
@@ -144,6 +153,20 @@ class TextOnly:
 
 
 text_only = TextOnly()
+
+
+@dataclass(frozen=True)
+class WithoutImages:
+    """What another presentation shows, its images taken away: the words around the query stay."""
+
+    inner: Presentation
+
+    @property
+    def name(self) -> str:
+        return f"{self.inner.name} | without images"
+
+    def __call__(self, query: Query) -> Prompt:
+        return replace(self.inner(query), images=())
 
 
 def as_queries(queries: "str | Query | QueryPairs | Sequence[str | Query]") -> tuple[Query, ...]:

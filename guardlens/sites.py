@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from guardlens.errors import SiteError
 
@@ -20,16 +21,20 @@ class Hook:
     Attributes:
         name: Its short name, as in `cache["resid_post", 5]`.
         pattern: Its full TransformerLens name.
-        rank: Its place in the order of execution within a block (or before and after all blocks).
+        stage: The embedding, the eye, the blocks, or what follows them.
+        rank: Its place in the order of execution within a stage, or within a block.
         writable: Whether an edit there changes the residual stream as its name promises.
         aliases: Other full names for it.
+        width: Of what width its one vector per token of the prompt is; empty where it has none, so that no `Site` can select some.
     """
 
     name: str
     pattern: str
+    stage: int
     rank: int
     writable: bool = True
     aliases: tuple[str, ...] = ()
+    width: Literal["d_model", "heads", "kv_heads", "vocab", ""] = "d_model"
 
     @property
     def layered(self) -> bool:
@@ -41,16 +46,28 @@ class Hook:
         return self.pattern.format(layer=layer)
 
 
+EMBEDDING, EYE, BLOCKS, END = range(4)
+"""The stages of a run, in order of execution."""
+
 HOOKS = {
     hook.name: hook
     for hook in (
-        Hook("embed", "hook_embed", -1),
-        Hook("resid_pre", "blocks.{layer}.hook_resid_pre", 0, aliases=("blocks.{layer}.hook_in",)),
-        Hook("attn_out", "blocks.{layer}.hook_attn_out", 1, aliases=("blocks.{layer}.attn.hook_out",)),
-        Hook("resid_mid", "blocks.{layer}.hook_resid_mid", 2, writable=False),
-        Hook("mlp_out", "blocks.{layer}.hook_mlp_out", 3, aliases=("blocks.{layer}.mlp.hook_out",)),
-        Hook("resid_post", "blocks.{layer}.hook_resid_post", 4, aliases=("blocks.{layer}.hook_out",)),
-        Hook("ln_final", "ln_final.hook_out", 5),
+        Hook("embed", "hook_embed", EMBEDDING, 0, aliases=("embed.hook_out",)),
+        Hook("vision_resid_post", "vision.blocks.{layer}.hook_resid_post", EYE, 0, width=""),
+        Hook("projector", "projector.hook_out", EYE, 1, width=""),
+        Hook("resid_pre", "blocks.{layer}.hook_resid_pre", BLOCKS, 0, aliases=("blocks.{layer}.hook_in",)),
+        Hook("q", "blocks.{layer}.attn.hook_q", BLOCKS, 1, aliases=("blocks.{layer}.attn.q.hook_out",), width="heads"),
+        Hook("k", "blocks.{layer}.attn.hook_k", BLOCKS, 2, aliases=("blocks.{layer}.attn.k.hook_out",), width="kv_heads"),
+        Hook("v", "blocks.{layer}.attn.hook_v", BLOCKS, 3, aliases=("blocks.{layer}.attn.v.hook_out",), width="kv_heads"),
+        Hook("z", "blocks.{layer}.attn.hook_z", BLOCKS, 4, aliases=("blocks.{layer}.attn.o.hook_in",), width="heads"),
+        Hook("pattern", "blocks.{layer}.attn.hook_pattern", BLOCKS, 5, writable=False, width=""),
+        Hook("attn_out", "blocks.{layer}.hook_attn_out", BLOCKS, 6, aliases=("blocks.{layer}.attn.hook_out",)),
+        Hook("resid_mid", "blocks.{layer}.hook_resid_mid", BLOCKS, 7, writable=False),
+        Hook("mlp_out", "blocks.{layer}.hook_mlp_out", BLOCKS, 8, aliases=("blocks.{layer}.mlp.hook_out",)),
+        Hook("resid_post", "blocks.{layer}.hook_resid_post", BLOCKS, 9, aliases=("blocks.{layer}.hook_out",)),
+        Hook("ln_final_normalized", "ln_final.hook_normalized", END, 0, writable=False),
+        Hook("ln_final", "ln_final.hook_out", END, 1),
+        Hook("unembed", "unembed.hook_out", END, 2, width="vocab"),
     )
 }
 
@@ -68,11 +85,10 @@ class Point:
         return HOOKS[self.hook].full_name(self.layer)
 
     @property
-    def order(self) -> tuple[float, int]:
+    def order(self) -> tuple[int, float, int]:
         """Sorts points by execution."""
-        rank = HOOKS[self.hook].rank
-        outside = float("inf") if rank > 0 else -1.0
-        return (outside if self.layer is None else float(self.layer), rank)
+        hook = HOOKS[self.hook]
+        return (hook.stage, float("inf") if self.layer is None else float(self.layer), hook.rank)
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,12 @@ class Site:
 
     def __post_init__(self) -> None:
         point = parse(self.hook)
+        if not HOOKS[point.hook].width:
+            raise SiteError(
+                f"positions of {point.name if point.layer is not None else point.hook}, which has no vector per token of the prompt",
+                "a hook that has, such as resid_post or z",
+                "read it whole with model.run_with_cache, or change it with model.run_with_hooks",
+            )
         object.__setattr__(self, "hook", point.hook)
         layers = (point.layer,) if point.layer is not None else self.layers
         object.__setattr__(self, "layers", as_layers(layers))
@@ -120,8 +142,7 @@ class Site:
             return (Point(self.hook),)
         layers = range(n_layers) if self.layers is None else self.layers
         for layer in layers:
-            if not 0 <= layer < n_layers:
-                raise SiteError(f"layer {layer}", f"a layer from 0 to {n_layers - 1}", "choose one that this model has")
+            _require_layer(layer, n_layers)
         return tuple(Point(self.hook, layer) for layer in layers)
 
 
@@ -140,10 +161,14 @@ def _is_range(positions: object) -> bool:
     return False
 
 
+def _require_layer(layer: int | None, n_layers: int) -> None:
+    if layer is not None and not 0 <= layer < n_layers:
+        raise SiteError(f"layer {layer}", f"a layer from 0 to {n_layers - 1}", "choose one that this model has")
+
+
 def hook_names(n_layers: int) -> list[str]:
     """All full hook names of a model with `n_layers` layers, in order of execution."""
-    kinds = sorted(HOOKS.values(), key=lambda hook: hook.rank)
-    points = [Point(kind.name, layer) for kind in kinds for layer in (range(n_layers) if kind.layered else (None,))]
+    points = [Point(hook.name, layer) for hook in HOOKS.values() for layer in (range(n_layers) if hook.layered else (None,))]
     return [point.name for point in sorted(points, key=lambda point: point.order)]
 
 
@@ -156,13 +181,13 @@ def parse(name: str, n_layers: int | None = None) -> Point:
     short = name.removeprefix("hook_")
     if short in HOOKS:
         return Point(short)
-    layer = re.search(r"(?<=^blocks\.)\d+(?=\.)", name)
-    generic = name if layer is None else f"blocks.{{layer}}.{name[layer.end() + 1 :]}"
+    layer = re.search(r"(?<=\bblocks\.)\d+(?=\.)", name)
+    generic = name if layer is None else f"{name[: layer.start()]}{{layer}}{name[layer.end() :]}"
     for hook in HOOKS.values():
         if generic in (hook.pattern, *hook.aliases):
             point = Point(hook.name, None if layer is None else int(layer[0]))
-            if n_layers is not None and point.layer is not None:
-                Site(hook.name, (point.layer,)).points(n_layers)
+            if n_layers is not None and hook.stage == BLOCKS:
+                _require_layer(point.layer, n_layers)
             return point
     known = [*HOOKS, *hook_names(n_layers or min(200, 1 + int(layer[0] if layer else 0)))]
     closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

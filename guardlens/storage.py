@@ -46,14 +46,15 @@ class Provenance:
     date: str = field(default_factory=_now)
 
 
-def require_same_model(what: str, of: str, against: str) -> None:
-    """Refuse results of another model. An empty name belongs to every model.
+def require_same_model(what: str, of: str, *against: str) -> None:
+    """Refuse results of another model than those in `against`. An empty name belongs to every model.
 
     Raises:
-        MismatchError: The fingerprints differ; both models are named.
+        MismatchError: The fingerprints differ; the models are named.
     """
-    if of and against and of.rpartition("@")[2] != against.rpartition("@")[2]:
-        raise MismatchError(f"{what} of the model {of}", f"those of {against}", "collect activations with this model and make them anew")
+    if of and all(against) and of.rpartition("@")[2] not in {name.rpartition("@")[2] for name in against}:
+        expected = " or ".join(dict.fromkeys(against))
+        raise MismatchError(f"{what} of the model {of}", f"those of {expected}", "collect activations with this model and make them anew")
 
 
 def digest(*parts: bytes) -> str:

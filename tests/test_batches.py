@@ -67,7 +67,11 @@ def test_tile_lays_lanes_below_each_other(side):
         assert torch.equal(spread[rows, columns], batch.inputs["input_ids"][chosen])
         seen += list(zip(rows.tolist(), columns.tolist(), strict=True))
         decoding = layout.decoding(lane)
-        assert (decoding.rows.tolist(), decoding.columns.tolist(), decoding.queries.tolist()) == ([2 * lane, 2 * lane + 1], [0, 0], [0, 1])
+        assert (decoding.rows.tolist(), decoding.columns.tolist(), decoding.queries.tolist()) == (
+            [2 * lane, 2 * lane + 1],
+            [-1, -1],
+            [0, 1],
+        )
     assert len(set(seen)) == len(seen) == 3 * 8
 
 

@@ -360,7 +360,7 @@ class TestErrors:
 
     def test_mixed_widths(self, llm, basis):
         plan = iv.linear(torch.eye(128))
-        with pytest.raises(errors.MismatchError, match=r"of width 128.\nExpected width 32"):
+        with pytest.raises(errors.MismatchError, match=r"of width 128 at resid_post.\nExpected width 32"):
             llm.run(llm.batch(TEXTS), plan)
 
     def test_image_on_a_text_model(self, llm):
@@ -399,10 +399,13 @@ class TestErrors:
             tokenizer, image_token = processor.tokenizer, processor.image_token
             chat_template = processor.chat_template
 
-            def apply_chat_template(self, conversations, **options):
-                if options.get("tokenize") and not any(part["type"] == "image" for part in conversations[0][0]["content"]):
+            def apply_chat_template(self, conversation, **options):
+                return processor.apply_chat_template(conversation, **options)
+
+            def __call__(self, images=None, **options):
+                if images is None:
                     raise ValueError("images are required")
-                return processor.apply_chat_template(conversations, **options)
+                return processor(images=images, **options)
 
         model = gl.load(hf_vlm, processor=NeedsImages())
         batch = model.batch(TEXTS, GREY)

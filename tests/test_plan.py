@@ -84,9 +84,9 @@ def test_refusals():
 class TestCheck:
     def test_other_model_names_both(self):
         for plan in (iv.project_out(V), iv.project_out(V).placebo(), iv.custom(lambda h, c: h).when(~GATE)):
-            plan.check("same@1", 4, 6)
+            plan.check(("same@1",), 4, {"d_model": 6})
             with pytest.raises(errors.MismatchError, match=r"of the model mine@1\.\nExpected those of theirs@2\.\nNext: collect"):
-                plan.check("theirs@2", 4, 6)
+                plan.check(("theirs@2",), 4, {"d_model": 6})
 
     def test_gates_of_two_models_cannot_be_joined(self):
         with pytest.raises(errors.MismatchError, match=r"of the model theirs@2.\nExpected those of mine@1"):
@@ -94,10 +94,10 @@ class TestCheck:
 
     def test_width_and_layer(self):
         for plan in (iv.linear(torch.eye(6)), iv.linear(torch.eye(6)).placebo()):
-            with pytest.raises(errors.MismatchError, match=r"of width 6.\nExpected width 8, the model's"):
-                plan.check("", 4, 8)
+            with pytest.raises(errors.MismatchError, match=r"of width 6 at resid_post.\nExpected width 8, the model's"):
+                plan.check(("",), 4, {"d_model": 8})
         with pytest.raises(errors.SiteError, match=r"Found layer 4.\nExpected a layer from 0 to 3"):
-            iv.linear(torch.eye(6)).at(layers=[4]).check("", 4, 6)
+            iv.linear(torch.eye(6)).at(layers=[4]).check(("",), 4, {"d_model": 6})
 
 
 def test_repr_reads_as_it_was_written():
@@ -170,7 +170,7 @@ def test_check_refuses_a_gate_and_a_relative_edit_of_another_width():
     narrow = iv.custom(lambda states, context: states).when(gates.harmful(V))
     for plan in (narrow, iv.add_relative(V.truncate(1))):
         with pytest.raises(errors.MismatchError, match=f"of width {V.d_model}"):
-            plan.check("", 99, V.d_model + 1)
+            plan.check(("",), 99, {"d_model": V.d_model + 1})
 
 
 def test_fingerprint_of_half_precision_factors():

@@ -19,14 +19,23 @@ def test_short_names_leave_the_layer_open():
 
 
 def test_hook_names_are_in_order_of_execution():
-    block = [f"blocks.{{}}.hook_{kind}" for kind in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")]
-    expected = ["hook_embed", *(name.format(layer) for layer in (0, 1) for name in block), "ln_final.hook_out"]
+    kinds = (*("hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.hook_pattern"),
+             *("hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"))  # fmt: skip
+    eye = ["vision.blocks.0.hook_resid_post", "vision.blocks.1.hook_resid_post", "projector.hook_out"]
+    blocks = [f"blocks.{layer}.{kind}" for layer in (0, 1) for kind in kinds]
+    expected = ["hook_embed", *eye, *blocks, "ln_final.hook_normalized", "ln_final.hook_out", "unembed.hook_out"]
     assert hook_names(2) == expected
     assert sorted(map(parse, reversed(expected)), key=lambda point: point.order) == [parse(name) for name in expected]
 
 
 def test_layers_beyond_nine_sort_as_numbers():
-    assert [parse(name).layer for name in hook_names(12)[1:-1:5]] == list(range(12))
+    assert [point.layer for name in hook_names(12) if (point := parse(name)).hook == "resid_post"] == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["projector", "vision.blocks.0.hook_resid_post", "pattern"])
+def test_a_site_needs_a_vector_per_token(name):
+    with pytest.raises(errors.SiteError, match=r"which has no vector per token of the prompt[\s\S]*model.run_with_cache"):
+        Site(name)
 
 
 def test_unknown_name_suggests_the_closest():

@@ -1,6 +1,6 @@
 """The algebra: an intervention is a sequence of steps (edit, site, gate, phase, strength), changed by modifiers and joined by `>>`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ import torch
 from guardlens.errors import MismatchError, PlanError
 from guardlens.interventions.edits import Affine, Edit, Turned
 from guardlens.interventions.files import fingerprint, load, save
-from guardlens.interventions.gates import Gate
+from guardlens.interventions.gates import Combined, Gate, Linear
 from guardlens.interventions.states import State
 from guardlens.sites import HOOKS, Point, Positions, Site, as_layers, parse
 from guardlens.storage import require_same_model
@@ -147,8 +147,8 @@ class Intervention:
                     wanted.setdefault(state, set()).add(source.layer)
         return wanted
 
-    def check(self, model: str, n_layers: int, d_model: int) -> None:
-        """Refuse a plan that does not fit a model.
+    def check(self, models: tuple[str, ...], n_layers: int, widths: Mapping[str, int]) -> None:
+        """Refuse a plan that does not fit a model, or that model and the LLM beside it.
 
         Raises:
             MismatchError: Its directions are another model's or have another width.
@@ -157,11 +157,16 @@ class Intervention:
         """
         for step in self.steps:
             edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
-            for owner in (edit, *((step.gate,) if step.gate else ())):
-                require_same_model(f"the directions of {owner!r}", owner.model, model)
-                width = getattr(owner, "d_model", d_model)
-                if width != d_model:
-                    raise MismatchError(f"{owner!r} of width {width}", f"width {d_model}, the model's", "collect with this model")
+            if step.gate is not None:
+                require_same_model(f"the directions of {step.gate!r}", step.gate.model, *models)
+            for owner, hook in ((edit, step.site.hook), *((gate, gate.state.hook) for gate in _gates(step.gate))):
+                require_same_model(f"the directions of {owner!r}", owner.model, *models)
+                needed = widths.get(HOOKS[hook].width)
+                width = getattr(owner, "d_model", needed)
+                if needed is not None and width != needed:
+                    raise MismatchError(
+                        f"{owner!r} of width {width} at {hook}", f"width {needed}, the model's", "collect with this model, at this hook"
+                    )
         self.requires(n_layers)
 
     def to(self, device: torch.device) -> "Intervention":
@@ -213,3 +218,12 @@ def source_of(state: State, asked_at: Point, n_layers: int) -> Point:
     layer = None if not layered else asked_at.layer if state.layer is None else state.layer
     layer = n_layers - 1 if layered and layer is None else layer
     return Point(parse(state.hook).hook, layer)
+
+
+def _gates(gate: Gate | None) -> Iterator[Linear]:
+    """The linear gates that a gate is made of."""
+    if isinstance(gate, Combined):
+        for inner in gate.gates:
+            yield from _gates(inner)
+    elif isinstance(gate, Linear):
+        yield gate

@@ -15,7 +15,8 @@ class State:
     """One vector per query, read in the prefill of some run and held for the decode steps.
 
     Attributes:
-        run: The presentation whose unedited run is read; None for the very run that is edited, edits included.
+        run: The presentation whose unedited run is read; None for the very run that is edited, edits included. `text_only` means the
+            prompt as it is shown, words around the query included, without its images.
         hook: The hook to read.
         layer: The layer; None for the layer of the edit that asks.
         positions: The tokens to read, averaged where several.
@@ -31,7 +32,7 @@ own = State()
 """This run's own state."""
 
 text_twin = State(run=text_only)
-"""The same query without its image, as the LLM sees it."""
+"""The same prompt without its images, as the LLM sees it: `model.llm`, which is the VLM's own language model if no other was given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,4 +56,4 @@ class Context:
 
     def held(self, state: State) -> Float[Tensor, "state d_model"]:
         """The held vector of each state's query. The edit must name `state` in its `requires`."""
-        return self.lookup(state)[self.query]
+        return self.lookup(state).to(self.query.device)[self.query]

@@ -1,0 +1,91 @@
+"""`load`: a model by name, from a directory or from memory, checked before it is handed out if its family is not known."""
+
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from guardlens.check import require_sound
+from guardlens.errors import ModelError
+from guardlens.model import HookedModel
+
+
+def load(
+    source: str | Path | nn.Module,
+    *,
+    processor: Any = None,
+    llm: "HookedModel | str | Path | nn.Module | None" = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> HookedModel:
+    """Load a VLM or LLM.
+
+    Args:
+        source: `"organism"` (the embedded tiny model), a hub id, a local directory (also of a PEFT adapter), or a module in memory
+            (also a `PeftModel` or a quantised one).
+        processor: The processor (VLM) or tokenizer (LLM), where it does not lie beside the weights; needed with a module.
+        llm: A separate language model for the text side, of the VLM's width and depth: anything that `load` takes, or a `HookedModel`.
+            By default the VLM's own language model, shown no image.
+        dtype: As in transformers; `"auto"` takes the checkpoint's.
+        device: Where to put the whole model, e.g. `"cuda"`. Leave it out with `device_map` or a quantised model.
+        device_map: As in transformers, e.g. `"auto"` (needs accelerate).
+        revision: The hub's revision.
+        trust_remote_code: Off unless you ask for it.
+        options: Handed to `from_pretrained`: `quantization_config=BitsAndBytesConfig(...)`, `attn_implementation="eager"`, ...
+
+    Raises:
+        ModelError: It can't be loaded, a part of it is not found, or what was found does not compute the model's own logits.
+        MismatchError: `llm` has another width or depth.
+
+    Example:
+        `load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device_map="auto")`
+    """
+    if isinstance(source, nn.Module):
+        if processor is None:
+            raise ModelError("a module without its processor", "both", "pass processor=AutoProcessor.from_pretrained(...)")
+        hf, name = source.eval(), Path(getattr(source.config, "name_or_path", "") or type(source).__name__).name
+    else:
+        path = str(importlib.resources.files("guardlens") / "organism" / "weights") if source == "organism" else str(source)
+        name = Path(path).name if Path(path).exists() and source != "organism" else str(source)
+        shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+        hf, processor = _from_pretrained(path, shared, {"dtype": dtype, "device_map": device_map, **options}, processor)
+    if device is not None:
+        hf = hf.to(device)
+    beside = llm if isinstance(llm, HookedModel) or llm is None else load(llm, dtype=dtype, device=device, device_map=device_map)
+    model = HookedModel(hf, processor, name, revision or "", beside)
+    require_sound(model)
+    return model
+
+
+def _from_pretrained(path: str, shared: dict[str, Any], options: dict[str, Any], processor: Any) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    try:
+        base = _adapted(path) or path
+        config = AutoConfig.from_pretrained(base, **shared)
+        multimodal = type(config) in AutoModelForImageTextToText._model_mapping  # type: ignore[operator]
+        model_class, reader = (AutoModelForImageTextToText, AutoProcessor) if multimodal else (AutoModelForCausalLM, AutoTokenizer)
+        hf = model_class.from_pretrained(path, **shared, **options)
+        return hf.eval(), processor or reader.from_pretrained(base, **shared)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"{path!r}, which transformers can't load ({str(error).strip().splitlines()[0]})",
+            "'organism', a local directory made by save_pretrained, or a hub id that can be reached",
+            "check the name; install what is missing; for a gated model, log in with `hf auth login`",
+        ) from None
+
+
+def _adapted(path: str) -> str | None:
+    """The base model of a directory that holds a PEFT adapter alone; transformers loads it with the adapter in place."""
+    import json
+
+    config = Path(path) / "adapter_config.json"
+    if not config.is_file() or (Path(path) / "config.json").is_file():
+        return None
+    return json.loads(config.read_text()).get("base_model_name_or_path")

@@ -1,0 +1,77 @@
+"""TransformerLens's verbs as taps: `run_with_cache` keeps whole values, `run_with_hooks` hands them to the user's functions."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from guardlens.architectures import Architecture, Part
+from guardlens.program import Tap
+from guardlens.sites import Point, parse
+
+HookFunction = Callable[[Tensor, Any], Tensor | None]
+Names = str | Iterable[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """What a hook function is told about where it is."""
+
+    name: str
+    index: int | None
+
+    def layer(self) -> int | None:
+        """The layer; None where the hook has none."""
+        return self.index
+
+
+def cache_taps(cfg: Architecture, names: Names, computed: Sequence[Point]) -> tuple[list[Tap], dict[Point, Tensor]]:
+    """Taps that keep the values of the named hooks, of all that are `computed` if None; and where they will keep them."""
+    kept: dict[Point, Tensor] = {}
+    chosen = computed if names is None else matching(cfg, names)
+    return [Tap(point, _Keep(kept, point, cfg.locate(point))) for point in chosen], kept
+
+
+def hook_taps(cfg: Architecture, hooks: Sequence[tuple[str | Callable[[str], bool], HookFunction]]) -> list[Tap]:
+    """Taps that call the user's functions, in order of execution."""
+    placed = [(point, fn) for names, fn in hooks for point in matching(cfg, names)]
+    taps = [Tap(point, _Call(fn, HookPoint(point.name, point.layer), cfg.locate(point))) for point, fn in placed]
+    return sorted(taps, key=lambda tap: tap.point.order)
+
+
+def matching(cfg: Architecture, names: str | Iterable[str] | Callable[[str], bool]) -> list[Point]:
+    """The points that names or a predicate mean, in order of execution.
+
+    Raises:
+        SiteError: An unknown name (the closest is suggested), or one that this model has nowhere.
+    """
+    if callable(names):
+        return [point for point in cfg.points if names(point.name)]
+    wanted = [parse(name, cfg.n_layers) for name in ([names] if isinstance(names, str) else names)]
+    found = {point for point in cfg.points if point in wanted or replace(point, layer=None) in wanted}
+    for point in wanted:
+        if not any(point in (one, replace(one, layer=None)) for one in found):
+            cfg.locate(point)
+    return sorted(found, key=lambda point: point.order)
+
+
+@dataclass(frozen=True, eq=False)
+class _Keep:
+    kept: dict[Point, Tensor]
+    point: Point
+    part: Part
+
+    def __call__(self, value: Tensor, step: int) -> None:
+        self.kept[self.point] = self.part.split(value).clone()
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    fn: HookFunction
+    hook: HookPoint
+    part: Part
+
+    def __call__(self, value: Tensor, step: int) -> Tensor | None:
+        new = self.fn(self.part.split(value), self.hook)
+        return None if new is None else self.part.join(new)
