@@ -30,7 +30,8 @@ class Family:
         vision: Path of the list of vision blocks; None for a text model.
         projector: Path of the module whose output enters the language model; None where there is none.
         images: Sizes (width, height) of two test images; different where the family takes any size.
-        unsupported: What does not work in this family -> the reason, which the table of families prints.
+        adds: What blocks add to the residual stream besides attention and MLP, by the names of `decompose_resid`: `rest`, `between`.
+        unsupported: Capability -> the reason why this family lacks it, which the table of families prints.
     """
 
     name: str
@@ -40,7 +41,12 @@ class Family:
     vision: str | None = None
     projector: str | None = None
     images: tuple[tuple[int, int], tuple[int, int]] = ((32, 32), (32, 32))
+    adds: tuple[str, ...] = ()
     unsupported: tuple[tuple[str, str], ...] = ()
+
+    def lacks(self, capability: str) -> str:
+        """Why the family has not this capability; empty if it has."""
+        return dict(self.unsupported).get(capability, "")
 
 
 @cache
@@ -89,7 +95,7 @@ def build(cls: type, config: Any, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                fan_in = parameter.shape[-1] if parameter.ndim == 2 else parameter[0].numel()
+                fan_in = parameter.shape[-1] if parameter.ndim == 2 or "experts" in name else parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
             elif "norm" in name or name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))

@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 from transformers import (
     AutoModel,
+    Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3nConfig,
@@ -14,6 +15,9 @@ from transformers import (
     Gemma4Config,
     Gemma4ForConditionalGeneration,
     Gemma4Processor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -22,7 +26,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from tests.zoo.family import Family, assemble, build, tokenizer
 from tests.zoo.parts import EYE, PIXELS
-from tests.zoo.text import GEMMA, GEMMA_TURNS, SMALL
+from tests.zoo.text import CAPPED, GEMMA, GEMMA_TURNS, SMALL, WINDOWS
 
 TEMPLATE = GEMMA.replace("IMAGE", "'<start_of_image>'")
 TEMPLATE_3N = GEMMA.replace("IMAGE", "'<image_soft_token>'")
@@ -97,6 +101,17 @@ def gemma4_processor():
                     chat_template=TEMPLATE_4)  # fmt: skip
 
 
+def paligemma2():
+    config = PaliGemmaConfig(text_config=Gemma2Config(**SMALL, **WINDOWS, **CAPPED), vision_config=SiglipVisionConfig(**EYE),
+                             projection_dim=32, image_token_id=340)  # fmt: skip
+    return build(PaliGemmaForConditionalGeneration, config)
+
+
+def paligemma2_processor():
+    """Without a chat template, as the checkpoints are."""
+    return PaliGemmaProcessor(SiglipImageProcessorPil(**PIXELS, image_seq_length=16), tokenizer("", image_token="<image>"))
+
+
 FAMILIES = (
     Family("Gemma 3", gemma3, gemma3_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
            "model.multi_modal_projector"),
@@ -106,4 +121,6 @@ FAMILIES = (
            images=((40, 20), (32, 32))),
     Family("Gemma 4 MoE", lambda: gemma4(**EXPERTS), gemma4_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
            "model.embed_vision", images=((40, 20), (32, 32))),
+    Family("PaliGemma 2", paligemma2, paligemma2_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
+           "model.multi_modal_projector"),
 )  # fmt: skip
