@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from guardlens.errors import ModelError, PresentationError
@@ -22,7 +22,7 @@ def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_
 
     Raises:
         ModelError: A prompt without image for a processor that can't take one.
-        PresentationError: A system prompt that the chat template has no place for.
+        PresentationError: A system prompt that the chat template has no place for, or a prefill that the processor does not end with.
     """
     texts = [render(processor, prompt, sees_images) for prompt in prompts]
     shown = any(prompt.images for prompt in prompts)
@@ -31,15 +31,29 @@ def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_
     special = not _begins_with_bos(processor, texts[0])
     options = {"return_tensors": "pt", "padding": True, "padding_side": padding_side, "add_special_tokens": special}
     try:
-        return dict(processor(text=texts, **images, **options))
+        inputs = dict(processor(text=texts, **images, **options))
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         if shown or not sees_images:
             raise
-        raise ModelError(
-            f"{type(processor).__name__}, which takes no prompt without an image ({error})",
-            "a model with a text twin: one that also runs on text alone",
-            "use plans without text_twin (amplify, project_out, add), load with llm=..., or another model",
-        ) from None
+        raise needs_image(type(processor).__name__, str(error)) from None
+    for prompt, text, ids, mask in zip(prompts, texts, inputs["input_ids"], inputs["attention_mask"], strict=True):
+        words = getattr(processor, "tokenizer", processor)(text, add_special_tokens=special)["input_ids"]
+        if prompt.prefill and words[-1] != ids[mask.bool()][-1]:
+            raise PresentationError(
+                f"the prefill {prompt.prefill!r}, after which {type(processor).__name__} adds more",
+                "a processor that leaves the end of a prompt alone",
+                "leave the prefill out",
+            )
+    return {name: value for name, value in inputs.items() if name != "labels"}  # PaliGemma's, of which it would compute a loss
+
+
+def needs_image(what: str, why: str) -> ModelError:
+    """The refusal of a prompt without an image."""
+    return ModelError(
+        f"{what}, which takes no prompt without an image ({why})",
+        "a model with a text twin: one that also runs on text alone",
+        "use plans without text_twin (amplify, project_out, add), load with llm=..., or another model",
+    )
 
 
 def render(processor: Any, prompt: Prompt, sees_images: bool) -> str:
@@ -65,25 +79,29 @@ def render(processor: Any, prompt: Prompt, sees_images: bool) -> str:
 
 
 def instruction_mask(
-    processor: Any, prompts: Sequence[Prompt], mask: Bool[Tensor, "query seq"], padding_side: str, sees_images: bool
+    processor: Any, prompts: Sequence[Prompt], ids: Int[Tensor, "query seq"], sees_images: bool
 ) -> Bool[Tensor, "query seq"]:
-    """The tokens of each query's own text: counted from the right, where images (which come first) can't shift them.
+    """The tokens of each query's own text, found with all that follows them: images, which come before, can't shift them.
 
-    Nothing is marked where the tokenizer gives no offsets, or where the template changes the text.
+    Nothing is marked where the tokenizer gives no offsets, or where the template or the processor changes the text.
     """
-    chosen = torch.zeros_like(mask)
+    chosen = torch.zeros_like(ids, dtype=torch.bool)
     tokenizer = getattr(processor, "tokenizer", processor)
     for row, prompt in enumerate(prompts if tokenizer.is_fast else ()):
         text = render(processor, prompt, sees_images)
         start = text.rfind(prompt.text.strip(), 0, len(text) - len(prompt.prefill))
         stop = start + len(prompt.text.strip())
-        special = not _begins_with_bos(processor, text)
-        offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)["offset_mapping"]
-        inside = [len(offsets) - i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
-        end = mask.shape[1] if padding_side == "left" else int(mask[row].sum())
+        tokens = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not _begins_with_bos(processor, text))
+        inside = [i for i, (a, b) in enumerate(tokens["offset_mapping"]) if a < stop and b > start and b > a]
         if start >= 0 and inside:
-            chosen[row, end - inside[0] : end - inside[-1] + 1] = True
+            first = _last_occurrence(tokens["input_ids"][inside[0] :], ids[row].tolist())
+            chosen[row, first : first + len(inside)] = first >= 0
     return chosen
+
+
+def _last_occurrence(part: list[int], whole: list[int]) -> int:
+    """Where `part` begins in `whole`, the last time that it does; -1 if it does not."""
+    return next((i for i in range(len(whole) - len(part), -1, -1) if whole[i : i + len(part)] == part), -1)
 
 
 def _begins_with_bos(processor: Any, text: str) -> bool:
