@@ -51,7 +51,7 @@ def check(
     from guardlens.check import check as try_everything
     from guardlens.loading import load
 
-    loaded = load(model, dtype=dtype, device_map=device_map)
+    loaded = load(model, dtype=dtype, device_map=device_map, self_check=False)
     findings = try_everything(loaded)
     table = Table("", "what", "detail", title=repr(loaded), title_justify="left")
     signs: dict[Any, str] = {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}

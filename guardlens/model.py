@@ -23,7 +23,7 @@ from guardlens.batches import Batch, Layout
 from guardlens.errors import MismatchError, PlanError, PresentationError, QueryError
 from guardlens.interventions import Intervention, State, nothing
 from guardlens.program import Held, Record, Tap, compile_taps, required_runs, site_of
-from guardlens.prompts import instruction_mask, tokenise
+from guardlens.prompts import instruction_mask, needs_image, tokenise
 from guardlens.queries import Presentation, Prompt, Query, QueryPairs, WithoutImages, as_queries, text_only
 from guardlens.sites import Site
 from guardlens.storage import Provenance, digest
@@ -90,7 +90,10 @@ class HookedModel:
 
     @cached_property
     def _wrapped(self) -> nnsight.NNsight:
-        return nnsight.NNsight(self.hf)
+        with warnings.catch_warnings():
+            # As in a Q-Former; no hook is in one.
+            warnings.filterwarnings("ignore", message=r".*has a submodule named 'output'")
+            return nnsight.NNsight(self.hf)
 
     @property
     def tokenizer(self) -> Any:
@@ -130,9 +133,11 @@ class HookedModel:
         prompts = [presentation(query) for query in items]
         self._check_prompts(items, prompts, presentation)
         inputs = tokenise(self.processor, prompts, padding_side, self.sees_images)
+        if missing := self._required - set(inputs):
+            raise needs_image(type(self._inner).__name__, f"it needs {', '.join(sorted(missing))}")
         mask = inputs["attention_mask"].bool()
         image = inputs["input_ids"] == self.cfg.image_token_id if self.sees_images else torch.zeros_like(mask)
-        instruction = instruction_mask(self.processor, prompts, mask, padding_side, self.sees_images)
+        instruction = instruction_mask(self.processor, prompts, inputs["input_ids"], self.sees_images)
         if self._needs_positions:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         device = self.hf.device
@@ -174,7 +179,7 @@ class HookedModel:
         held = self._held(batch, lanes)
         layout = Layout.tile(len(batch.queries), batch.mask.shape[1], len(lanes), batch.mask.device)
         taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, held)
-        run = replace(batch, inputs=layout.spread(batch.inputs))
+        run = replace(batch, inputs=layout.spread(batch.inputs, self.cfg.packed))
         if new_tokens:
             tokens = self._generate(run, taps, new_tokens, seed, generation)
             return Run(self._reads(record, read, batch), None, tokens.unflatten(0, (len(lanes), -1)), record.verdicts, layout.name)
@@ -296,8 +301,8 @@ class HookedModel:
         if keep is None and trunk is not self._inner:
             self._drive(trunk, inputs, taps, batch.beside_image)
             return None
-        if "logits_to_keep" in inspect.signature(self._inner.forward).parameters:
-            inputs["logits_to_keep"] = keep or 0
+        if "logits_to_keep" in self._parameters:
+            inputs["logits_to_keep"] = 0 if self.cfg.narrows else keep or 0
         logits = self._drive(self.hf, inputs, taps, batch.beside_image).logits
         return None if keep is None else logits[:, -keep:]
 
@@ -308,6 +313,8 @@ class HookedModel:
             raise PlanError(f"{several}={options[several]}", "one answer per prompt", "hand in the query several times, or several seeds")
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad, **options}
+        if self.cfg.narrows:
+            settings["logits_to_keep"] = 0
         if not settings.get("use_cache", True):
             taps = [replace(tap, decode=True) for tap in taps]
         with torch.random.fork_rng(enabled=seed is not None):
@@ -325,6 +332,7 @@ class HookedModel:
             return result[0]
 
         located = [(tap, self.cfg.locate(tap.point, beside_image)) for tap in taps]
+        located.sort(key=lambda placed: self.cfg.points.index(placed[0].point))  # nnsight's order is that of execution in this model
         every = [(tap, self._wrapped.get(part.path), part) for tap, part in located]
         later = [placed for placed in every if placed[0].decode]
         if not taps:
@@ -337,9 +345,9 @@ class HookedModel:
                 for step in tracer.iter[: new_tokens if later else 1]:  # type: ignore[attr-defined]
                     for tap, envoy, part in every if step == 0 else later:
                         whole = getattr(envoy, part.side)
-                        new = tap.fn(part.read(whole, tap.point.name), step)
+                        new = tap.fn(part.read(whole, tap.point.name, len(inputs["input_ids"])), step)
                         if new is not None:
-                            setattr(envoy, part.side, part.view.write(whole, new))
+                            setattr(envoy, part.side, part.write(whole, new))
         return result[0]
 
     def _held(self, batch: Batch, plans: Sequence[Intervention]) -> Held:
@@ -348,15 +356,15 @@ class HookedModel:
         held: dict[tuple[State, int | None], Tensor] = {}
         for presentation in {state.run for state in wanted if state.run is not None}:
             sites = {state: site_of(state, wanted[state]) for state in wanted if state.run == presentation}
-            model, other = self._other(batch, presentation)
+            model, other = self.source(batch, presentation)
             reads = model.run(other, read=tuple(set(sites.values())), logits=None).reads
             for state, site in sites.items():
                 for index, point in enumerate(site.points(self.cfg.n_layers)):
                     held[state, point.layer] = reads[site][0, :, index].to(self.hf.device)
         return held
 
-    def _other(self, batch: Batch, presentation: Presentation) -> "tuple[HookedModel, Batch]":
-        """The model and the prompts that a held state is read from; the text twin is the prompt as it is, without its images."""
+    def source(self, batch: Batch, presentation: Presentation) -> "tuple[HookedModel, Batch]":
+        """Where a held state of `presentation` is read: the model and its prompts. The text twin's are the same without their images."""
         if presentation == text_only:
             same = self.llm is self and not batch.beside_image
             return self.llm, batch if same else self.llm.batch(batch.queries, WithoutImages(batch.presentation))
@@ -388,9 +396,20 @@ class HookedModel:
                 )
 
     @cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        """What the model's forward takes."""
+        return inspect.signature(self._inner.forward).parameters
+
+    @cached_property
+    def _required(self) -> set[str]:
+        """The inputs that it can't do without."""
+        named = {name for name, p in self._parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        return named - {"self"}  # shown by modules that were copied after nnsight had wrapped them
+
+    @cached_property
     def _needs_positions(self) -> bool:
         """Learned positions would count padding; VLMs work theirs out themselves (2-D ones would break M-RoPE)."""
-        return not self.sees_images and "position_ids" in inspect.signature(self.hf.forward).parameters
+        return not self.sees_images and "position_ids" in self._parameters
 
 
 def _at_last(logits: Float[Tensor, "lane query seq vocab"], batch: Batch) -> Float[Tensor, "lane query vocab"]:

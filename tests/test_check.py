@@ -33,7 +33,7 @@ def test_everything_works_on_a_vlm(vlm):
     details = {finding.what: finding.detail for finding in findings}
     assert details["parts found"].startswith("model.language_model: 8 layers, d_model 128")
     tokens = int(vlm.batch(["how to mend the hat ?"], gl.presentations.blank("grey", 32)).image.sum())
-    assert details["images"].startswith(f"{tokens} image tokens: another image changes the embeddings of just these")
+    assert details["images"].startswith(f"{tokens} image tokens: another image changes the embeddings of {tokens} of them, and of no other")
 
 
 def test_images_do_not_apply_to_an_llm(llm):

@@ -102,7 +102,12 @@ def raw(model, batch, **options):
 def kept(model, batch, path, side="output"):
     """What a module takes or gives in a plain forward."""
     values = []
-    with hooked(model.hf, path, lambda value: values.append(torch.cat(value) if isinstance(value, list) else value.detach().clone()), side):
+
+    def keep(value):
+        whole = torch.cat(value) if isinstance(value, list) else getattr(value, "last_hidden_state", value)
+        values.append(whole.detach().clone())
+
+    with hooked(model.hf, path, keep, side):
         raw(model, batch)
     return values[0]
 
@@ -178,6 +183,7 @@ def test_the_cache_has_transformerlens_names_and_shapes(family, model):
             heads = cache["z", layer]
             assert heads.shape[:3] == (n, seq, cfg.n_heads)
             assert cache["q", layer].shape[:3] == (n, seq, cfg.n_heads)
+            assert not cfg.d_head or cache["q", layer].shape[3] == heads.shape[3] == cfg.d_head
     close(cache["unembed.hook_out"][last(batch)], cfg_free_logits(model, batch))
     if family.vision:
         assert torch.equal(cache["vision.blocks.1.hook_resid_post"], kept(model, batch, f"{family.vision}.1"))
@@ -266,7 +272,7 @@ def test_edits_equal_raw_hooks(family, model, positions):
 
 def test_edits_of_what_is_added_equal_edits_of_the_stream(family, model):
     batch, push, final = batch_of(family, model), a_push(model), model.cfg.n_layers - 1
-    if family.lacks("attention and MLP apart"):
+    if family.lacks("attention and MLP apart") or "rest" in family.adds:
         return
     there = model.run(batch, pushing(push).at(hook="mlp_out", layers=[final])).logits
     here = model.run(batch, pushing(push * model.cfg.residual_scale).at(layers=[final])).logits
@@ -457,10 +463,9 @@ def test_the_text_twin_is_the_prompt_without_its_image(family, model):
 
 def test_save_and_load(family, model, tmp_path):
     model.hf.save_pretrained(tmp_path)
-    own = type(model.processor).__module__.startswith("transformers") and not family.lacks("loading its processor")
-    if own:
+    if family.reloads:
         model.processor.save_pretrained(tmp_path)
-    again = gl.load(tmp_path, processor=None if own else model.processor, attn_implementation="eager")
+    again = gl.load(tmp_path, processor=None if family.reloads else model.processor, attn_implementation="eager")
     assert again.id.rpartition("@")[2] == model.id.rpartition("@")[2]
     mine, expected = batch_of(family, again), batch_of(family, model)
     assert {key: value.shape for key, value in mine.inputs.items()} == {key: value.shape for key, value in expected.inputs.items()}
@@ -472,3 +477,20 @@ def test_save_and_load(family, model, tmp_path):
 def test_refused_families_say_why(family):
     with pytest.raises(errors.ModelError, match=family.refused):
         gl.load(family.model(), processor=family.processor())
+
+
+def test_without_an_image_the_stream_passes_blocks_that_only_run_beside_one():
+    model = loaded("Llama 3.2 Vision")
+    batch, push, after = model.batch(TEXTS), a_push(model), "model.language_model.layers.2"
+    _, cache = model.run_with_cache(batch)
+    handed_on = kept(model, batch, after, "input")
+    assert all(torch.equal(cache[hook, 1], handed_on) for hook in ("resid_pre", "resid_mid", "resid_post"))
+    assert ("attn_out", 1) not in cache
+    terms, names = cache.decompose_resid()
+    close(terms.sum(0)[batch.mask], cache["resid_post", -1][batch.mask])
+    assert [name for name in names if name.startswith("1_") or "rest" in name] == []
+    with hooked(model.hf, after, at(last(batch), push), "input"):
+        expected = raw(model, batch)[:, -1]
+    close(model.run(batch, pushing(push).at(layers=[1])).logits[0], expected)
+    with pytest.raises(errors.SiteError, match="this block does not run"):
+        model.run(batch, read=[Site("attn_out", layers=(1,))])

@@ -6,13 +6,22 @@ To add a family, see CONTRIBUTING.md: most need no line here, since the names re
 STACK = ("layers", "h", "blocks", "block")
 """The list of blocks, in the module that `get_decoder()` leads to."""
 
+INNER = ("decoder", "model")
+"""The module that leads there, in one whose `get_decoder()` gives itself."""
+
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm", "norm_f")
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "cross_attn", "linear_attn", "temporal_block", "conv", "mamba")
 
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "fc2")
 
+LISTED = ("Llama4TextMoe", "OPTDecoderLayer")
+"""Classes of MLPs that give the tokens of all prompts in one list, without the batch axis; and of blocks that do so from resid_mid on."""
+
 QUERY, KEY, VALUE = ("q_proj", "q_b_proj"), ("k_proj",), ("v_proj",)
+
+HEAD_WIDTH = ("qk_head_dim", "head_dim")
+"""Names in an attention of the width of a query's head."""
 
 OUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 """The matrix that joins the heads; its input is z."""
@@ -21,10 +30,11 @@ SIDE_BY_SIDE = ("qkv_proj", "c_attn", "Wqkv", "att_proj")
 """One matrix for queries, keys and values: all queries, then all keys, then all values."""
 
 HEAD_BY_HEAD = ("query_key_value",)
-"""One matrix for queries, keys and values, head by head."""
+"""One matrix for queries, keys and values, group by group: the queries that share a key and a value, then these."""
 
 WIRING: dict[str, tuple[str, str, str]] = {
     # A block that has this norm     adds this of its attention        has resid_mid as the            and adds this of its MLP
+    "self_attention": ("ATTENTION.dense.output", "post_attention_layernorm.input", "MLP.dense_4h_to_h.output"),
     "pre_feedforward_layernorm": (
         "post_attention_layernorm.output",
         "pre_feedforward_layernorm.input",
@@ -32,16 +42,18 @@ WIRING: dict[str, tuple[str, str, str]] = {
     ),
     "post_self_attn_layernorm": ("post_self_attn_layernorm.output", "post_attention_layernorm.input", "post_mlp_layernorm.output"),
     "post_feedforward_layernorm": ("post_attention_layernorm.output", "MLP.input", "post_feedforward_layernorm.output"),
+    "norm_after": ("input_layernorm.output", "MLP.input", "post_attention_layernorm.output"),
     "post_attention_layernorm": ("ATTENTION.output", "post_attention_layernorm.input", "MLP.output"),
-    "self_attn_layer_norm": ("ATTENTION.output", "final_layer_norm.input", "MLP.output"),
+    "do_layer_norm_before": ("ATTENTION.output", "final_layer_norm.input", "MLP.output"),
     "ln_2": ("ATTENTION.output", "ln_2.input", "MLP.output"),
     "ffn_norm": ("ATTENTION.output", "ffn_norm.input", "MLP.output"),
     "": ("ATTENTION.output", "", "MLP.output"),
 }
-"""How a block joins its parts to the residual stream; the first row whose norm the block has, counts.
+"""How a block joins its parts to the residual stream; the first row whose norm (or other attribute) the block has, counts.
 
-Rows: norms before and after each part (Gemma 2 and later), GLM-4, norms after each part only (OLMo 2), Llama and most others, OPT, GPT-2,
-LFM2; and attention and MLP beside each other, which leaves no resid_mid (Phi, Cohere).
+Rows: BLOOM, whose attention and MLP give their sums with the stream, so that what they add is what their last matrices give; norms before
+and after each part (Gemma 2 and later), GLM-4, norms after each part only (OLMo 2, Molmo 2), Llama and most others, OPT, GPT-2, LFM2; and
+attention and MLP beside each other, which leaves no resid_mid (Phi, Cohere).
 """
 
 PARALLEL = ("use_parallel_residual", "parallel_attn")
@@ -49,15 +61,51 @@ PARALLEL = ("use_parallel_residual", "parallel_attn")
 
 PROJECTOR = (
     *("multi_modal_projector", "embed_vision", "connector", "aligner", "merger", "language_projection", "modality_projection"),
-    *("vision_projection", "visual_embeddings_table", "projector"),
+    *("vision_projection", "visual_embeddings_table", "projector", "mm_projector", "resampler_model"),
 )
 """What turns the eye's vectors into as many of the language model's width as there are image tokens."""
 
 SOFTCAP, SCALE, DIVISOR = ("final_logit_softcapping",), ("logit_scale",), ("logits_scaling",)
 """Names in a text config of what is done to the logits after the unembedding."""
 
+GATES = {"attn_out": "cross_attn_attn_gate", "mlp_out": "cross_attn_mlp_gate"}
+"""Parameters of a block whose tanh multiplies what it adds at a hook (Llama 3.2 Vision)."""
+
 RESIDUAL_SCALE = ("residual_multiplier",)
 """Names in a text config of the number that attention and MLP are multiplied by before they are added."""
 
-PROVEN = frozenset("llama llava qwen2_5_vl qwen2_5_vl_text gemma3 gemma3_text".split())
+NARROWING = ("num_kv_shared_layers",)
+"""Numbers in a text config that, if not 0, make the last blocks compute only the tokens whose logits are asked for."""
+
+REFUSED: dict[str, str] = {
+    "blip-2": "puts the image before the padding of a batch, so that a prompt's states depend on its neighbours",
+    "instructblip": "puts the image before the padding of a batch, so that a prompt's states depend on its neighbours",
+    "instructblipvideo": "puts the image before the padding of a batch, so that a prompt's states depend on its neighbours",
+    "gemma3n": "keeps several residual streams side by side (AltUp), so that a token has no single state",
+    "gemma3n_text": "keeps several residual streams side by side (AltUp), so that a token has no single state",
+    **dict.fromkeys(
+        ("qwen4_exp", "qwen4_exp_text", "glm5_next", "deepseek_v4", "hy_v4"),
+        "keeps several residual streams side by side (hyper-connections), so that a token has no single state",
+    ),
+}
+"""`model_type` -> why guardlens can't mean by its words what they say."""
+
+PACKED = dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), frozenset({"pixel_values"}))
+"""`model_type` -> inputs that have the images of all prompts behind each other in their last axis, and a first axis of 1."""
+
+PROVEN = frozenset(
+    (
+        "llama llava qwen2_5_vl qwen2_5_vl_text gemma3 gemma3_text "
+        "qwen2_vl qwen2_vl_text qwen3_vl qwen3_vl_text qwen3_vl_moe qwen3_vl_moe_text qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text "
+        "glm4v glm4v_text glm4v_moe glm4v_moe_text glm46v glm_ocr glm_ocr_text kimi_k25 deepseek_v3 ernie4_5_vl_moe ernie4_5_vl_moe_text "
+        "paddleocr_vl paddleocr_vl_text video_llama_3 qwen2 exaone4_5 exaone4 minicpmv4_6 minicpmv4_7 "
+        "qwen2_5_omni_thinker qwen2_5_omni_text qwen3_omni_moe_thinker qwen3_omni_moe_text molmo2 molmo2_text deepseek_v2 "
+        "llava_next llava_onevision vipllava internvl mistral3 mistral aya_vision cohere2 paligemma gemma2 llama4 llama4_text "
+        "mllama mllama_text_model idefics2 idefics3 smolvlm granite ovis2 deepseek_vl janus "
+        "lighton_ocr qwen3 cohere2_vision fast_vlm lfm2_vl lfm2 granite4_vision granite4_vision_text "
+        "granite_docling granite_docling_text qianfan_ocr aria aria_text perception_lm llava_next_video "
+        "ministral3 deepseek_vl_hybrid "
+        "gemma4 gemma4_text phi phi3 gpt2 gpt_neox olmo olmo2 cohere opt falcon gptj bloom stablelm starcoder2"
+    ).split()
+)
 """`model_type` of the configs (the whole model's and its language model's) that the tests build and prove."""

@@ -41,6 +41,21 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """As `Item`, but of a list (the tokens of each image) all joined, and of an output object of transformers the last hidden state."""
+
+    def read(self, whole: Any) -> Any:
+        if isinstance(whole, list):
+            return torch.cat(whole)
+        return whole["last_hidden_state"] if isinstance(whole, dict) else Item().read(whole)
+
+    def write(self, whole: Any, new: Tensor) -> Any:
+        if isinstance(whole, list):
+            return list(new.split([len(piece) for piece in whole]))
+        return type(whole)(**whole | {"last_hidden_state": new}) if isinstance(whole, dict) else Item().write(whole, new)
+
+
+@dataclass(frozen=True)
 class Columns:
     """A stretch of the last axis: queries, keys and values that one matrix computes side by side."""
 
@@ -56,20 +71,24 @@ class Columns:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """One of `of` pieces of every head, where the last axis is `(head piece d_head)`."""
+    """A stretch of every group's `of` heads, where the last axis is `(group head d_head)`: queries, then their key, then their value."""
 
-    index: int
+    start: int
+    stop: int
     of: int
-    heads: int
+    groups: int
 
     def read(self, whole: Any) -> Any:
-        pieces = rearrange(whole, "... (head piece d) -> ... head piece d", head=self.heads, piece=self.of)
-        return rearrange(pieces[..., self.index, :], "... head d -> ... (head d)")
+        return rearrange(self._split(whole)[..., self.start : self.stop, :], "... group head d -> ... (group head d)")
 
     def write(self, whole: Any, new: Tensor) -> Any:
-        pieces = list(rearrange(whole, "... (head piece d) -> piece ... head d", head=self.heads, piece=self.of))
-        pieces[self.index] = rearrange(new, "... (head d) -> ... head d", head=self.heads)
-        return rearrange(torch.stack(pieces), "piece ... head d -> ... (head piece d)")
+        heads = self._split(whole)
+        stretch = rearrange(new, "... (group head d) -> ... group head d", group=self.groups, head=self.stop - self.start)
+        joined = torch.cat([heads[..., : self.start, :], stretch, heads[..., self.stop :, :]], dim=-2)
+        return rearrange(joined, "... group head d -> ... (group head d)")
+
+    def _split(self, whole: Tensor) -> Tensor:
+        return rearrange(whole, "... (group head d) -> ... group head d", group=self.groups, head=self.of)
 
 
 @dataclass(frozen=True)
@@ -99,19 +118,21 @@ class Part:
         side: What it takes, or what it gives.
         view: Which piece of that.
         heads: In how many heads TransformerLens splits the last axis; None where it does not.
+        listed: Whether the module has the tokens of all prompts in one list, `(batch seq) d`.
     """
 
     path: str
     side: Side = "output"
     view: View = Item()
     heads: int | None = None
+    listed: bool = False
 
     def under(self, path: str) -> "Part":
         """The same part of a module at `path`."""
         return replace(self, path=".".join(filter(None, (path, self.path))))
 
-    def read(self, whole: Any, name: str) -> Tensor:
-        """The value, from what the module takes or gives.
+    def read(self, whole: Any, name: str, rows: int) -> Tensor:
+        """The value, from what the module takes or gives, of a batch of so many rows.
 
         Raises:
             SiteError: The module did not compute it, as with attention patterns unless attention is eager.
@@ -123,7 +144,11 @@ class Part:
                 "eager attention",
                 'load the model with attn_implementation="eager", or call model.hf.set_attn_implementation("eager")',
             )
-        return value
+        return rearrange(value, "(row seq) d -> row seq d", row=rows) if self.listed else value
+
+    def write(self, whole: Any, new: Tensor) -> Any:
+        """What the module takes or gives, with another value."""
+        return self.view.write(whole, rearrange(new, "row seq d -> (row seq) d") if self.listed else new)
 
     def before(self) -> "Part":
         """What the module takes."""

@@ -31,6 +31,7 @@ class Family:
         projector: Path of the module whose output enters the language model; None where there is none.
         images: Sizes (width, height) of two test images; different where the family takes any size.
         adds: What blocks add to the residual stream besides attention and MLP, by the names of `decompose_resid`: `rest`, `between`.
+        refused: Why guardlens refuses the whole family, in words of its error.
         unsupported: Capability -> the reason why this family lacks it, which the table of families prints.
     """
 
@@ -42,11 +43,17 @@ class Family:
     projector: str | None = None
     images: tuple[tuple[int, int], tuple[int, int]] = ((32, 32), (32, 32))
     adds: tuple[str, ...] = ()
+    refused: str = ""
     unsupported: tuple[tuple[str, str], ...] = ()
 
     def lacks(self, capability: str) -> str:
         """Why the family has not this capability; empty if it has."""
         return dict(self.unsupported).get(capability, "")
+
+    @property
+    def reloads(self) -> bool:
+        """Whether transformers can load its saved processor here, without torchvision (see `assemble`)."""
+        return type(self.processor()).__module__.startswith("transformers")
 
 
 @cache

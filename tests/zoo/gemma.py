@@ -112,15 +112,18 @@ def paligemma2_processor():
     return PaliGemmaProcessor(SiglipImageProcessorPil(**PIXELS, image_seq_length=16), tokenizer("", image_token="<image>"))
 
 
+NORMED = (("values as mixed", "they are normalised before the heads mix them"),)
+
 FAMILIES = (
     Family("Gemma 3", gemma3, gemma3_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
            "model.multi_modal_projector"),
-    Family("Gemma 3n", gemma3n, gemma3n_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
-           "model.embed_vision"),
     Family("Gemma 4", gemma4, gemma4_processor, "model.language_model.layers", "model.vision_tower.encoder.layers", "model.embed_vision",
-           images=((40, 20), (32, 32))),
+           images=((40, 20), (32, 32)), adds=("rest",), unsupported=NORMED),
     Family("Gemma 4 MoE", lambda: gemma4(**EXPERTS), gemma4_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
-           "model.embed_vision", images=((40, 20), (32, 32))),
+           "model.embed_vision", images=((40, 20), (32, 32)), adds=("rest",), unsupported=NORMED),
     Family("PaliGemma 2", paligemma2, paligemma2_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
-           "model.multi_modal_projector"),
+           "model.multi_modal_projector", unsupported=(("text alone", "its processor takes no prompt without an image"),
+                                                       ("prefill", "its processor ends every prompt in a line break"))),
+    Family("Gemma 3n", gemma3n, gemma3n_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
+           "model.embed_vision", refused="keeps several residual streams"),
 )  # fmt: skip

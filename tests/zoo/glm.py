@@ -18,7 +18,7 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 
 from tests.zoo.family import assemble, build, tokenizer
-from tests.zoo.qwen import EYE, EXPERTS, family, rotated
+from tests.zoo.qwen import EXPERTS, EYE, family, rotated
 from tests.zoo.text import SMALL
 
 TEMPLATE = (
@@ -27,8 +27,8 @@ TEMPLATE = (
     "{{ '<|begin_of_image|><|image|><|end_of_image|>' if p.type == 'image' else p.text }}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-SPECIALS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>", "[gMASK]", "<sop>",
-            "<|system|>", "<|user|>", "<|assistant|>")  # fmt: skip
+SPECIALS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>", "[gMASK]",
+            "<sop>", "<|system|>", "<|user|>", "<|assistant|>")  # fmt: skip
 IDS = {"image_start_token_id": 340, "image_end_token_id": 341, "video_start_token_id": 342, "video_end_token_id": 343,
        "image_token_id": 344, "video_token_id": 345}  # fmt: skip
 

@@ -43,11 +43,6 @@ SPECIALS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 TILES = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)))
 NO_PLACE = USER_ASSISTANT.replace("<image>\n", "")
 """BLIP's processors put the image before everything, whatever the template says."""
-ONE_IMAGE = (
-    ("text alone", "the model takes no prompt without an image"),
-    ("several images in a prompt", "the processor writes one image before every prompt"),
-)
-PADS = ("left padding", "the pads come between image and text, whose positions, there and in the Q-Former's prompt, then shift")
 QUERIES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 352}
 
 
@@ -118,7 +113,7 @@ FAMILIES = (
     Family("Idefics2", idefics2, idefics2_processor, "model.text_model.layers", "model.vision_model.encoder.layers",
            "model.connector", images=((40, 20), (32, 32))),
     Family("InstructBLIP", instructblip, instructblip_processor, "language_model.model.layers", "vision_model.encoder.layers",
-           "language_projection", unsupported=(*ONE_IMAGE, PADS)),
+           "language_projection", refused="puts the image before the padding"),
     Family("BLIP-2", blip2, blip2_processor, "language_model.model.decoder.layers", "vision_model.encoder.layers", "language_projection",
-           unsupported=ONE_IMAGE),
+           refused="puts the image before the padding"),
 )  # fmt: skip

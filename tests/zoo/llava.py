@@ -9,6 +9,7 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     Cohere2Config,
+    GraniteConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -19,10 +20,14 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    Ministral3Config,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -39,16 +44,14 @@ from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.utils import is_torchvision_available
 
 from tests.zoo.family import Family, assemble, build, tokenizer
-from tests.zoo.parts import CHATML, EYE, PIXELS, TURNS, USER_ASSISTANT
+from tests.zoo.parts import CHATML, CONTENT, EYE, PIXELS, TURNS, USER_ASSISTANT
 from tests.zoo.text import COHERE, COHERE_SPECIALS, SMALL, WINDOWS
 
 if not is_torchvision_available():  # of which the processor's module needs one function, the same in both modules
     sys.modules["transformers.models.pixtral.image_processing_pixtral"] = image_processing_pil_pixtral
-from transformers.models.pixtral.processing_pixtral import PixtralProcessor  # noqa: E402
+from transformers.models.pixtral.processing_pixtral import PixtralProcessor
 
 TILES = [[32, 64], [64, 32], [64, 64]]
-CONTENT = "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ IMAGE if p.type == 'image' else p.text }}{% endfor %}{% endif %}"  # noqa: E501
-"""What a turn holds. Replace IMAGE by a Jinja string."""
 INST = (
     "{% for m in messages %}{{ {'system': '<<SYS>>\n', 'user': '[INST] ', 'assistant': ' '}[m.role] }}"
     + CONTENT.replace("IMAGE", "'<image>\n'")
@@ -59,6 +62,11 @@ HUMAN = (
     + CONTENT.replace("IMAGE", "'<image>\n'")
     + "{% endfor %}{% if add_generation_prompt %}{{ '###Assistant:' }}{% endif %}"
 )
+BARS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
+    + CONTENT.replace("IMAGE", "'<image>\n'")
+    + "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 BRACKETS = (
     "{{ bos_token }}{% for m in messages %}{{ {'system': '[SYSTEM_PROMPT]', 'user': '[INST]', 'assistant': ''}[m.role] }}"
     + CONTENT.replace("IMAGE", "'[IMG]'")
@@ -66,6 +74,7 @@ BRACKETS = (
 )
 AYA = COHERE.replace("{{ m.content }}", CONTENT.replace("IMAGE", "'<image>'"))
 AYA_SPECIALS = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<image>", "TILE_1", "TILE_2", "TILE_GLOBAL")
+MULTIPLIED = {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.5, "attention_multiplier": 0.25}
 PIXTRAL = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
 
 
@@ -89,16 +98,28 @@ def vipllava():
     return build(VipLlavaForConditionalGeneration, config)
 
 
-def llava_next():
-    config = LlavaNextConfig(text_config=MistralConfig(**SMALL, sliding_window=None), vision_config=CLIPVisionConfig(**EYE),
-                             image_token_id=340, image_grid_pinpoints=TILES)  # fmt: skip
+def llava_next(text):
+    config = LlavaNextConfig(text_config=text, vision_config=CLIPVisionConfig(**EYE), image_token_id=340, image_grid_pinpoints=TILES)
     return build(LlavaNextForConditionalGeneration, config)
 
 
-def llava_next_processor():
+def llava_next_processor(template: str = INST):
     eye = LlavaNextImageProcessorPil(**PIXELS | {"size": {"shortest_edge": 32}}, crop_size=PIXELS["size"], image_grid_pinpoints=TILES)
-    return LlavaNextProcessor(eye, tokenizer(INST, image_token="<image>"), patch_size=8, num_additional_image_tokens=1,
-                              vision_feature_select_strategy="default", chat_template=INST)  # fmt: skip
+    return LlavaNextProcessor(eye, tokenizer(template, image_token="<image>"), patch_size=8, num_additional_image_tokens=1,
+                              vision_feature_select_strategy="default", chat_template=template)  # fmt: skip
+
+
+def llava_next_video():
+    config = LlavaNextVideoConfig(text_config=LlamaConfig(**SMALL), vision_config=CLIPVisionConfig(**EYE), image_token_id=340,
+                                  video_token_id=341, image_grid_pinpoints=TILES)  # fmt: skip
+    return build(LlavaNextVideoForConditionalGeneration, config)
+
+
+def llava_next_video_processor():
+    parts = llava_next_processor(USER_ASSISTANT)
+    words = tokenizer(USER_ASSISTANT, "<image>", "<video>")
+    return assemble(LlavaNextVideoProcessor, video_processor=None, image_processor=parts.image_processor, tokenizer=words, patch_size=8,
+                    num_additional_image_tokens=1, vision_feature_select_strategy="default", chat_template=USER_ASSISTANT)  # fmt: skip
 
 
 def llava_onevision():
@@ -127,22 +148,21 @@ def internvl_processor():
                     video_processor=None, image_seq_length=4, chat_template=template)  # fmt: skip
 
 
-def mistral3():
-    text = MistralConfig(**SMALL, head_dim=16, sliding_window=None)
-    return build(Mistral3ForConditionalGeneration, Mistral3Config(text_config=text, vision_config=PixtralVisionConfig(**PIXTRAL | {"patch_size": 4}),
-                                                                  image_token_id=340))  # fmt: skip
+def mistral3(text):
+    eye = PixtralVisionConfig(**PIXTRAL | {"patch_size": 4})
+    return build(Mistral3ForConditionalGeneration, Mistral3Config(text_config=text, vision_config=eye, image_token_id=340))
 
 
 def pixtral():
     config = LlavaConfig(text_config=MistralConfig(**SMALL, sliding_window=None), vision_config=PixtralVisionConfig(**PIXTRAL),
                          image_token_id=340, vision_feature_layer=-1, vision_feature_select_strategy="full")  # fmt: skip
-    return build(LlavaForConditionalGeneration, config)
+    return build(LlavaForConditionalGeneration, config, seed=1)
 
 
 def pixtral_processor(**sizes: int):
     eye = image_processing_pil_pixtral.PixtralImageProcessorPil(size={"longest_edge": 64})
     words = tokenizer(BRACKETS, "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
-    return PixtralProcessor(eye, words, **sizes, chat_template=BRACKETS)
+    return assemble(PixtralProcessor, image_processor=eye, tokenizer=words, **sizes, chat_template=BRACKETS)
 
 
 def aya_vision():
@@ -158,16 +178,23 @@ def aya_vision_processor():
 
 
 DECODER, CLIP, PROJECTOR = "model.language_model.layers", "model.vision_tower.encoder.layers", "model.multi_modal_projector"
+ROPED = "model.vision_tower.transformer.layers"
 SIZES = ((40, 20), (32, 32))
 
 FAMILIES = (
     Family("LLaVA-1.5", llava, llava_processor, DECODER, CLIP, PROJECTOR),
-    Family("LLaVA-NeXT", llava_next, llava_next_processor, DECODER, CLIP, PROJECTOR, SIZES),
+    Family("LLaVA-NeXT", lambda: llava_next(MistralConfig(**SMALL, sliding_window=None)), llava_next_processor, DECODER, CLIP, PROJECTOR,
+           SIZES),
+    Family("LLaVA-NeXT-Video", llava_next_video, llava_next_video_processor, DECODER, CLIP, PROJECTOR, SIZES),
+    Family("Granite Vision", lambda: llava_next(GraniteConfig(**SMALL, **MULTIPLIED)), lambda: llava_next_processor(BARS), DECODER, CLIP,
+           PROJECTOR, SIZES),
     Family("LLaVA-OneVision", llava_onevision, llava_onevision_processor, DECODER, CLIP, PROJECTOR, SIZES),
     Family("VipLLaVA", vipllava, lambda: llava_processor(HUMAN), DECODER, CLIP, PROJECTOR),
     Family("InternVL", internvl, internvl_processor, DECODER, "model.vision_tower.encoder.layer", PROJECTOR, SIZES),
-    Family("Mistral 3", mistral3, lambda: pixtral_processor(patch_size=4, spatial_merge_size=2), DECODER,
-           "model.vision_tower.transformer.layers", PROJECTOR, SIZES),
-    Family("Pixtral", pixtral, lambda: pixtral_processor(patch_size=8), DECODER, "model.vision_tower.transformer.layers", PROJECTOR, SIZES),
+    Family("Mistral 3", lambda: mistral3(MistralConfig(**SMALL, head_dim=16, sliding_window=None)),
+           lambda: pixtral_processor(patch_size=4, spatial_merge_size=2), DECODER, ROPED, PROJECTOR, SIZES),
+    Family("Ministral 3", lambda: mistral3(Ministral3Config(**SMALL, head_dim=16)),
+           lambda: pixtral_processor(patch_size=4, spatial_merge_size=2), DECODER, ROPED, PROJECTOR, SIZES),
+    Family("Pixtral", pixtral, lambda: pixtral_processor(patch_size=8), DECODER, ROPED, PROJECTOR, SIZES),
     Family("Aya Vision", aya_vision, aya_vision_processor, DECODER, CLIP, PROJECTOR, SIZES),
 )  # fmt: skip

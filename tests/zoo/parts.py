@@ -12,11 +12,16 @@ USER_ASSISTANT = (
 )
 """LLaVA-1.5's. Replace `<image>` by the family's placeholder."""
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+CONTENT = (
     "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
     "{{ IMAGE if p.type == 'image' else p.text }}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""What a turn holds. Replace IMAGE by a Jinja string."""
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    + CONTENT
+    + "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """Qwen's and InternVL's. Replace IMAGE by a Jinja string."""
 

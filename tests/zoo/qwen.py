@@ -19,6 +19,8 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
+    Qwen4ExpConfig,
+    Qwen4ExpForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -75,22 +77,33 @@ def qwen3_5_moe():
     return build(Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig(text_config=text, vision_config=EYE_3, **IDS))
 
 
+def qwen4():
+    text = SMALL | LINEAR | EXPERTS | rotated(partial_rotary_factor=0.5) | {"shared_expert_intermediate_size": 16}
+    streams = {"hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+               "indexer_compress_ratio": 2}  # fmt: skip
+    return build(Qwen4ExpForConditionalGeneration, Qwen4ExpConfig(text_config=text | streams, vision_config=EYE_3, **IDS))
+
+
 def processor(cls: type, template: str, *specials: str, **traits: Any):
     eye = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024, **traits)
     words = tokenizer(template, *SPECIALS, *specials)
     return assemble(cls, image_processor=eye, tokenizer=words, video_processor=None, chat_template=template)
 
 
-def family(name: str, model: Callable[[], Any], processor: Callable[[], Any]) -> Family:
+def family(name: str, model: Callable[[], Any], processor: Callable[[], Any], **traits: Any) -> Family:
     """One with Qwen2-VL's paths and a taste for images of any size."""
-    return Family(name, model, processor, "model.language_model.layers", "model.visual.blocks", "model.visual.merger", ((24, 16), (32, 40)))
+    return Family(name, model, processor, "model.language_model.layers", "model.visual.blocks", "model.visual.merger", ((24, 16), (32, 40)),
+                  **traits)  # fmt: skip
 
+
+GATED = (("values as mixed", "a gate multiplies what each head has mixed"),)
 
 FAMILIES = (
     family("Qwen2-VL", qwen2_vl, lambda: processor(Qwen2VLProcessor, HELPFUL + TEMPLATE)),
     family("Qwen2.5-VL", qwen2_5_vl, lambda: processor(Qwen2_5_VLProcessor, HELPFUL + TEMPLATE)),
-    family("Qwen3-VL", qwen3_vl, lambda: processor(Qwen3VLProcessor, TEMPLATE)),
-    family("Qwen3-VL MoE", qwen3_vl_moe, lambda: processor(Qwen3VLProcessor, TEMPLATE)),
-    family("Qwen3.5", qwen3_5, lambda: processor(Qwen3VLProcessor, THINKING, "<think>")),
-    family("Qwen3.5 MoE", qwen3_5_moe, lambda: processor(Qwen3VLProcessor, THINKING, "<think>")),
+    family("Qwen3-VL", qwen3_vl, lambda: processor(Qwen3VLProcessor, TEMPLATE), adds=("between",)),
+    family("Qwen3-VL MoE", qwen3_vl_moe, lambda: processor(Qwen3VLProcessor, TEMPLATE), adds=("between",)),
+    family("Qwen3.5", qwen3_5, lambda: processor(Qwen3VLProcessor, THINKING, "<think>"), unsupported=GATED),
+    family("Qwen3.5 MoE", qwen3_5_moe, lambda: processor(Qwen3VLProcessor, THINKING, "<think>"), unsupported=GATED),
+    family("Qwen4", qwen4, lambda: processor(Qwen3VLProcessor, THINKING, "<think>"), refused="keeps several residual streams"),
 )

@@ -7,6 +7,8 @@ from transformers import (
     BloomForCausalLM,
     Cohere2ForCausalLM,
     CohereForCausalLM,
+    DeepseekV2ForCausalLM,
+    DeepseekV3ForCausalLM,
     FalconForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -83,8 +85,18 @@ def family(
     template: str = TEMPLATE,
     specials: tuple[str, ...] = (),
     blocks: str = "model.layers",
+    **more: Any,
 ) -> Family:
-    return Family(name, lambda: build(cls, cls.config_class(**traits)), lambda: tokenizer(template, *specials), blocks)
+    return Family(name, lambda: build(cls, cls.config_class(**traits)), lambda: tokenizer(template, *specials), blocks, **more)
+
+
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+          "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+          "moe_intermediate_size": 16}  # fmt: skip
+"""DeepSeek's attention: keys and values, in large models queries too, are unfolded from short vectors."""
+UNFOLDED = (("keys and values", "unfolded together, at every step anew, from the short vectors that the cache holds"),)
+NO_SYSTEM = (("system prompt", "the chat template raises an error"),)
+CLIPPED = (("values as mixed", "the attention clips them after hook_v"),)
 
 
 FAMILIES = (
@@ -93,14 +105,15 @@ FAMILIES = (
     family("Qwen2", Qwen2ForCausalLM, SMALL | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}, HELPFUL + CHATML,
            TURNS),
     family("Qwen3", Qwen3ForCausalLM, SMALL | {"head_dim": 16}, CHATML, TURNS),
-    family("Gemma 2", Gemma2ForCausalLM, SMALL | WINDOWS | CAPPED, REFUSING + GEMMA, ("<start_of_turn>", "<end_of_turn>")),
+    family("Gemma 2", Gemma2ForCausalLM, SMALL | WINDOWS | CAPPED, REFUSING + GEMMA, ("<start_of_turn>", "<end_of_turn>"),
+           unsupported=NO_SYSTEM),
     family("Gemma 3 (text)", Gemma3ForCausalLM, SMALL | WINDOWS | {"head_dim": 16, "query_pre_attn_scalar": 16}, GEMMA,
            ("<start_of_turn>", "<end_of_turn>")),
     family("Phi", PhiForCausalLM, UNGROUPED | ROTATED),
     family("Phi-3", Phi3ForCausalLM, SMALL | {"sliding_window": 12}, turns("<|ROLE|>\n", "<|end|>\n"), (*ROLES, "<|end|>")),
     family("GPT-2", GPT2LMHeadModel, UNGROUPED | {"n_positions": 512}, blocks="transformer.h"),
     family("GPT-NeoX", GPTNeoXForCausalLM, UNGROUPED | ROTATED, blocks="gpt_neox.layers"),
-    family("OLMo", OlmoForCausalLM, SMALL | {"clip_qkv": 1.0}, turns("<|ROLE|>\n", "\n"), ROLES),
+    family("OLMo", OlmoForCausalLM, SMALL | {"clip_qkv": 1.0}, turns("<|ROLE|>\n", "\n"), ROLES, unsupported=CLIPPED),
     family("OLMo 2", Olmo2ForCausalLM, SMALL, turns("<|ROLE|>\n", "\n"), ROLES),
     family("Cohere", CohereForCausalLM, SMALL | {"logit_scale": 0.5, "use_qk_norm": True}, COHERE, COHERE_SPECIALS),
     family("Cohere 2", Cohere2ForCausalLM, SMALL | WINDOWS | {"logit_scale": 0.5}, COHERE, COHERE_SPECIALS),
@@ -115,4 +128,6 @@ FAMILIES = (
     family("StableLM", StableLmForCausalLM, SMALL | ROTATED | {"use_qkv_bias": True, "qk_layernorm": True}, turns("<|ROLE|>\n", "</s>\n"),
            ROLES),
     family("StarCoder2", Starcoder2ForCausalLM, SMALL | {"sliding_window": 12}),
+    family("DeepSeek-V2 Lite", DeepseekV2ForCausalLM, SMALL | LATENT | {"q_lora_rank": None}, unsupported=UNFOLDED),
+    family("DeepSeek-V3", DeepseekV3ForCausalLM, SMALL | LATENT, unsupported=UNFOLDED),
 )  # fmt: skip
