@@ -163,15 +163,33 @@ def gap_closed(
     if len(text) == 0:
         return undefined
     draws = _resampled_means(text, image, defended, clusters=clusters)
-    gap = percentile(image.mean() - text.mean(), draws[:, 1] - draws[:, 0], len(text), level)
-    if gap.low <= 0:
+    gap, change = image.mean() - text.mean(), image.mean() - defended.mean()
+    found = per_gap(change, draws[:, 1] - draws[:, 2], gap, draws[:, 1] - draws[:, 0], len(text), level)
+    if gap <= 0 or math.isnan(found.value):
         return undefined
-    closed = _divided(draws[:, 1] - draws[:, 2], draws[:, 1] - draws[:, 0])
-    found = percentile((image.mean() - defended.mean()) / gap.value, closed, len(text), level)
     if found.low < found.high or np.array_equal(image, defended):
         return found
     rate = proportion(defended, clusters, level)
-    return Interval(found.value, (image.mean() - rate.high) / gap.value, (image.mean() - rate.low) / gap.value, len(text), level)
+    return Interval(found.value, (image.mean() - rate.high) / gap, (image.mean() - rate.low) / gap, len(text), level)
+
+
+def per_gap(
+    change: float, changes: Float[np.ndarray, "draw"], gap: float, gaps: Float[np.ndarray, "draw"], n: int, level: float = 0.95
+) -> Interval:
+    """A change as a share of a gap, with both from the same resamples; undefined where the gap's own interval reaches 0.
+
+    Args:
+        change: On the items as they are.
+        changes: In each resample.
+        gap: What the change is measured in, on the items as they are.
+        gaps: In each resample.
+        n: Number of items.
+        level: Coverage of both intervals.
+    """
+    seen = percentile(gap, gaps, n, level)
+    if not (seen.low > 0 or seen.high < 0):
+        return Interval(math.nan, math.nan, math.nan, n, level)
+    return percentile(change / gap, _divided(changes, gaps), n, level)
 
 
 def mcnemar(first: Bool[np.ndarray, "item"], second: Bool[np.ndarray, "item"]) -> McNemar:

@@ -1,12 +1,13 @@
 """`sweep`: plans at every layer and strength, scored for every query, with a placebo of equal norm beside them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.batches import Batch
@@ -185,20 +186,24 @@ def _score_part(model: HookedModel, batch: Batch, grid: Mapping[Cell, Interventi
     """Scores of all cells and, last, of the unedited run: shape `score cell+1 query`."""
     base = model.run(batch, nothing).logits
     assert base is not None
-    found = [
-        torch.stack([score(lane, base[0], model.tokenizer) for score in scores])
-        for lane in (*_lanes(model, batch, list(grid.values())), base[0])
-    ]
-    return torch.stack(found, dim=1).double().cpu().numpy()
+    return scored((*lanes(model, batch, list(grid.values())), base[0]), base[0], scores, model.tokenizer)
 
 
-def _lanes(model: HookedModel, batch: Batch, plans: Sequence[Intervention]) -> Iterator[Tensor]:
-    """Logits of each plan, as many at once as fit."""
+def lanes(model: HookedModel, batch: Batch, plans: Sequence[Intervention]) -> Iterator[Float[Tensor, "query vocab"]]:
+    """Logits of each plan, as many at once as fit into `ROWS` prompts."""
     width = max(1, ROWS // len(batch.queries))
     for start in range(0, len(plans), width):
         logits = model.run(batch, plans[start : start + width]).logits
         assert logits is not None
         yield from logits
+
+
+def scored(
+    runs: Iterable[Float[Tensor, "query vocab"]], base: Float[Tensor, "query vocab"], scores: Sequence[Score], tokenizer: Any
+) -> Float[np.ndarray, "score run query"]:
+    """The scores of several runs, each against the unedited one."""
+    found = [torch.stack([score(logits, base, tokenizer) for score in scores]) for logits in runs]
+    return torch.stack(found, dim=1).double().cpu().numpy()
 
 
 def _columns(cells: Sequence[Cell], queries: Sequence[Any], scores: Sequence[Score], values: np.ndarray) -> dict[str, np.ndarray]:

@@ -56,3 +56,25 @@ def last(states, mask):
     """States of the last real token of each row, either padding."""
     index = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
     return states[torch.arange(len(states)), index]
+
+
+def inputs_of(hf, inputs, paths):
+    """What each named module takes first, in one forward."""
+    return _kept(hf, inputs, paths, lambda module, keep: module.register_forward_pre_hook(
+        lambda m, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True))  # fmt: skip
+
+
+def outputs_of(hf, inputs, paths):
+    """What each named module gives, the first of it where it gives several, in one forward."""
+    return _kept(hf, inputs, paths, lambda module, keep: module.register_forward_hook(
+        lambda m, args, out: keep(out[0] if isinstance(out, tuple) else out)))  # fmt: skip
+
+
+def _kept(hf, inputs, paths, register):
+    kept = {}
+    with ExitStack() as stack, torch.no_grad():
+        for path in paths:
+            keep = lambda value, path=path: kept.__setitem__(path, value.clone())  # noqa: E731
+            stack.callback(register(hf.get_submodule(path), keep).remove)
+        hf(**inputs, use_cache=False)
+    return kept

@@ -8,6 +8,7 @@
     add(v, alpha)           h + alpha v
     add_relative(v, alpha)  h + alpha |h| v
     linear(M, alpha)        h + alpha h M
+    swap(r)                 r
     custom(fn)              fn(states, context)
 
 `r` is a held state (`text_twin`, `own`, any `State`) or a constant: zero, a vector, or one vector per layer (a class mean).
@@ -23,9 +24,10 @@ from torch import Tensor
 from guardlens.directions import Directions
 from guardlens.errors import PlanError
 from guardlens.interventions import gates
-from guardlens.interventions.edits import Affine, Custom, Edit, RelativeAdd, Turned
+from guardlens.interventions.edits import Affine, Custom, Edit, RelativeAdd, Swap, Turned
 from guardlens.interventions.plan import Intervention, Phase, Step, nothing
 from guardlens.interventions.states import Context, State, own, text_twin
+from guardlens.sites import Site
 
 __all__ = [
     "Affine",
@@ -37,6 +39,7 @@ __all__ = [
     "RelativeAdd",
     "State",
     "Step",
+    "Swap",
     "Turned",
     "add",
     "add_component",
@@ -50,6 +53,7 @@ __all__ = [
     "patch",
     "project_out",
     "replace",
+    "swap",
     "text_twin",
 ]
 
@@ -119,6 +123,21 @@ def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Inte
     read, none = torch.eye(width, dtype=matrix.dtype)[None], matrix.new_zeros(1, 0, width)
     edit = Affine(f"linear({width} x {width}, alpha={alpha:g})", None, read, alpha * matrix[None], none, none, matrix.new_zeros(1, width))
     return Intervention((Step(edit),))
+
+
+def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
+    """r: the held state in place of the state, at the hook and the positions where it is held (activation patching).
+
+    Args:
+        reference: What is put in, e.g. `State(run=text_only, hook="attn_out")`.
+        part: `(index, of)` puts in one of several equal stretches alone: `(3, 32)` is the fourth of 32 heads at the hook z.
+
+    Raises:
+        PlanError: There is no such part.
+    """
+    if part is not None and not 0 <= part[0] < part[1]:
+        raise PlanError(f"part {part[0]} of {part[1]}", f"an index from 0 to {part[1] - 1}", "give (index, of), as in (3, 32)")
+    return Intervention((Step(Swap(reference, part), Site(reference.hook, positions=reference.positions)),))
 
 
 def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] = ()) -> Intervention:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guardlens.errors import PlanError, SiteError
+from guardlens.errors import MismatchError, PlanError, SiteError
 from guardlens.interventions.states import Context, State
 from guardlens.storage import require_same_model
 
@@ -163,6 +163,40 @@ class RelativeAdd:
 
     def __repr__(self) -> str:
         return self.label
+
+
+@dataclass(frozen=True)
+class Swap:
+    """h -> r: the held state r in place of the state, or in place of one of its equal stretches (a head of z).
+
+    Attributes:
+        held: The state r, read at the same hook.
+        part: `(index, of)`: only the stretch `index` of `of`; None for the whole state.
+        model: Empty: it fits any.
+    """
+
+    held: State
+    part: tuple[int, int] | None = None
+    model: str = ""
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return (self.held,)
+
+    def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
+        reference, (index, of) = context.held(self.held).to(states), self.part or (0, 1)
+        if reference.shape != states.shape or states.shape[-1] % of:
+            raise MismatchError(
+                f"a held state of width {reference.shape[-1]} for states of width {states.shape[-1]}, in {of} parts",
+                "equal widths that the parts divide",
+                "hold the state of the hook that is edited, of a model with the same heads",
+            )
+        width = states.shape[-1] // of
+        here = torch.arange(states.shape[-1], device=states.device) // width == index
+        return torch.where(here, reference, states)
+
+    def __repr__(self) -> str:
+        return f"swap({self.held}{'' if self.part is None else f', part={self.part}'})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,213 @@
+"""`activation_patching`: states of another run put into this one, layer by layer or head by head: where does what differs pass through?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+
+from guardlens import interventions as iv
+from guardlens.errors import PlanError, QueryError
+from guardlens.intervals import per_gap, percentile, resample_counts
+from guardlens.interventions.plan import Intervention, nothing
+from guardlens.model import HookedModel, Queries
+from guardlens.progress import track
+from guardlens.queries import Presentation, Query, as_queries, text_only
+from guardlens.scores import Score, refusal_logodds
+from guardlens.sites import HOOKS, Point, parse
+from guardlens.sweeps import lanes, scored
+from guardlens.tables import Frame, Table
+
+WHOLE = -1
+"""In the column `head`: not one head, but all that the hook has."""
+
+UNLABELLED = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing that is patched: a hook at a layer, or one of its heads."""
+
+    hook: str
+    layer: int
+    head: int = WHOLE
+    heads: int = 1
+
+    def plan(self, source: Presentation) -> Intervention:
+        """What patches it at the prompt's last token."""
+        part = None if self.head == WHOLE else (self.head, self.heads)
+        return iv.swap(iv.State(run=source, hook=self.hook), part).at(layers=self.layer)
+
+
+class Patching(Table):
+    """Scores of each query with one state of the source's run put in; `base` without that, `source` in the source's run itself.
+
+    Columns: hook, layer, head (-1 where the whole state is patched), query, label, cluster, score, value, base, source.
+    """
+
+    kind: ClassVar[str] = "patching"
+
+    def summary(self) -> Frame:
+        """Means of each cell for each label, with 95 % bootstrap intervals over queries; those of a cluster or pair go together.
+
+        `change` is value - base, and `recovered` = (value - base) / (source - base), a ratio of means: 1 where the patch alone does all
+        that the source's run does, undefined (nan) where the interval of source - base reaches 0: nothing was lost that could be recovered.
+        """
+        return self._summary
+
+    @cached_property
+    def _summary(self) -> Frame:
+        import pandas as pd
+
+        rows = []
+        for (score, label), part in self.frame.groupby(["score", "label"], sort=False):
+            queries = part.drop_duplicates("query")
+            counts = resample_counts(len(queries), queries["cluster"].to_numpy())
+            for (hook, layer, head), cell in part.groupby(["hook", "layer", "head"], sort=False):
+                where = {"score": score, "hook": hook, "layer": layer, "head": head, "label": label}
+                rows.append(where | _recovery(cell.set_index("query").loc[queries["query"]], counts))
+        return pd.DataFrame(rows)
+
+    def plot(self, value: str = "recovered", score: str | None = None, axes: Any = None) -> Any:
+        """A line over the layers for each hook, one panel per label; where heads were patched, heat maps of heads and layers.
+
+        Args:
+            value: `"recovered"`, or `"change"` in the score's unit.
+            score: Its name; the first one without it.
+            axes: Where to draw, one per label (of heads: hook by hook); a new figure without it.
+        """
+        from guardlens import component_plots, plots
+
+        rows = self.summary()
+        score = score or str(rows["score"].iloc[0])
+        rows = rows[rows["score"] == score]
+        unit = self.facts.get("units", {}).get(score, score)
+        shown = f"{score.replace('_', ' ')} recovered" if value == "recovered" else f"Δ {unit}"
+        if (heads := rows[rows["head"] != WHOLE]).size:
+            frame = heads.assign(panel=heads["hook"] + " · " + heads["label"], block=heads["layer"], value=heads[value])
+            return component_plots.head_maps(frame, unit=shown, axes=axes)
+        low, high = ("recovered_low", "recovered_high") if value == "recovered" else ("low", "high")
+        frame = rows.assign(metric=rows["label"], run=rows["hook"], value=rows[value], low=rows[low], high=rows[high])
+        return plots.layer_curves(frame, axes=axes, titles={label: f"{label}: {shown}".removeprefix(": ") for label in set(rows["label"])})
+
+    def __repr__(self) -> str:
+        cells = set(zip(*(self.columns[name] for name in ("hook", "layer", "head")), strict=True))
+        return f"Patching({', '.join(sorted(set(self.columns['hook'])))}: {len(cells)} cells, {len(self)} rows)"
+
+
+def activation_patching(
+    model: HookedModel,
+    queries: Queries,
+    presentation: Presentation,
+    *,
+    source: Presentation = text_only,
+    hooks: str | Sequence[str] = "resid_post",
+    layers: Sequence[int] | None = None,
+    scores: Sequence[Score] = (refusal_logodds,),
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Patching:
+    """Run the queries with one state at a time taken from another run of them, at the prompt's last token.
+
+    Args:
+        model: The model.
+        queries: What to ask; labels are kept.
+        presentation: How it is shown in the run that is patched.
+        source: How it is shown in the run that the states come from. `text_only` is the text twin: the same prompt without its images,
+            as `model.llm` sees it. With `presentation` itself every patch changes nothing, which is the placebo of this experiment.
+        hooks: What to patch: `"resid_post"` (all that the last token knows by then), `"attn_out"`, `"mlp_out"`, or `"z"`, head by head.
+        layers: Which layers; None for all that have the hook.
+        scores: What to measure at the prompt's last token.
+        batch_size: Queries per forward; as many cells as fit ride along, as in `gl.sweep`.
+        progress: Show a bar.
+
+    Raises:
+        QueryError: No queries, or two of one id.
+        SiteError: Unknown hook, or a layer without it.
+        PlanError: A hook that can't be patched layer by layer.
+
+    Source: activation patching as in Meng et al. 2022 (arXiv 2202.05262) and Zhang & Nanda 2024 (arXiv 2309.16042).
+
+    Example:
+        `activation_patching(model, pairs, presentations.blank("grey"), hooks=["resid_post", "attn_out", "mlp_out"]).plot()`
+    """
+    items = as_queries(queries)
+    if len({query.id for query in items}) < len(items):
+        raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
+    names = [parse(name).hook for name in ([hooks] if isinstance(hooks, str) else hooks)]
+    plans = {cell: cell.plan(source) for name in names for cell in _cells(model, name, layers)}
+    parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    values = [
+        _score_part(model, part, presentation, source, plans, scores)
+        for part in track(parts, len(items), f"activation patching, {len(plans)} cells, {presentation.name}", progress)
+    ]
+    facts = {
+        "presentation": presentation.name,
+        "source": source.name,
+        "source_model": (model.llm if source == text_only else model).id,
+        "units": {score.name: score.unit for score in scores},
+    }
+    return Patching(_columns(list(plans), items, scores, np.concatenate(values, axis=2)), facts, model.provenance)
+
+
+def _cells(model: HookedModel, name: str, layers: Sequence[int] | None) -> list[Cell]:
+    hook = HOOKS[name]
+    if not (hook.layered and hook.writable and hook.width):
+        raise PlanError(f"patching at {name!r}", "a hook of the blocks that can be written", "choose resid_post, attn_out, mlp_out or z")
+    anywhere = [point.layer for point in model.cfg.computed(beside_image=False) if point.hook == name]
+    wanted = [layer for layer in anywhere if layer is not None] if layers is None else layers
+    heads = {layer: model.cfg.locate(Point(name, layer)).heads for layer in wanted}
+    return [
+        cell
+        for layer, number in heads.items()
+        for cell in ([Cell(name, layer)] if number is None else [Cell(name, layer, head, number) for head in range(number)])
+    ]
+
+
+def _score_part(
+    model: HookedModel,
+    queries: Sequence[Query],
+    presentation: Presentation,
+    source: Presentation,
+    plans: Mapping[Cell, Intervention],
+    scores: Sequence[Score],
+) -> np.ndarray:
+    """Scores of all cells, then of the unpatched run, then of the source's: shape `score cell+2 query`."""
+    batch = model.batch(queries, presentation)
+    base = model.run(batch, nothing).logits
+    giver, given = model.source(batch, source)
+    other = giver.run(given, nothing).logits
+    assert base is not None and other is not None
+    return scored((*lanes(model, batch, list(plans.values())), base[0], other[0].to(base.device)), base[0], scores, model.tokenizer)
+
+
+def _columns(cells: Sequence[Cell], queries: Sequence[Query], scores: Sequence[Score], values: np.ndarray) -> dict[str, np.ndarray]:
+    """Tidy columns of `values` (score, cell + base + source, query)."""
+    n_scores, n_cells, n = len(scores), len(cells), len(queries)
+    per_cell = {name: [getattr(cell, name) for cell in cells] for name in ("hook", "layer", "head")}
+    per_query = {
+        "query": [query.id for query in queries],
+        "label": [query.label or UNLABELLED for query in queries],
+        "cluster": [query.cluster or query.pair or query.id for query in queries],
+    }
+    columns = {name: np.tile(np.repeat(np.array(column), n), n_scores) for name, column in per_cell.items()}
+    columns |= {name: np.tile(np.array(column), n_scores * n_cells) for name, column in per_query.items()}
+    columns["score"] = np.repeat(np.array([score.name for score in scores]), n_cells * n)
+    columns["value"] = values[:, :-2].ravel()
+    columns["base"] = np.repeat(values[:, -2:-1], n_cells, axis=1).ravel()
+    columns["source"] = np.repeat(values[:, -1:], n_cells, axis=1).ravel()
+    return columns
+
+
+def _recovery(cell: Frame, counts: np.ndarray) -> dict[str, float]:
+    means = cell[["base", "source", "value"]].mean()
+    drawn = counts @ cell[["base", "source", "value"]].to_numpy(float) / counts.sum(axis=1, keepdims=True)
+    n, changes, gaps = len(cell), drawn[:, 2] - drawn[:, 0], drawn[:, 1] - drawn[:, 0]
+    change = percentile(means["value"] - means["base"], changes, n)
+    share = per_gap(change.value, changes, means["source"] - means["base"], gaps, n)
+    return {
+        **means,
+        **{"change": change.value, "low": change.low, "high": change.high},
+        **{"recovered": share.value, "recovered_low": share.low, "recovered_high": share.high, "n": n},
+    }
