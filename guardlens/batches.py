@@ -1,6 +1,6 @@
 """A batch of prompts as tensors, and how lanes (variants of a run) lie on its rows. Index algebra only: no model, no edits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,11 +121,11 @@ class Layout:
         lane = torch.arange(lanes, device=device).repeat_interleave(queries)[:, None].expand(-1, width)
         return cls("plain" if lanes == 1 else "tile", lanes, query, column, lane)
 
-    def spread(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch's inputs for all rows. One lane leaves them untouched."""
+    def spread(self, inputs: Mapping[str, Tensor], packed: Collection[str] = ()) -> dict[str, Tensor]:
+        """The batch's inputs for all rows; those that are `packed` lie side by side in their last axis. One lane leaves them untouched."""
         if self.lanes == 1:
             return dict(inputs)
-        return {name: torch.cat([value] * self.lanes) for name, value in inputs.items()}
+        return {name: torch.cat([value] * self.lanes, dim=-1 if name in packed else 0) for name, value in inputs.items()}
 
     def find(self, lane: int, chosen: Bool[Tensor, "query seq"]) -> Placement:
         """Where lane `lane` has the tokens chosen in the batch, ordered by query, then column."""

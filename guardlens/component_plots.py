@@ -130,7 +130,7 @@ def _bars(ax: Axes, rows: plots.Rows, blocks: np.ndarray) -> None:
     kinds = [kind for kind in KINDS if (rows["component"] == kind).any()]
     beside = [kind for kind in kinds if kind != "embed"]
     width = 0.8 / max(1, len(beside))
-    first = -max(1.0, len(blocks) / 9)  # so far off that its name is clear of the next
+    first = -max(1.0, len(blocks) / 6)  # so far off that its name is clear of the next
     place = {block: position for position, block in enumerate(blocks)} | {-1: first}
     for kind in kinds:
         bars = rows[rows["component"] == kind]

@@ -78,3 +78,9 @@ def test_tile_lays_lanes_below_each_other(side):
 def test_one_lane_leaves_inputs_untouched():
     inputs = make_batch().inputs
     assert Layout.tile(2, 5, 1).spread(inputs)["input_ids"] is inputs["input_ids"]
+
+
+def test_packed_inputs_lie_side_by_side_in_their_last_axis():
+    pixels = torch.arange(12.0).reshape(1, 3, 4)
+    spread = Layout.tile(2, 5, 3).spread({"pixel_values": pixels, "sizes": torch.ones(2, 2)}, packed={"pixel_values"})
+    assert torch.equal(spread["pixel_values"], torch.cat([pixels] * 3, dim=-1)) and spread["sizes"].shape == (6, 2)
