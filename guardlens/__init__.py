@@ -2,7 +2,9 @@
 
 Load a model and show it queries:   `load`, `HookedModel`, `Query`, `QueryPairs`, `read_queries`, `presentations`
 Look at its hidden states:          `collect`, `Activations`, `ActivationCache`, `Site`, `directions`, `Directions`, `compare`
+Ask which parts write them:         `attribute`, `activation_patching`
 Change them:                        `interventions`, `gates`, `Intervention`
+Guard a model outside of guardlens: `attach`
 Measure what that does:             `scores`, `sweep`, `judges`, `defences`, `evaluate`, `Table`
 Try it all on a tiny model:         `organism`
 
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from guardlens import defences, directions, errors, interventions, judges, organism, plots, presentations, scores
     from guardlens.activations import ActivationCache, Activations
+    from guardlens.attachment import attach
+    from guardlens.attribution import attribute
     from guardlens.collection import collect
     from guardlens.comparison import compare
     from guardlens.directions import Directions
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from guardlens.interventions.plan import Intervention
     from guardlens.loading import load
     from guardlens.model import HookedModel
+    from guardlens.patching import activation_patching
     from guardlens.queries import Query, QueryPairs, read_queries
     from guardlens.sites import Site
     from guardlens.sweeps import sweep
@@ -41,6 +46,9 @@ _NAMES = {
     "QueryPairs": "queries",
     "Site": "sites",
     "Table": "tables",
+    "activation_patching": "patching",
+    "attach": "attachment",
+    "attribute": "attribution",
     "collect": "collection",
     "compare": "comparison",
     "evaluate": "evaluation",
@@ -60,6 +68,9 @@ __all__ = [
     "QueryPairs",
     "Site",
     "Table",
+    "activation_patching",
+    "attach",
+    "attribute",
     "collect",
     "compare",
     "defences",

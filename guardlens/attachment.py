@@ -1,0 +1,282 @@
+"""`attach`: a guard leaves the lab. Its taps run under plain torch hooks, in whatever code calls a Hugging Face model, without nnsight."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from guardlens.architectures import Architecture, find, fingerprint
+from guardlens.batches import Batch, Layout
+from guardlens.errors import ModelError, PlanError
+from guardlens.interventions.plan import Intervention, nothing
+from guardlens.interventions.states import State
+from guardlens.program import Held, Record, Tap, compile_taps, required_runs, site_of
+from guardlens.queries import Query, TextOnly, text_only
+from guardlens.torch_driver import placed
+from guardlens.twins import Cutter
+
+Inputs = Mapping[str, Any]
+TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Prompts whose answers are being made."""
+
+    batch: Batch
+    taps: list[Tap]
+    record: Record
+
+    def goes_on(self, ids: Int[Tensor, "row seq"], seen: int) -> bool:
+        """Whether these are the same prompts with one more token of the answers, as generation without a KV cache brings them."""
+        rows, width = self.batch.mask.shape
+        return ids.shape == (rows, seen + 1) and torch.equal(ids[:, :width], self.batch.inputs["input_ids"].to(ids.device))
+
+
+@dataclass(frozen=True, eq=False)
+class _Forward:
+    """A forward in progress: of which module, the hooks of its taps, and for which tokens logits were asked (0 for all)."""
+
+    module: nn.Module
+    hooks: ExitStack
+    keep: int | Tensor
+
+
+class Attachment:
+    """A guard on a model of transformers. Made by `attach`; as a context manager, it is removed at the end.
+
+    A forward with an empty KV cache shows new prompts. One with the cache that they filled, or without a cache and with one token more, is
+    the next step of their answers. Each row is a prompt of its own, whether or not it repeats another (beams, several answers). One
+    forward at a time: threads that share the model must take turns.
+
+    Attributes:
+        plan: What it changes.
+    """
+
+    def __init__(self, plan: Intervention, hf: Any, cfg: Architecture, twin: Callable[[Inputs], Inputs] | None) -> None:
+        self.plan = plan
+        self._hf, self._cfg, self._twin = hf, cfg, twin
+        self._inner = _inner(hf)
+        # Taps count columns from the left, so they must meet all tokens, also where the caller wants the logits of the last alone.
+        self._wide = self._cfg.narrows or any(step.site.hook == "unembed" for step in plan.steps)
+        self._names = tuple(inspect.signature(type(self._inner).forward).parameters)[1:]  # of the class: wrappers replace the bound one
+        self._run: _Run | None = None
+        self._seen = 0
+        self._forward: _Forward | None = None
+        self._handles: list[Any] = []
+
+    @property
+    def verdicts(self) -> dict[tuple[int, int | None], Bool[Tensor, "row"]]:
+        """(step of the plan, layer) -> which of the newest prompts its gate opened for."""
+        return {} if self._run is None else {key[1:]: opened for key, opened in self._run.record.verdicts.items()}
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self._close()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Attachment({self.plan!r} on {type(self._inner).__name__}{'' if self._handles else ', removed'})"
+
+    def _hook(self) -> None:
+        # An adapter's forward goes round the hooks of the model in it, its generate round those of the adapter.
+        for top in dict.fromkeys((self._hf, self._inner)):
+            self._handles.append(top.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(top.register_forward_hook(self._after, always_call=True))
+        self._handles.append(self._hf.get_submodule(self._cfg.decoder).register_forward_pre_hook(self._require_forward))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._forward is not None and self._forward.module is not module:
+            return args, kwargs  # the model within its adapter's forward
+        self._close()
+        keep = kwargs.get("logits_to_keep", 0) if self._wide else 0
+        self._forward = _Forward(module, ExitStack(), keep)
+        run, step, whole = self._advance(dict(zip(self._names, args, strict=False)) | kwargs)
+        taps = [tap for tap in run.taps if step == 0 or whole or tap.decode]
+        self._forward.hooks.enter_context(placed(self._hf, self._cfg, taps, step, run.batch))
+        return args, {**kwargs, "logits_to_keep": 0} if isinstance(keep, Tensor) or keep else kwargs
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._forward is None or self._forward.module is not module:
+            return None
+        keep = self._forward.keep
+        self._close()
+        if output is not None and (isinstance(keep, Tensor) or keep):
+            output.logits = output.logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        return output
+
+    def _close(self) -> None:
+        if self._forward is not None:
+            self._forward.hooks.close()
+        self._forward = None
+
+    def _require_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._forward is None:
+            name = type(self._inner).__name__
+            raise ModelError(
+                f"a call of {self._cfg.decoder} that goes round the forward of {name}, and so round the guard",
+                f"calls of {name} itself, also by its generate",
+                "call the whole model, or remove the guard first with .remove()",
+            )
+
+    def _advance(self, inputs: Inputs) -> tuple[_Run, int, bool]:
+        """The run that a forward belongs to, its step there, and whether it brings the whole sequence. New prompts begin a new run."""
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        if ids is None:
+            raise ModelError(
+                "a forward without input_ids", "token ids, by which prompts are told apart", "pass input_ids, not inputs_embeds"
+            )
+        past = 0 if cache is None else int(cache.get_seq_length())
+        run = self._run
+        if past:
+            run = self._require_next(ids, past)
+        elif cache is not None or run is None or not run.goes_on(ids, self._seen):
+            self._run = None  # so that no later step belongs to the run before, should this one fail to begin
+            self._run = run = self._begin(inputs)
+            self._seen = ids.shape[1] - 1
+        self._seen += 1
+        return run, self._seen - run.batch.mask.shape[1], not past
+
+    def _require_next(self, ids: Int[Tensor, "row new"], past: int) -> _Run:
+        rows = 0 if self._run is None else len(self._run.batch.mask)
+        if self._run is None or past != self._seen or ids.shape != (rows, 1):
+            raise ModelError(
+                f"{ids.shape[1]} tokens in {len(ids)} rows beside a KV cache of {past}, where {self._seen} in {rows} rows have been seen",
+                "whole prompts with an empty cache, then one token per row and step",
+                "leave out past_key_values, prefill_chunk_size and assistant models, and prompts begun before the guard was attached",
+            )
+        return self._run
+
+    def _begin(self, inputs: Inputs) -> _Run:
+        batch = _batch(inputs, self._cfg)
+        plan = self.plan.to(batch.mask.device)
+        taps, record = self._compile(plan, batch, (), self._held(batch, inputs))
+        return _Run(batch, taps, record)
+
+    def _compile(self, plan: Intervention, batch: Batch, reads: Sequence[Any], held: Held) -> tuple[list[Tap], Record]:
+        rows, width = batch.mask.shape
+        layout = Layout.tile(rows, width, 1, batch.mask.device)
+        return compile_taps([plan], reads, layout, batch, self._cfg.n_layers, held)
+
+    def _held(self, batch: Batch, inputs: Inputs) -> Held:
+        """The states of the text twin that the plan needs: one unedited forward, without gradients."""
+        wanted = required_runs([self.plan], self._cfg.n_layers)
+        if not wanted:
+            return {}
+        other = self._without_images(batch, inputs) if batch.beside_image else batch
+        sites = {state: site_of(state, layers) for state, layers in wanted.items()}
+        taps, record = self._compile(nothing, other, tuple(dict.fromkeys(sites.values())), {})
+        with torch.no_grad(), placed(self._hf, self._cfg, taps, 0, other):
+            self._inner.base_model.forward(**other.inputs, use_cache=False)
+        return {
+            (state, point.layer): record.reads[site, point][0] for state, site in sites.items() for point in site.points(self._cfg.n_layers)
+        }
+
+    def _without_images(self, batch: Batch, inputs: Inputs) -> Batch:
+        assert self._twin is not None
+        other = _batch(self._twin({**inputs, "attention_mask": batch.mask.long()}), self._cfg)
+        if other.beside_image or len(other.mask) != len(batch.mask):
+            raise ModelError(
+                f"a twin= that gives {len(other.mask)} rows{', some with image tokens' if other.beside_image else ''}",
+                f"the same {len(batch.mask)} prompts without their images",
+                "take the image tokens out of every row",
+            )
+        return other
+
+
+def attach(plan: Intervention, hf: Any, processor: Any = None, *, twin: Callable[[Inputs], Inputs] | None = None) -> Attachment:
+    """Put a guard on a model of transformers: every call of it, of its `generate` and of pipelines with it is then guarded.
+
+    Runs the taps that `HookedModel` runs, under torch's own hooks. The weights stay as they are, and nnsight is not imported.
+
+    Args:
+        plan: What to change, made for this model: a guard's `intervention`, or a loaded `Intervention`.
+        hf: The Hugging Face model.
+        processor: Its processor; needed of a VLM where the plan asks for the text twin.
+        twin: Makes the inputs of the text twin from those of a prompt, for a processor whose images can't be cut out of the text.
+
+    Raises:
+        MismatchError: The plan was made for another model.
+        SiteError: It has a hook or a layer that this model has not.
+        PlanError: It needs what the tokens of a prompt don't tell (`"instruction"`, another presentation), or there is a guard already.
+        ModelError: The text twin can't be had.
+
+    Example:
+        `with attach(Intervention.load("guard.safetensors"), hf, processor): hf.generate(**inputs)`
+    """
+    cfg = find(hf)
+    _require_alone(hf)
+    _require_known(plan, cfg.n_layers)
+    plan.check((f"{type(hf).__name__}@{fingerprint(hf)}",), cfg.n_layers, cfg.widths)
+    for step in plan.steps:
+        for point in step.site.points(cfg.n_layers):
+            cfg.locate(point)
+    needs_twin = cfg.image_token_id is not None and bool(required_runs([plan], cfg.n_layers))
+    if needs_twin and processor is None and twin is None:
+        raise ModelError(
+            "a plan that asks for the text twin, without a processor", "the model's processor", "call attach(plan, hf, processor)"
+        )
+    learned = Cutter.learn(processor, cfg.image_token_id) if needs_twin and twin is None else None  # type: ignore[arg-type]
+    made = Attachment(plan, hf, cfg, twin or learned)
+    made._hook()
+    return made
+
+
+def _require_alone(hf: Any) -> None:
+    owners = [getattr(hook, "__self__", None) for hook in _inner(hf)._forward_pre_hooks.values()]
+    there = next((owner for owner in owners if isinstance(owner, Attachment)), None)
+    if there is not None:
+        raise PlanError(
+            f"a second guard on a model with {there!r}", "one guard on a model", "join the plans with >>, or call .remove() on the first"
+        )
+
+
+def _require_known(plan: Intervention, n_layers: int) -> None:
+    """Refuse what a prompt's tokens don't tell."""
+    states: list[State] = list(plan.requires(n_layers))
+    other = next((state.run for state in states if state.run not in (None, text_only)), None)
+    if other is not None:
+        raise PlanError(
+            f"a state of the presentation {other.name!r}", "states of this run or of the text twin", "run this plan with a HookedModel"
+        )
+    for positions in (*(step.site.positions for step in plan.steps), *(state.positions for state in states)):
+        if positions in ("instruction", "post_instruction"):
+            raise PlanError(
+                f"the positions {positions!r}, which tokens alone do not tell", "'last', 'all', 'image' or (start, stop)",
+                "choose these with .at(positions=...), or run this plan with a HookedModel",
+            )  # fmt: skip
+
+
+def _inner(hf: Any) -> Any:
+    """The model itself, where an adapter (PEFT) is around it."""
+    return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+
+
+def _batch(inputs: Inputs, cfg: Architecture) -> Batch:
+    """The inputs of a forward as a batch. Its queries are the rows."""
+    ids, given = inputs["input_ids"], inputs.get("attention_mask")
+    if given is not None and getattr(given, "shape", None) != ids.shape:
+        shape = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else "s of each kind of layer"
+        raise ModelError(
+            f"attention mask{shape} beside ids of shape {tuple(ids.shape)}",
+            "the tokenizer's mask, as wide as the ids",
+            "generate with the default cache: a static one (cache_implementation) brings masks that are worked out already",
+        )
+    mask = torch.ones_like(ids, dtype=torch.bool) if given is None else given.to(ids.device).bool()
+    none = torch.zeros_like(mask)
+    image = none if cfg.image_token_id is None else ids == cfg.image_token_id
+    queries = tuple(Query(f"row {number}", id=f"row {number}") for number in range(len(ids)))
+    text = {name: inputs[name] for name in TEXT_INPUTS if inputs.get(name) is not None}
+    return Batch(queries, TextOnly("as it came"), text, mask, image, none)
