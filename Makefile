@@ -9,6 +9,7 @@ CORE := $(VENV)/core.stamp
 TEST := $(VENV)/test.stamp
 LINT := $(VENV)/lint.stamp
 DOCS := $(VENV)/docs.stamp
+PEERS := $(VENV)/peers.stamp
 
 # The figures of the demo that README and docs show; `make figures` copies them to docs/figures.
 FIGURES := out/demo/*.png out/demo/*.svg
@@ -18,7 +19,7 @@ PYTHONS := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs figures
+.PHONY: help setup demo test peers check docs figures
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
@@ -32,6 +33,10 @@ demo: $(CORE) ## install the package, then run `guardlens demo` on the embedded 
 test: $(TEST) ## run the test suite (more options for pytest: make test ARGS="-k gates")
 	@echo "... running the tests"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+peers: $(TEST) $(PEERS) ## compare with TransformerLens, which it installs beside the rest
+	@echo "... running the comparison with other libraries"
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m peers tests/peers $(ARGS)
 
 check: $(LINT) ## lint, formatting, types, and which module may import which
 	$(BIN)/ruff check .
@@ -71,6 +76,6 @@ $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,guardlens,--editable .)
 	@touch $@
 
-$(TEST) $(LINT) $(DOCS): $(VENV)/%.stamp: $(CORE)
+$(TEST) $(LINT) $(DOCS) $(PEERS): $(VENV)/%.stamp: $(CORE)
 	$(call install,the $* tools,--group $*)
 	@touch $@
