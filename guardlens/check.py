@@ -1,5 +1,6 @@
 """What of guardlens works on a model: each capability tried, against raw PyTorch where there is something to compare."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from guardlens import interventions as iv
 from guardlens import presentations
+from guardlens.architectures.names import BESIDES
 from guardlens.batches import Batch
 from guardlens.directions import Directions
 from guardlens.errors import GuardlensError, ModelError
@@ -41,19 +43,26 @@ def check(model: HookedModel) -> list[Finding]:
 def require_sound(model: HookedModel) -> None:
     """Refuse a model of a family that guardlens's tests do not know, if the parts that were found do not compute its logits.
 
+    Warns:
+        UserWarning: Attention and MLP are not what its blocks add to the residual stream.
+
     Raises:
         ModelError: What was measured, or what is missing.
     """
     if model.cfg.proven or any(parameter.is_meta for parameter in model.hf.parameters()):
         return
+    family = f"{type(model.hf).__name__}, a family that is new to guardlens,"
     for what in ESSENTIAL:
         finding = _try(what, TRIALS[what], model)
         if finding.works is False:
             raise ModelError(
-                f"{type(model.hf).__name__}, a family that is new to guardlens, failing at {what!r}: {finding.detail}",
+                f"{family} failing at {what!r}: {finding.detail}",
                 "parts that compute the model's own logits, alone and in a batch",
-                "see what `guardlens check` says of it, and add its names to guardlens/architectures/names.py",
+                "see what `guardlens check` says of it; if a part was mistaken, gl.load(..., names={part: path}) names the right one",
             )
+    finding = _try("residual stream adds up", _residual, model)
+    if finding.works is False:
+        warnings.warn(f"{family} has attn_out or mlp_out that are not what its blocks add ({finding.detail})", stacklevel=3)
 
 
 def _try(name: str, trial: Callable[[HookedModel], tuple[bool | None, str]], model: HookedModel) -> Finding:
@@ -72,7 +81,11 @@ def _prompts(model: HookedModel, texts: Sequence[str] = TEXTS) -> Batch:
     except ModelError:
         if not model.sees_images:
             raise
-        return model.batch(texts, presentations.blank("grey", model.cfg.image_size or 336))
+        return _beside_image(model, texts)
+
+
+def _beside_image(model: HookedModel, texts: Sequence[str] = TEXTS) -> Batch:
+    return model.batch(texts, presentations.blank("grey", model.cfg.image_size or 336))
 
 
 def _parts(model: HookedModel) -> tuple[bool, str]:
@@ -88,8 +101,9 @@ def _logits(model: HookedModel) -> tuple[bool, str]:
 
 
 def _residual(model: HookedModel) -> tuple[bool | None, str]:
-    if not {"attn_out", "mlp_out"} <= {point.hook for point in model.cfg.parts}:
-        return None, "attention and MLP of this family can't be told from the stream, or from other prompts"
+    blocks = [model.hf.get_submodule(path) for path in model.cfg.blocks]
+    if more := next((what for mark, what in BESIDES.items() if any(hasattr(block, mark) for block in blocks)), None):
+        return None, f"blocks add more than attention and MLP: {more}; decompose_resid calls it rest"
     batch = _prompts(model)
     _, cache = model.run_with_cache(batch)
     terms, names = cache.decompose_resid()
@@ -112,10 +126,14 @@ def _heads(model: HookedModel) -> tuple[bool | None, str]:
 
 
 def _padding(model: HookedModel) -> tuple[bool, str]:
-    site = Site()
-    together = model.run(_prompts(model), read=[site], logits=None).reads[site]
-    alone = torch.cat([model.run(_prompts(model, [text]), read=[site], logits=None).reads[site] for text in TEXTS], dim=1)
-    return _near(together, alone, "states alone and in a padded batch")
+    return _near(_states(model, [TEXTS]), _states(model, [[text] for text in TEXTS]), "states alone and in a padded batch")
+
+
+def _states(model: HookedModel, batches: Sequence[Sequence[str]]) -> torch.Tensor:
+    """The last token's states of prompts in these batches, without and (of a VLM) with an image."""
+    site, shown = Site(), [_prompts, _beside_image] if model.sees_images else [_prompts]
+    reads = [model.run(prompts(model, texts), read=[site], logits=None).reads[site] for prompts in shown for texts in batches]
+    return torch.cat(reads, dim=1)
 
 
 def _edit(model: HookedModel) -> tuple[bool, str]:
@@ -207,5 +225,5 @@ TRIALS: dict[str, Callable[[HookedModel], tuple[bool | None, str]]] = {
     "text twin": _twin,
 }
 
-ESSENTIAL = ("logits reproduced", "batches and padding", "edits")
+ESSENTIAL = ("logits reproduced", "batches and padding", "edits", "images")
 """What a model of an unknown family must pass to be handed out."""

@@ -1,12 +1,15 @@
 """`load`: a model by name, from a directory or from memory, checked before it is handed out if its family is not known."""
 
 import importlib.resources
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from guardlens.architectures import KNOWN
 from guardlens.check import require_sound
 from guardlens.errors import ModelError
 from guardlens.model import HookedModel
@@ -22,6 +25,7 @@ def load(
     device_map: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    names: Mapping[str, str] = MappingProxyType({}),
     self_check: bool = True,
     **options: Any,
 ) -> HookedModel:
@@ -38,12 +42,15 @@ def load(
         device_map: As in transformers, e.g. `"auto"` (needs accelerate).
         revision: The hub's revision.
         trust_remote_code: Off unless you ask for it.
-        self_check: Refuse a model of a family that the tests don't know if what was found does not compute its logits, or if batches or edits
-            go wrong. `guardlens check MODEL` shows all that is tried.
+        names: What parts are called, where the generic rule does not find them: `{"stack": "core.layers", "final_norm": "out_norm"}`; the
+            parts are the fields of `guardlens.architectures.Names`.
+        self_check: Refuse a model of a family that the tests don't know, if what was found does not compute its logits, or if batches,
+            edits or images go wrong. `guardlens check MODEL` shows all that is tried.
         options: Handed to `from_pretrained`: `quantization_config=BitsAndBytesConfig(...)`, `attn_implementation="eager"`, ...
 
     Raises:
-        ModelError: It can't be loaded, a part of it is not found, or what was found does not compute the model's own logits.
+        ModelError: It can't be loaded, its family is refused, a part of it is not found (the error says how to name it), or what was found
+            fails the self-check.
         MismatchError: `llm` has another width or depth.
 
     Example:
@@ -61,7 +68,7 @@ def load(
     if device is not None:
         hf = hf.to(device)
     beside = llm if isinstance(llm, HookedModel) or llm is None else load(llm, dtype=dtype, device=device, device_map=device_map)
-    model = HookedModel(hf, processor, name, revision or "", beside)
+    model = HookedModel(hf, processor, name, revision or "", beside, KNOWN.also(names))
     if self_check:
         require_sound(model)
     return model

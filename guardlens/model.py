@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens.activations import ActivationCache, require_finite
-from guardlens.architectures import Architecture, find, fingerprint
+from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprint
 from guardlens.batches import Batch, Layout
 from guardlens.errors import MismatchError, PlanError, PresentationError, QueryError
 from guardlens.interventions import Intervention, State, nothing
@@ -27,7 +27,7 @@ from guardlens.prompts import instruction_mask, needs_image, tokenise
 from guardlens.queries import Presentation, Prompt, Query, QueryPairs, WithoutImages, as_queries, text_only
 from guardlens.sites import Site
 from guardlens.storage import Provenance, digest
-from guardlens.verbs import HookFunction, Names, cache_taps, hook_taps
+from guardlens.verbs import HookFunction, NamesFilter, cache_taps, hook_taps
 
 Queries = str | Query | QueryPairs | Sequence[str | Query]
 
@@ -61,6 +61,7 @@ class HookedModel:
         name: As it appears in results.
         revision: The hub's revision, where there is one.
         separate_llm: Another language model to compare with, of the same width and depth; None for the VLM's own.
+        names: What its parts may be called.
     """
 
     hf: Any
@@ -68,6 +69,7 @@ class HookedModel:
     name: str
     revision: str = ""
     separate_llm: "HookedModel | None" = None
+    names: Names = KNOWN
 
     def __post_init__(self) -> None:
         llm = self.separate_llm
@@ -86,7 +88,7 @@ class HookedModel:
     @cached_property
     def cfg(self) -> Architecture:
         """Sizes and paths: `n_layers`, `d_model`, `n_heads`, `d_vocab`, `image_token_id`, `image_size`, ..."""
-        return find(self.hf)
+        return find(self.hf, self.names)
 
     @cached_property
     def _wrapped(self) -> nnsight.NNsight:
@@ -138,6 +140,8 @@ class HookedModel:
         mask = inputs["attention_mask"].bool()
         image = inputs["input_ids"] == self.cfg.image_token_id if self.sees_images else torch.zeros_like(mask)
         instruction = instruction_mask(self.processor, prompts, inputs["input_ids"], self.sees_images)
+        if image.any() and "mm_token_type_ids" in self._parameters:
+            inputs.setdefault("mm_token_type_ids", image.long())  # some processors only make them when asked
         if self._needs_positions:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         device = self.hf.device
@@ -201,7 +205,7 @@ class HookedModel:
         return reads
 
     def run_with_cache(
-        self, queries: Queries | Batch, presentation: Presentation = text_only, *, names_filter: Names = None
+        self, queries: Queries | Batch, presentation: Presentation = text_only, *, names_filter: NamesFilter = None
     ) -> tuple[Float[Tensor, "query seq vocab"], ActivationCache]:
         """Logits at all tokens, and whole hook values, as in TransformerLens.
 
@@ -302,9 +306,13 @@ class HookedModel:
             self._drive(trunk, inputs, taps, batch.beside_image)
             return None
         if "logits_to_keep" in self._parameters:
-            inputs["logits_to_keep"] = 0 if self.cfg.narrows else keep or 0
+            inputs["logits_to_keep"] = 0 if self._need_all_tokens(taps) else keep or 0
         logits = self._drive(self.hf, inputs, taps, batch.beside_image).logits
         return None if keep is None else logits[:, -keep:]
+
+    def _need_all_tokens(self, taps: Sequence[Tap]) -> bool:
+        """Whether a tap looks where the model would leave out tokens whose logits are not asked for."""
+        return self.cfg.narrows or any(tap.point.hook == "unembed" for tap in taps)
 
     def _generate(self, batch: Batch, taps: list[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any]) -> Tensor:
         if batch.padded_right:
@@ -313,7 +321,7 @@ class HookedModel:
             raise PlanError(f"{several}={options[several]}", "one answer per prompt", "hand in the query several times, or several seeds")
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad, **options}
-        if self.cfg.narrows:
+        if self._need_all_tokens(taps):
             settings["logits_to_keep"] = 0
         if not settings.get("use_cache", True):
             taps = [replace(tap, decode=True) for tap in taps]

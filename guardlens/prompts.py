@@ -65,17 +65,24 @@ def render(processor: Any, prompt: Prompt, sees_images: bool) -> str:
     if not getattr(processor, "chat_template", None):
         images = "".join(getattr(processor, "image_token", "<image>") for _ in prompt.images)
         return images + "\n\n".join(filter(None, (prompt.system, prompt.text))) + prompt.prefill
-    messages = [{"role": "system", "content": _content(prompt.system, 0, sees_images)}] if prompt.system else []
-    messages.append({"role": "user", "content": _content(prompt.text, len(prompt.images), sees_images)})
+    user = {"role": "user", "content": _content(prompt.text, len(prompt.images), sees_images)}
+    if not prompt.system:
+        return _templated(processor, prompt, [user]) + prompt.prefill
+    # Most templates of VLMs take a system prompt as parts, some as a string, and these print the parts as Python would.
+    for content in (_content(prompt.system, 0, sees_images), prompt.system):
+        text = _templated(processor, prompt, [{"role": "system", "content": content}, user])
+        if prompt.system.strip() in text and (content == prompt.system or str(content) not in text):
+            return text + prompt.prefill
+    raise _no_place(processor, prompt, "")
+
+
+def _templated(processor: Any, prompt: Prompt, messages: list[dict[str, Any]]) -> str:
     from jinja2 import TemplateError
 
     try:
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise _no_place(processor, prompt, f" ({error})") from None
-    if prompt.system.strip() not in text:
-        raise _no_place(processor, prompt, "")
-    return text + prompt.prefill
 
 
 def instruction_mask(

@@ -11,7 +11,7 @@ from guardlens.program import Tap
 from guardlens.sites import Point, parse
 
 HookFunction = Callable[[Tensor, Any], Tensor | None]
-Names = str | Iterable[str] | Callable[[str], bool] | None
+NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class HookPoint:
         return self.index
 
 
-def cache_taps(cfg: Architecture, names: Names, computed: Sequence[Point]) -> tuple[list[Tap], dict[Point, Tensor]]:
+def cache_taps(cfg: Architecture, names: NamesFilter, computed: Sequence[Point]) -> tuple[list[Tap], dict[Point, Tensor]]:
     """Taps that keep the values of the named hooks, of all that are `computed` if None; and where they will keep them."""
     kept: dict[Point, Tensor] = {}
     chosen = computed if names is None else matching(cfg, names)

@@ -1,4 +1,4 @@
-"""`load`: from a directory, a module, an adapter, with transformers' options, with another LLM beside, and of a family that is not known."""
+"""`load`: from a directory, a module, an adapter, with transformers' options, with another LLM beside."""
 
 import copy
 

@@ -98,6 +98,19 @@ def test_every_edit_equals_a_raw_hook(vlm, batch, basis, name, layer):
     assert (expected - plain).abs().max() > 1e-3
 
 
+def test_the_unembedding_is_read_and_edited_where_its_other_tokens_could_be_left_out(vlm, batch):
+    site, ban = Site("unembed"), torch.zeros(vlm.cfg.d_vocab)
+    plain = vlm.run(batch, read=[site])
+    close(plain.reads[site][0, :, 0], plain.logits[0])
+    tokens = vlm.run(batch, new_tokens=4).tokens[0]
+    ban[tokens[:, 0].unique()] = -1e4
+    plan = iv.custom(lambda states, context: states + ban).at(hook="unembed")
+    assert torch.equal(vlm.run(batch, plan).logits[0], plain.logits[0] + ban)
+    first = vlm.run(batch, plan, new_tokens=4).tokens[0]
+    assert torch.equal(first[:, 0], (plain.logits[0] + ban).argmax(1))
+    assert not torch.isin(vlm.run(batch, plan.during("always"), new_tokens=4).tokens[0], tokens[:, 0].unique()).any()
+
+
 def test_edits_at_other_hooks_and_positions(vlm, batch, basis):
     shift = 3 * basis.at(2)[0]
     everywhere = vlm.run(batch, iv.add(basis.truncate(1), 3.0).at(hook="resid_pre", layers=[2], positions="all"), logits="last").logits[0]
@@ -426,7 +439,7 @@ class TestErrors:
             gl.load(tmp_path)
         with pytest.raises(errors.ModelError, match="a module without its processor"):
             gl.load(hf_vlm)
-        with pytest.raises(errors.ModelError, match="Conv2d without a stack of decoder blocks"):
+        with pytest.raises(errors.ModelError, match=r"Conv2d without stack[\s\S]*names=\{\"stack\": \"its.path\"\}"):
             find(torch.nn.Conv2d(1, 1, 1))
 
 

@@ -2,303 +2,124 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from guardlens.architectures import names
-from guardlens.architectures.parts import Columns, Interleaved, Item, Joined, Normalised, Part
-from guardlens.errors import ModelError, SiteError
-from guardlens.sites import BLOCKS, EYE, HOOKS, Point
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The parts of a Hugging Face model, and its sizes.
-
-    Attributes:
-        parts: Where the value of each hook is.
-        decoder: Path of the language model's stack of blocks.
-        blocks: Path of each block.
-        norm: Path of the final norm.
-        unembed: Path of the unembedding.
-        n_layers: Blocks of the language model.
-        d_model: Width of its residual stream.
-        n_heads: Attention heads in a block.
-        n_kv_heads: Heads of keys and values.
-        d_head: Width of a head; 0 where blocks differ, or queries and values, or it was not found.
-        d_vocab: Size of the vocabulary.
-        image_token_id: The token that stands for an image; None for a text-only model.
-        image_size: Side of the square images that the vision tower sees, in pixels, where its config says so.
-        proven: Whether the family is one that the tests run on.
-        image_layers: Blocks that run only beside an image (cross-attention).
-        residual_scale: What attention and MLP are multiplied by before they are added to the residual stream.
-        logit_scale: What the unembedding's output is multiplied by.
-        softcap: c of c tanh(logits / c), the last step to the logits; None without.
-        packed: Inputs that have the images of all prompts behind each other in their last axis.
-        narrows: Whether the last blocks compute only the tokens whose logits are asked for, unless all are.
-    """
-
-    parts: Mapping[Point, Part]
-    decoder: str
-    blocks: tuple[str, ...]
-    norm: str
-    unembed: str
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_vocab: int
-    image_token_id: int | None
-    image_size: int | None
-    proven: bool = False
-    image_layers: frozenset[int] = frozenset()
-    residual_scale: float = 1.0
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    packed: frozenset[str] = frozenset()
-    narrows: bool = False
-
-    @cached_property
-    def points(self) -> list[Point]:
-        """All points of the model, in order of execution."""
-        return sorted(self.parts, key=self._order)
-
-    def _order(self, point: Point) -> tuple[int | float, ...]:
-        """The eye before the embedding where blocks see the image by cross-attention; patterns last of an attention that is read inside."""
-        pattern = self.parts.get(Point("pattern", point.layer))
-        if point.hook == "embed" and self.image_layers:
-            return EYE, float("inf"), float("inf")
-        if point.hook == "attn_out" and pattern and self.parts[point].path.startswith(f"{pattern.path}."):
-            return (*point.order[:2], HOOKS["pattern"].rank - 0.5)
-        return point.order
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Width of the vectors at each kind of hook; see `guardlens.sites.Hook.width`."""
-        sizes = {"d_model": self.d_model, "vocab": self.d_vocab}
-        return sizes | ({"heads": self.n_heads * self.d_head, "kv_heads": self.n_kv_heads * self.d_head} if self.d_head else {})
-
-    def computed(self, beside_image: bool) -> list[Point]:
-        """The points that a run computes: without an image, of the blocks of `image_layers` only the residual stream, which passes them."""
-        return [
-            point
-            for point in self.points
-            if beside_image or ((self._runs(point, False) or point.hook.startswith("resid")) and HOOKS[point.hook].stage != EYE)
-        ]
-
-    def locate(self, point: Point, beside_image: bool = True) -> Part:
-        """Where a point's value is.
-
-        Args:
-            point: The hook and the layer.
-            beside_image: Whether the run sees an image. Without one, the residual stream passes the blocks of `image_layers` unchanged,
-                so it is found at the next block that runs.
-
-        Raises:
-            SiteError: This model has no such point, or does not compute it without an image.
-        """
-        if point not in self.parts:
-            name = point.hook if point.layer is None else point.name
-            raise SiteError(f"{name}, which this model does not have", "one of model.hook_names", "choose another hook or layer")
-        if self._runs(point, beside_image):
-            return self.parts[point]
-        if not point.hook.startswith("resid"):
-            raise SiteError(f"{point.name} in a run without an image, where this block does not run", "a block that runs", "show an image")
-        layer = next((layer for layer in range(point.layer or 0, self.n_layers) if layer not in self.image_layers), None)
-        return self.parts[Point("ln_final")].before() if layer is None else self.parts[Point("resid_pre", layer)]
-
-    def _runs(self, point: Point, beside_image: bool) -> bool:
-        return beside_image or point.layer not in self.image_layers or HOOKS[point.hook].stage != BLOCKS
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """What the model does to the unembedding's output: a scale, a cap."""
-        scaled = logits * self.logit_scale
-        return scaled if self.softcap is None else self.softcap * (scaled / self.softcap).tanh()
+from guardlens.architectures import names as tables
+from guardlens.architectures.architecture import Architecture
+from guardlens.architectures.blocks import block_parts, head_width
+from guardlens.architectures.names import KNOWN, Names
+from guardlens.architectures.parts import Joined, Normalised, Part
+from guardlens.architectures.search import first, first_number
+from guardlens.errors import ModelError
+from guardlens.sites import Point
 
 
-def find(hf: nn.Module) -> Architecture:
+def find(hf: nn.Module, names: Names = KNOWN) -> Architecture:
     """Find the parts of a model.
+
+    Args:
+        hf: The model, outside of any adapter's or nnsight's wrapper or inside of it.
+        names: What its parts may be called.
 
     Raises:
         ModelError: A part is missing; it is named. Or the family is refused, with the reason.
     """
     model: Any = hf
     config: Any = getattr(model, "config", None)
-    if reason := names.REFUSED.get(getattr(config, "model_type", "")):
+    if reason := tables.REFUSED.get(getattr(config, "model_type", "")):
         raise ModelError(f"{type(hf).__name__}, a family that {reason}", "one residual stream per prompt", "use another model")
-    language_model, decoder, blocks = _decoder(model)
-    text = config.get_text_config(decoder=True)
-    norm = _first(decoder, names.FINAL_NORM)
-    if norm is None:
-        raise _missing(model, "a final norm", f"one of {', '.join(names.FINAL_NORM)} in {type(decoder).__name__}")
-    unembed = model.get_output_embeddings() or language_model.get_output_embeddings()
-    if unembed is None:
-        raise _missing(model, "an unembedding", "get_output_embeddings() to give it")
-    token = next((getattr(config, name) for name in ("image_token_id", "image_token_index") if hasattr(config, name)), None)
-    vision = getattr(config, "vision_config", None)
-    size = getattr(vision, "image_size", None)
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
-    top = {
-        "embed": Part(paths[id(model.get_input_embeddings())]),
-        "ln_final": Part(paths[id(norm)]),
-        "ln_final_normalized": Part(paths[id(norm)], "input", _before_gain(norm)),
-        "unembed": Part(paths[id(unembed)]),
-    }
-    head = model.get_submodule(top["unembed"].path.rpartition(".")[0])
-    where = tuple(paths[id(block)] for block in blocks)
-    parts = {Point(hook): part for hook, part in top.items()}
-    parts |= {
-        Point(hook, layer): part.under(where[layer])
-        for layer, block in enumerate(blocks)
-        for hook, part in _block_parts(block, text).items()
-    }
-    if vision is not None:
-        parts |= _eye(model, paths, paths[id(decoder)])
+    language_model, decoder, blocks = _decoder(model, names)
+    text = config.get_text_config(decoder=True)
+    where, parts = tuple(paths[id(block)] for block in blocks), _ends(model, language_model, decoder, paths, names)
+    for layer, block in enumerate(blocks):
+        parts |= {Point(hook, layer): part.under(where[layer]) for hook, part in block_parts(block, text, names).items()}
+    vision, token = getattr(config, "vision_config", None), first_number(config, ("image_token_id", "image_token_index"), None)
+    if vision is not None and token is None:
+        raise ModelError(f"{type(hf).__name__} with a vision tower but no image token", "config.image_token_id", "set it in the config")
+    if token is not None:
+        parts |= _eye(model, paths, paths[id(decoder)], names)
+    unembed = parts[Point("unembed")].path
+    head, size = model.get_submodule(unembed.rpartition(".")[0]), getattr(vision, "image_size", None)
+    heads = _number(text, "num_attention_heads")
     return Architecture(
         parts=parts,
         decoder=paths[id(decoder)],
         blocks=where,
-        norm=top["ln_final"].path,
-        unembed=top["unembed"].path,
+        norm=parts[Point("ln_final")].path,
+        unembed=unembed,
         n_layers=len(blocks),
-        d_model=text.hidden_size,
-        n_heads=text.num_attention_heads,
-        n_kv_heads=next((part.heads for point, part in parts.items() if point.hook == "k" and part.heads), text.num_attention_heads),
-        d_head=_head_width(blocks, text),
-        d_vocab=text.vocab_size,
-        image_token_id=token if vision is not None else None,
+        d_model=_number(text, "hidden_size"),
+        n_heads=heads,
+        n_kv_heads=next((part.heads for point, part in parts.items() if point.hook == "k" and part.heads), heads),
+        d_head=head_width(blocks, text, names),
+        d_vocab=_number(text, "vocab_size"),
+        image_token_id=token,
         image_size=size if isinstance(size, int) else None,
-        proven={config.model_type, text.model_type} <= names.PROVEN,
+        proven={config.model_type, text.model_type} <= tables.PROVEN,
         image_layers=frozenset(getattr(text, "cross_attention_layers", None) or ()),
-        residual_scale=_number(text, names.RESIDUAL_SCALE, 1.0),
-        logit_scale=_number(text, _read(head, names.SCALE), 1.0) / _number(text, _read(head, names.DIVISOR), 1.0),
-        softcap=_number(text, _read(head, names.SOFTCAP), None),
-        packed=names.PACKED.get(config.model_type, frozenset()),
-        narrows=bool(_number(text, names.NARROWING, 0)),
+        residual_scale=first_number(text, tables.RESIDUAL_SCALE, 1.0),
+        logit_scale=first_number(text, _read(head, tables.SCALE), 1.0) / first_number(text, _read(head, tables.DIVISOR), 1.0),
+        softcap=first_number(text, _read(head, tables.SOFTCAP), None),
+        packed=tables.PACKED.get(config.model_type, frozenset()),
+        narrows=bool(first_number(text, tables.NARROWING, 0)),
     )
 
 
-def _decoder(model: Any) -> tuple[Any, Any, nn.ModuleList]:
+def _decoder(model: Any, names: Names) -> tuple[Any, Any, nn.ModuleList]:
     """The causal language model, its decoder and the blocks: `get_decoder()`, as often as needed."""
     language_model = module = model
     for _ in range(5):
-        for name in names.STACK:
-            if isinstance(blocks := getattr(module, name, None), nn.ModuleList):
-                return language_model, module, blocks
+        if isinstance(blocks := first(module, names.stack), nn.ModuleList):
+            return language_model, module, blocks
         inner = module.get_decoder() if hasattr(module, "get_decoder") else None
-        inner = _first(module, names.INNER) if inner is None or inner is module else inner
+        inner = first(module, names.inner) if inner is None or inner is module else inner
         if inner is None:
             break
         language_model, module = module, inner
-    raise _missing(model, "a stack of decoder blocks", f"get_decoder() to lead to a module with one of {', '.join(names.STACK)}")
+    raise _missing(model, "stack", f"get_decoder() to lead to a module with one of {', '.join(names.stack)}")
 
 
-def _block_parts(block: nn.Module, text: Any) -> dict[str, Part]:
-    """The parts of one block, their paths counted from it."""
-    attention, mlp = _name(block, names.ATTENTION), _name(block, names.MLP)
-    parallel = any(getattr(text, flag, False) for flag in names.PARALLEL)
-    mark = next(mark for mark in names.WIRING if not mark or (getattr(block, mark, False) and not parallel))
-    wired = dict(zip(("attn_out", "resid_mid", "mlp_out"), names.WIRING[mark], strict=True))
-    parts = {"resid_pre": Part("", "input"), "resid_post": Part("")}
-    for hook, where in wired.items():
-        path, _, side = where.replace("ATTENTION", attention).replace("MLP", mlp).rpartition(".")
-        if module := _within(block, path):
-            listed = hook != "attn_out" and not {type(block).__name__, type(module).__name__}.isdisjoint(names.LISTED)
-            parts[hook] = Part(path, side, listed=listed)  # type: ignore[arg-type]
-    if attention:
-        inside = _attention_parts(getattr(block, attention), text, cross=attention == "cross_attn")
-        parts |= {hook: part.under(attention) for hook, part in inside.items()}
-    return parts
+def _ends(model: Any, language_model: Any, decoder: nn.Module, paths: Mapping[int, str], names: Names) -> dict[Point, Part]:
+    """Embedding, final norm and unembedding."""
+    found = {
+        "embed": first(model, names.embed) or model.get_input_embeddings(),
+        "final_norm": next(filter(None, (first(above, names.final_norm) for above in (decoder, language_model, model))), None),
+        "unembed": first(model, names.unembed) or model.get_output_embeddings() or language_model.get_output_embeddings(),
+    }
+    for part, module in found.items():
+        if module is None:
+            candidates = (
+                ", ".join(getattr(names, part)) or f"what transformers' get_{'in' if part == 'embed' else 'out'}put_embeddings() gives"
+            )
+            raise _missing(model, part, f"{candidates} in {type(decoder).__name__ if part == 'final_norm' else type(model).__name__}")
+    embed, norm, unembed = (paths[id(module)] for module in found.values())
+    return {
+        Point("embed"): Part(embed),
+        Point("ln_final"): Part(norm),
+        Point("ln_final_normalized"): Part(norm, "input", _before_gain(found["final_norm"])),
+        Point("unembed"): Part(unembed),
+    }
 
 
-def _attention_parts(attention: Any, text: Any, cross: bool) -> dict[str, Part]:
-    """Queries, keys and values before any norm or rotation, and what the heads give. None of a linear attention."""
-    heads = text.num_attention_heads
-    width = _d_head(attention, text)
-    found = {hook: _name(attention, candidates) for hook, candidates in (("q", names.QUERY), ("k", names.KEY), ("v", names.VALUE))}
-    beside, by_head, out = (_name(attention, candidates) for candidates in (names.SIDE_BY_SIDE, names.HEAD_BY_HEAD, names.OUT))
-    if found["q"]:
-        parts = {hook: _heads(attention, path, width) for hook, path in found.items() if path and not (cross and hook != "q")}
-        if parts["q"].heads == 2 * heads:
-            parts["q"] = Part(parts["q"].path, view=Interleaved(0, 1, 2, heads), heads=heads)  # each head's query, then its gate
-        elif found["q"] != names.QUERY[0]:
-            parts["q"] = replace(parts["q"], heads=heads)
-    elif beside:
-        keys = (_width(getattr(attention, beside)) - heads * width) // 2
-        edges = (0, heads * width, heads * width + keys, heads * width + 2 * keys)
-        stretches = zip("qkv", edges[:-1], edges[1:], strict=True)
-        parts = {hook: Part(beside, view=Columns(a, b), heads=(b - a) // width) for hook, a, b in stretches}
-    elif by_head:
-        groups = (_width(getattr(attention, by_head)) // width - heads) // 2
-        each = heads // groups
-        stretches = zip("qkv", (0, each, each + 1), (each, each + 1, each + 2), strict=True)
-        parts = {hook: Part(by_head, view=Interleaved(a, b, each + 2, groups), heads=(b - a) * groups) for hook, a, b in stretches}
-    else:
-        return {}
-    parts |= {"z": Part(out, "input", heads=heads)} if out else {}
-    return parts if cross else parts | {"pattern": Part("", view=Item(1))}
-
-
-def _d_head(attention: Any, text: Any) -> int:
-    own = _number(attention, names.HEAD_WIDTH, None)
-    return own or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def _head_width(blocks: nn.ModuleList, text: Any) -> int:
-    attentions: list[Any] = [getattr(block, name) for block in blocks if (name := _name(block, names.ATTENTION))]
-    headed = [attention for attention in attentions if _name(attention, (*names.QUERY, *names.SIDE_BY_SIDE, *names.HEAD_BY_HEAD))]
-    widths = {_d_head(attention, text) for attention in headed}
-    widths |= {attention.v_head_dim for attention in headed if hasattr(attention, "v_head_dim")}
-    return widths.pop() if len(widths) == 1 else 0
-
-
-def _heads(attention: nn.Module, path: str, width: int) -> Part:
-    return Part(path, heads=_width(getattr(attention, path)) // width)
-
-
-def _width(linear: Any) -> int:
-    """Outputs of a linear layer, also of GPT-2's, of a quantised or an adapted one."""
-    return getattr(linear, "out_features", None) or getattr(linear, "nf", None) or linear.weight.shape[0]
-
-
-def _eye(model: Any, paths: Mapping[int, str], decoder: str) -> Iterator[tuple[Point, Part]]:
+def _eye(model: Any, paths: Mapping[int, str], decoder: str, names: Names) -> Iterator[tuple[Point, Part]]:
     """The vision tower's blocks, the longest list of modules of one class in it, and the projector."""
-    tower = model.get_encoder(modality="image")
+    tower = model.get_encoder(modality="image") or nn.Module()
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(set(map(type, module))) == 1]
     for layer, block in enumerate(max(lists, key=len, default=())):
         yield Point("vision_resid_post", layer), Part(paths[id(block)])
     outside = [path for path in paths.values() if not path.startswith(f"{decoder}.")]
-    for name in names.PROJECTOR:
-        for path in sorted((path for path in outside if path.rpartition(".")[2] == name), key=len):
+    for name in names.projector if model.config.model_type not in tables.PER_IMAGE else ():
+        for path in sorted((path for path in outside if f".{path}".endswith(f".{name}")), key=len):
             yield Point("projector"), Part(path, view=Joined())
             return
 
 
 def _before_gain(norm: Any) -> Normalised:
-    epsilon = next((getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)), 1e-5)
+    epsilon = first_number(norm, ("variance_epsilon", "eps", "epsilon"), 1e-5)
     return Normalised("RMS" not in type(norm).__name__, epsilon)
-
-
-def _name(module: nn.Module, candidates: Iterable[str]) -> str:
-    return next((name for name in candidates if isinstance(getattr(module, name, None), nn.Module)), "")
-
-
-def _within(block: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a path; None where there is none."""
-    return dict(block.named_modules()).get(path) if path else None
-
-
-def _first(module: nn.Module, candidates: Iterable[str]) -> Any:
-    name = _name(module, candidates)
-    return getattr(module, name) if name else None
-
-
-def _number(config: Any, candidates: Iterable[str], default: Any) -> Any:
-    return next((value for name in candidates if (value := getattr(config, name, None)) is not None), default)
 
 
 def _read(head: nn.Module, candidates: Iterable[str]) -> list[str]:
@@ -307,9 +128,24 @@ def _read(head: nn.Module, candidates: Iterable[str]) -> list[str]:
     return [name for name in candidates if name in (*code.co_names, *code.co_consts)]
 
 
-def _missing(hf: nn.Module, what: str, expected: str) -> ModelError:
+def _number(text: Any, name: str) -> int:
+    """A size from the text config, which may have another one for each layer.
+
+    Raises:
+        ModelError: It has, or it has none.
+    """
+    try:
+        return getattr(text, name)
+    except Exception as error:  # transformers has a class of its own for sizes that vary, deep inside
+        reason = str(error).partition(". ")[0]
+        raise ModelError(
+            f"{type(text).__name__} without one {name} ({reason})", "the same size in every layer", "use another model"
+        ) from None
+
+
+def _missing(hf: nn.Module, part: str, expected: str) -> ModelError:
     return ModelError(
-        f"{type(hf).__name__} without {what}",
+        f"{type(hf).__name__} without {part.replace('_', ' ')}",
         expected,
-        "add the name that this family uses to guardlens/architectures/names.py (CONTRIBUTING.md shows how)",
+        f'say what it is called: gl.load(..., names={{"{part}": "its.path"}}), or add the name to guardlens/architectures/names.py',
     )

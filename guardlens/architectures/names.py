@@ -3,34 +3,77 @@
 To add a family, see CONTRIBUTING.md: most need no line here, since the names repeat.
 """
 
-STACK = ("layers", "h", "blocks", "block")
-"""The list of blocks, in the module that `get_decoder()` leads to."""
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
-INNER = ("decoder", "model")
-"""The module that leads there, in one whose `get_decoder()` gives itself."""
+from guardlens.errors import ModelError
 
-FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm", "norm_f")
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention", "cross_attn", "linear_attn", "temporal_block", "conv", "mamba")
+@dataclass(frozen=True)
+class Names:
+    """What a part may be called; where a module has several of the names, the first counts.
 
-MLP = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "fc2")
+    A name may be a dotted path. The first three are looked up in the module that `get_decoder()` leads to and in those above it, `embed`
+    and `unembed` from the top of the model (where transformers' own `get_input_embeddings()` and `get_output_embeddings()` fail), the
+    others in a block or its attention.
+
+    Attributes:
+        stack: The list of blocks.
+        inner: The module that leads there, in one whose `get_decoder()` gives itself.
+        final_norm: The norm before the unembedding.
+        embed: The token embedding.
+        unembed: The unembedding.
+        attention: The attention, or what stands in its place.
+        mlp: The MLP, or the mixture of experts.
+        query: The matrix of the queries.
+        key: The matrix of the keys.
+        value: The matrix of the values.
+        side_by_side: One matrix for all three: all queries, then all keys, then all values.
+        head_by_head: One matrix for all three, group by group: the queries that share a key and a value, then these.
+        head_width: Number in an attention: the width of a query's head.
+        out: The matrix that joins the heads; its input is z.
+        projector: What turns the eye's vectors into as many of the language model's width as there are image tokens.
+    """
+
+    stack: tuple[str, ...] = ("layers", "h", "blocks", "block")
+    inner: tuple[str, ...] = ("decoder", "model")
+    final_norm: tuple[str, ...] = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm", "norm_f")
+    embed: tuple[str, ...] = ()
+    unembed: tuple[str, ...] = ()
+    attention: tuple[str, ...] = (
+        *("self_attn", "attn", "attention", "self_attention", "cross_attn"),
+        *("linear_attn", "temporal_block", "conv", "mamba"),
+    )
+    mlp: tuple[str, ...] = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "fc2")
+    query: tuple[str, ...] = ("q_proj", "q_b_proj")
+    key: tuple[str, ...] = ("k_proj",)
+    value: tuple[str, ...] = ("v_proj",)
+    side_by_side: tuple[str, ...] = ("qkv_proj", "c_attn", "Wqkv", "att_proj")
+    head_by_head: tuple[str, ...] = ("query_key_value",)
+    head_width: tuple[str, ...] = ("qk_head_dim", "head_dim")
+    out: tuple[str, ...] = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+    projector: tuple[str, ...] = (
+        *("multi_modal_projector", "embed_vision", "connector", "aligner", "merger", "language_projection", "modality_projection"),
+        *("vision_projection", "visual_embeddings_table", "projector", "mm_projector", "resampler_model"),
+    )
+
+    def also(self, given: Mapping[str, str]) -> "Names":
+        """With a user's own names before the known ones.
+
+        Raises:
+            ModelError: There is no such part.
+        """
+        known = [field.name for field in fields(self)]
+        if unknown := next((part for part in given if part not in known), None):
+            raise ModelError(f"a name for {unknown!r}", f"one of the parts {', '.join(known)}", "see guardlens.architectures.names.Names")
+        return replace(self, **{part: (name, *getattr(self, part)) for part, name in given.items()})
+
+
+KNOWN = Names()
+"""The names of the families that guardlens knows."""
 
 LISTED = ("Llama4TextMoe", "OPTDecoderLayer")
 """Classes of MLPs that give the tokens of all prompts in one list, without the batch axis; and of blocks that do so from resid_mid on."""
-
-QUERY, KEY, VALUE = ("q_proj", "q_b_proj"), ("k_proj",), ("v_proj",)
-
-HEAD_WIDTH = ("qk_head_dim", "head_dim")
-"""Names in an attention of the width of a query's head."""
-
-OUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-"""The matrix that joins the heads; its input is z."""
-
-SIDE_BY_SIDE = ("qkv_proj", "c_attn", "Wqkv", "att_proj")
-"""One matrix for queries, keys and values: all queries, then all keys, then all values."""
-
-HEAD_BY_HEAD = ("query_key_value",)
-"""One matrix for queries, keys and values, group by group: the queries that share a key and a value, then these."""
 
 WIRING: dict[str, tuple[str, str, str]] = {
     # A block that has this norm     adds this of its attention        has resid_mid as the            and adds this of its MLP
@@ -59,17 +102,17 @@ attention and MLP beside each other, which leaves no resid_mid (Phi, Cohere).
 PARALLEL = ("use_parallel_residual", "parallel_attn")
 """Flags of a text config that put attention and MLP beside each other."""
 
-PROJECTOR = (
-    *("multi_modal_projector", "embed_vision", "connector", "aligner", "merger", "language_projection", "modality_projection"),
-    *("vision_projection", "visual_embeddings_table", "projector", "mm_projector", "resampler_model"),
-)
-"""What turns the eye's vectors into as many of the language model's width as there are image tokens."""
-
 SOFTCAP, SCALE, DIVISOR = ("final_logit_softcapping",), ("logit_scale",), ("logits_scaling",)
 """Names in a text config of what is done to the logits after the unembedding."""
 
+PER_IMAGE = frozenset({"lfm2_vl"})
+"""`model_type` of families whose projector runs once for every image, so that it has no one output."""
+
 GATES = {"attn_out": "cross_attn_attn_gate", "mlp_out": "cross_attn_mlp_gate"}
 """Parameters of a block whose tanh multiplies what it adds at a hook (Llama 3.2 Vision)."""
+
+BESIDES = {"layer_scalar": "they also add an embedding of the token, and scale the whole stream"}
+"""Attributes of blocks that do more than add attention and MLP -> what (Gemma 4)."""
 
 RESIDUAL_SCALE = ("residual_multiplier",)
 """Names in a text config of the number that attention and MLP are multiplied by before they are added."""
@@ -78,11 +121,13 @@ NARROWING = ("num_kv_shared_layers",)
 """Numbers in a text config that, if not 0, make the last blocks compute only the tokens whose logits are asked for."""
 
 REFUSED: dict[str, str] = {
-    "blip-2": "puts the image before the padding of a batch, so that a prompt's states depend on its neighbours",
-    "instructblip": "puts the image before the padding of a batch, so that a prompt's states depend on its neighbours",
-    "instructblipvideo": "puts the image before the padding of a batch, so that a prompt's states depend on its neighbours",
-    "gemma3n": "keeps several residual streams side by side (AltUp), so that a token has no single state",
-    "gemma3n_text": "keeps several residual streams side by side (AltUp), so that a token has no single state",
+    **dict.fromkeys(
+        ("blip-2", "instructblip", "instructblipvideo"),
+        "puts the image before the padding of a batch, so that a prompt's states depend on its neighbours",
+    ),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text"), "keeps several residual streams side by side (AltUp), so that a token has no single state"
+    ),
     **dict.fromkeys(
         ("qwen4_exp", "qwen4_exp_text", "glm5_next", "deepseek_v4", "hy_v4"),
         "keeps several residual streams side by side (hyper-connections), so that a token has no single state",

@@ -288,6 +288,7 @@ FAMILIES = (
            SIZES),
     Family("Cohere 2 Vision", cohere2_vision, cohere2_vision_processor, DECODER, ENCODER, PROJECTOR, SIZES),
     Family("FastVLM", fast_vlm, fast_vlm_processor, DECODER, "model.vision_tower.encoder.stages.1.layers", PROJECTOR),
-    Family("LFM2-VL", lfm2_vl, lfm2_vl_processor, DECODER, ENCODER, PROJECTOR, SIZES),
+    Family("LFM2-VL", lfm2_vl, lfm2_vl_processor, DECODER, ENCODER, None, SIZES,
+           unsupported=(("projector", "it runs once for every image of a batch, so that it has no one output"),)),
     Family("Granite 4 Vision", granite4_vision, granite4_vision_processor, DECODER, ENCODER, None, SIZES, adds=("between",)),
 )  # fmt: skip

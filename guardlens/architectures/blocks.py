@@ -1,0 +1,79 @@
+"""The parts of one block: how attention and MLP join the residual stream, and what is inside the attention."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from guardlens.architectures.names import KNOWN, LISTED, PARALLEL, WIRING, Names
+from guardlens.architectures.parts import Columns, Interleaved, Item, Part
+from guardlens.architectures.search import first_name, first_number, within
+
+
+def block_parts(block: nn.Module, text: Any, names: Names) -> dict[str, Part]:
+    """The parts of one block, their paths counted from it."""
+    attention, mlp = first_name(block, names.attention), first_name(block, names.mlp)
+    parallel = any(getattr(text, flag, False) for flag in PARALLEL)
+    mark = next(mark for mark in WIRING if not mark or (getattr(block, mark, False) and not parallel))
+    wired = dict(zip(("attn_out", "resid_mid", "mlp_out"), WIRING[mark], strict=True))
+    parts = {"resid_pre": Part("", "input"), "resid_post": Part("")}
+    for hook, where in wired.items():
+        path, _, side = where.replace("ATTENTION", attention).replace("MLP", mlp).rpartition(".")
+        if module := within(block, path):
+            listed = hook != "attn_out" and not {type(block).__name__, type(module).__name__}.isdisjoint(LISTED)
+            parts[hook] = Part(path, side, listed=listed)  # type: ignore[arg-type]
+    if attention:
+        inside = _attention_parts(block.get_submodule(attention), text, names, cross=attention == "cross_attn")
+        parts |= {hook: part.under(attention) for hook, part in inside.items()}
+    return parts
+
+
+def _attention_parts(attention: Any, text: Any, names: Names, cross: bool) -> dict[str, Part]:
+    """Queries, keys and values before any norm or rotation, and what the heads give. None of a linear attention."""
+    heads = text.num_attention_heads
+    width = _d_head(attention, text, names)
+    found = {hook: first_name(attention, candidates) for hook, candidates in zip("qkv", (names.query, names.key, names.value), strict=True)}
+    beside, by_head, out = (first_name(attention, candidates) for candidates in (names.side_by_side, names.head_by_head, names.out))
+    if found["q"]:
+        parts = {hook: _heads(attention, path, width) for hook, path in found.items() if path and not (cross and hook != "q")}
+        if parts["q"].heads == 2 * heads:
+            parts["q"] = Part(parts["q"].path, view=Interleaved(0, 1, 2, heads), heads=heads)  # each head's query, then its gate
+        elif found["q"] != KNOWN.query[0]:
+            parts["q"] = replace(parts["q"], heads=heads)
+    elif beside:
+        keys = (_width(attention.get_submodule(beside)) - heads * width) // 2
+        edges = (0, heads * width, heads * width + keys, heads * width + 2 * keys)
+        stretches = zip("qkv", edges[:-1], edges[1:], strict=True)
+        parts = {hook: Part(beside, view=Columns(a, b), heads=(b - a) // width) for hook, a, b in stretches}
+    elif by_head:
+        groups = (_width(attention.get_submodule(by_head)) // width - heads) // 2
+        each = heads // groups
+        stretches = zip("qkv", (0, each, each + 1), (each, each + 1, each + 2), strict=True)
+        parts = {hook: Part(by_head, view=Interleaved(a, b, each + 2, groups), heads=(b - a) * groups) for hook, a, b in stretches}
+    else:
+        return {}
+    parts |= {"z": Part(out, "input", heads=heads)} if out else {}
+    return parts if cross else parts | {"pattern": Part("", view=Item(1))}
+
+
+def _d_head(attention: Any, text: Any, names: Names) -> int:
+    own = first_number(attention, names.head_width, None)
+    return own or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def head_width(blocks: nn.ModuleList, text: Any, names: Names) -> int:
+    """Width of a head; 0 where blocks differ, or queries and values."""
+    attentions: list[Any] = [block.get_submodule(name) for block in blocks if (name := first_name(block, names.attention))]
+    headed = [attention for attention in attentions if first_name(attention, (*names.query, *names.side_by_side, *names.head_by_head))]
+    widths = {_d_head(attention, text, names) for attention in headed}
+    widths |= {attention.v_head_dim for attention in headed if hasattr(attention, "v_head_dim")}
+    return widths.pop() if len(widths) == 1 else 0
+
+
+def _heads(attention: nn.Module, path: str, width: int) -> Part:
+    return Part(path, heads=_width(attention.get_submodule(path)) // width)
+
+
+def _width(linear: Any) -> int:
+    """Outputs of a linear layer, also of GPT-2's, of a quantised or an adapted one."""
+    return getattr(linear, "out_features", None) or getattr(linear, "nf", None) or linear.weight.shape[0]
