@@ -1,54 +1,31 @@
-"""`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names. The one module that imports nnsight."""
+"""`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names."""
 
-import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
-with contextlib.suppress(ImportError):
-    # nnsight mounts a method on `object`; beartype fails to import after that, so it goes first where it is installed.
-    import beartype  # noqa: F401  # pyright: ignore[reportMissingImports]
-import nnsight
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from guardlens.activations import ActivationCache, require_finite
+from guardlens.activations import ActivationCache
 from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprint
 from guardlens.batches import Batch, Layout
-from guardlens.errors import MismatchError, PlanError, PresentationError, QueryError
+from guardlens.errors import MismatchError, PlanError
 from guardlens.interventions import Intervention, State, nothing
-from guardlens.program import Held, Record, Tap, compile_taps, required_runs, site_of
-from guardlens.prompts import instruction_mask, needs_image, tokenise
-from guardlens.queries import Presentation, Prompt, Query, QueryPairs, WithoutImages, as_queries, text_only
+from guardlens.program import Held, Tap, compile_taps, required_runs, site_of
+from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise
+from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, text_only
+from guardlens.runs import Run, at_last, reads_of
 from guardlens.sites import Site
 from guardlens.storage import Provenance, digest
+from guardlens.trace_driver import drive, wrap
 from guardlens.verbs import HookFunction, NamesFilter, cache_taps, hook_taps
 
 Queries = str | Query | QueryPairs | Sequence[str | Query]
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What a run gives back. Every tensor begins with the lane axis: one lane per plan.
-
-    Attributes:
-        reads: Site -> one vector per query and layer (averaged where the site has several positions).
-        logits: At the last token of the prompt, or at all; None where they were not asked for.
-        tokens: The newly generated ids, padded; None without generation.
-        verdicts: (lane, step, layer) -> which queries the gate opened for.
-        layout: How the lanes were computed: `"plain"` or `"tile"`.
-    """
-
-    reads: Mapping[Site, Float[Tensor, "lane query layer d_model"]]
-    logits: Float[Tensor, "lane query ... vocab"] | None
-    tokens: Int[Tensor, "lane query new"] | None
-    verdicts: Mapping[tuple[int, int, int | None], Bool[Tensor, "query"]]
-    layout: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +68,8 @@ class HookedModel:
         return find(self.hf, self.names)
 
     @cached_property
-    def _wrapped(self) -> nnsight.NNsight:
-        with warnings.catch_warnings():
-            # As in a Q-Former; no hook is in one.
-            warnings.filterwarnings("ignore", message=r".*has a submodule named 'output'")
-            return nnsight.NNsight(self.hf)
+    def _wrapped(self) -> Any:
+        return wrap(self.hf)
 
     @property
     def tokenizer(self) -> Any:
@@ -133,7 +107,7 @@ class HookedModel:
         """
         items = as_queries(queries)
         prompts = [presentation(query) for query in items]
-        self._check_prompts(items, prompts, presentation)
+        require_showable(items, prompts, presentation, self.processor, self.sees_images)
         inputs = tokenise(self.processor, prompts, padding_side, self.sees_images)
         if missing := self._required - set(inputs):
             raise needs_image(type(self._inner).__name__, f"it needs {', '.join(sorted(missing))}")
@@ -186,23 +160,16 @@ class HookedModel:
         run = replace(batch, inputs=layout.spread(batch.inputs, self.cfg.packed))
         if new_tokens:
             tokens = self._generate(run, taps, new_tokens, seed, generation)
-            return Run(self._reads(record, read, batch), None, tokens.unflatten(0, (len(lanes), -1)), record.verdicts, layout.name)
+            return Run(
+                reads_of(record, read, batch, self.cfg.n_layers), None, tokens.unflatten(0, (len(lanes), -1)), record.verdicts, layout.name
+            )
         # On the left, every row ends in its last token, and the unembedding of all others can be skipped.
         raw = self._forward(run, taps, None if logits is None else int(logits == "last" and not batch.padded_right))
-        reads = self._reads(record, read, batch)
+        reads = reads_of(record, read, batch, self.cfg.n_layers)
         by_lane = None if raw is None else raw.unflatten(0, (len(lanes), -1))
         if by_lane is not None and logits == "last":
-            by_lane = _at_last(by_lane, batch)
-            require_finite(by_lane.transpose(0, 1), batch.queries, tuple(range(len(lanes))), "the logits of lane")
+            by_lane = at_last(by_lane, batch)
         return Run(reads, by_lane, None, record.verdicts, layout.name)
-
-    def _reads(self, record: Record, sites: Sequence[Site], batch: Batch) -> dict[Site, Tensor]:
-        reads = {}
-        for site in sites:
-            values = [record.reads[site, point].to(batch.mask.device) for point in site.points(self.cfg.n_layers)]
-            reads[site] = torch.stack(values, dim=2)
-        self._require_finite(batch, reads)
-        return reads
 
     def run_with_cache(
         self, queries: Queries | Batch, presentation: Presentation = text_only, *, names_filter: NamesFilter = None
@@ -303,11 +270,11 @@ class HookedModel:
         trunk = self._inner.base_model
         inputs = {**batch.inputs, "use_cache": False}
         if keep is None and trunk is not self._inner:
-            self._drive(trunk, inputs, taps, batch.beside_image)
+            self._drive(trunk, inputs, taps, batch)
             return None
         if "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = 0 if self._need_all_tokens(taps) else keep or 0
-        logits = self._drive(self.hf, inputs, taps, batch.beside_image).logits
+        logits = self._drive(self.hf, inputs, taps, batch).logits
         return None if keep is None else logits[:, -keep:]
 
     def _need_all_tokens(self, taps: Sequence[Tap]) -> bool:
@@ -328,35 +295,11 @@ class HookedModel:
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            tokens = self._drive(self.hf.generate, {**batch.inputs, **settings}, taps, batch.beside_image, new_tokens)
+            tokens = self._drive(self.hf.generate, {**batch.inputs, **settings}, taps, batch, new_tokens)
         return tokens[:, batch.mask.shape[1] :]
 
-    def _drive(self, call: Callable[..., Any], inputs: dict[str, Any], taps: list[Tap], beside_image: bool, new_tokens: int = 1) -> Any:
-        """Run `call` with the taps in place: the trace body, the same for forward and generate."""
-        result: list[Any] = []
-
-        def boxed(*args: Any, **kwargs: Any) -> Any:
-            result.append(call(*args, **kwargs))
-            return result[0]
-
-        located = [(tap, self.cfg.locate(tap.point, beside_image)) for tap in taps]
-        located.sort(key=lambda placed: self.cfg.points.index(placed[0].point))  # nnsight's order is that of execution in this model
-        every = [(tap, self._wrapped.get(part.path), part) for tap, part in located]
-        later = [placed for placed in every if placed[0].decode]
-        if not taps:
-            with torch.no_grad():
-                return call(**inputs)
-        with warnings.catch_warnings():
-            # A bounded iteration over decode steps may end early, at the end-of-sequence token.
-            warnings.filterwarnings("ignore", message=r".*was never reached: the loop asked for a step")
-            with torch.no_grad(), self._wrapped.trace(fn=boxed, **inputs) as tracer:
-                for step in tracer.iter[: new_tokens if later else 1]:  # type: ignore[attr-defined]
-                    for tap, envoy, part in every if step == 0 else later:
-                        whole = getattr(envoy, part.side)
-                        new = tap.fn(part.read(whole, tap.point.name, len(inputs["input_ids"])), step)
-                        if new is not None:
-                            setattr(envoy, part.side, part.write(whole, new))
-        return result[0]
+    def _drive(self, call: Callable[..., Any], inputs: dict[str, Any], taps: Sequence[Tap], batch: Batch, steps: int = 1) -> Any:
+        return drive(self._wrapped, self.cfg, call, inputs, taps, beside_image=batch.beside_image, steps=steps)
 
     def _held(self, batch: Batch, plans: Sequence[Intervention]) -> Held:
         """The states that the plans need of other presentations' runs: one unedited forward per presentation."""
@@ -383,26 +326,6 @@ class HookedModel:
             for point in site.points(self.cfg.n_layers):
                 self.cfg.locate(point)
 
-    def _require_finite(self, batch: Batch, reads: Mapping[Site, Tensor]) -> None:
-        for site, states in reads.items():
-            layers = tuple(point.layer if point.layer is not None else -1 for point in site.points(self.cfg.n_layers))
-            for lane in states:
-                require_finite(lane, batch.queries, layers)
-
-    def _check_prompts(self, queries: Sequence[Query], prompts: Sequence[Prompt], presentation: Presentation) -> None:
-        token = getattr(self.processor, "image_token", None) if self.sees_images else None
-        for query, prompt in zip(queries, prompts, strict=True):
-            if prompt.images and not self.sees_images:
-                raise PresentationError(
-                    f"the presentation {presentation.name!r}, which shows an image, for the text-only model {self.name}",
-                    "presentations.text_only",
-                    "load a vision-language model to show images",
-                )
-            if isinstance(token, str) and token in prompt.text:
-                raise QueryError(
-                    f"the image token {token!r} in the text of query {query.id!r}", "plain text", "remove it; images are added"
-                )
-
     @cached_property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         """What the model's forward takes."""
@@ -418,10 +341,3 @@ class HookedModel:
     def _needs_positions(self) -> bool:
         """Learned positions would count padding; VLMs work theirs out themselves (2-D ones would break M-RoPE)."""
         return not self.sees_images and "position_ids" in self._parameters
-
-
-def _at_last(logits: Float[Tensor, "lane query seq vocab"], batch: Batch) -> Float[Tensor, "lane query vocab"]:
-    if not batch.padded_right:
-        return logits[:, :, -1]
-    last = batch.select("last").long().argmax(dim=1)
-    return logits[:, torch.arange(len(last), device=last.device), last]

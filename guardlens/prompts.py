@@ -7,8 +7,29 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from guardlens.errors import ModelError, PresentationError
-from guardlens.queries import Prompt
+from guardlens.errors import ModelError, PresentationError, QueryError
+from guardlens.queries import Presentation, Prompt, Query
+
+
+def require_showable(
+    queries: Sequence[Query], prompts: Sequence[Prompt], presentation: Presentation, processor: Any, sees_images: bool
+) -> None:
+    """Refuse what would not mean what it says.
+
+    Raises:
+        PresentationError: An image for a text-only model.
+        QueryError: A text that contains the model's image token.
+    """
+    token = getattr(processor, "image_token", None) if sees_images else None
+    for query, prompt in zip(queries, prompts, strict=True):
+        if prompt.images and not sees_images:
+            raise PresentationError(
+                f"the presentation {presentation.name!r}, which shows an image, for a text-only model",
+                "presentations.text_only",
+                "load a vision-language model to show images",
+            )
+        if isinstance(token, str) and token in prompt.text:
+            raise QueryError(f"the image token {token!r} in the text of query {query.id!r}", "plain text", "remove it; images are added")
 
 
 def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_images: bool) -> dict[str, Tensor]:

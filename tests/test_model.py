@@ -377,7 +377,7 @@ class TestErrors:
             llm.run(llm.batch(TEXTS), plan)
 
     def test_image_on_a_text_model(self, llm):
-        with pytest.raises(errors.PresentationError, match="'blank grey', which shows an image, for the text-only model"):
+        with pytest.raises(errors.PresentationError, match="'blank grey', which shows an image, for a text-only model"):
             llm.batch(TEXTS, GREY)
 
     def test_query_without_own_image(self, vlm):
@@ -444,7 +444,7 @@ class TestErrors:
 
 
 def test_importing_guardlens_is_light():
-    """Nothing heavy until it is used; and jaxtyping's checks need beartype imported before nnsight, which guardlens.model sees to."""
+    """Nothing heavy until it is used; and jaxtyping's checks need beartype imported before nnsight, which guardlens.trace_driver sees to."""
     heavy = ("nnsight", "transformers", "pandas", "matplotlib", "sklearn", "scipy")
     code = f"import sys, guardlens; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

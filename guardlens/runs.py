@@ -1,0 +1,60 @@
+"""`Run`: what a run of one or several plans gives back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from guardlens.activations import require_finite
+from guardlens.batches import Batch
+from guardlens.program import Record
+from guardlens.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run gives back. Every tensor begins with the lane axis: one lane per plan.
+
+    Attributes:
+        reads: Site -> one vector per query and layer (averaged where the site has several positions).
+        logits: At the last token of the prompt, or at all; None where they were not asked for.
+        tokens: The newly generated ids, padded; None without generation.
+        verdicts: (lane, step, layer) -> which queries the gate opened for.
+        layout: How the lanes were computed: `"plain"` or `"tile"`.
+    """
+
+    reads: Mapping[Site, Float[Tensor, "lane query layer d_model"]]
+    logits: Float[Tensor, "lane query ... vocab"] | None
+    tokens: Int[Tensor, "lane query new"] | None
+    verdicts: Mapping[tuple[int, int, int | None], Bool[Tensor, "query"]]
+    layout: str
+
+
+def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int) -> dict[Site, Float[Tensor, "lane query layer d_model"]]:
+    """What was written down at each site, layer by layer.
+
+    Raises:
+        NumericsError: NaN or infinity; layer and query are named.
+    """
+    reads = {}
+    for site in sites:
+        points = site.points(n_layers)
+        reads[site] = torch.stack([record.reads[site, point].to(batch.mask.device) for point in points], dim=2)
+        layers = tuple(-1 if point.layer is None else point.layer for point in points)
+        for lane in reads[site]:
+            require_finite(lane, batch.queries, layers)
+    return reads
+
+
+def at_last(logits: Float[Tensor, "lane query seq vocab"], batch: Batch) -> Float[Tensor, "lane query vocab"]:
+    """The logits at each prompt's last token.
+
+    Raises:
+        NumericsError: NaN or infinity; lane and query are named.
+    """
+    last = batch.select("last").long().argmax(dim=1) if batch.padded_right else torch.full((len(batch.queries),), logits.shape[2] - 1)
+    chosen = logits[:, torch.arange(len(last)), last.to(logits.device)]
+    require_finite(chosen.transpose(0, 1), batch.queries, tuple(range(len(logits))), "the logits of lane")
+    return chosen
