@@ -1,7 +1,9 @@
 """The docs' table of families says what the tests check, and nothing else."""
 
+from pathlib import Path
+
 from guardlens.architectures import names
-from tests.zoo import ALL
+from tests.zoo import ALL, FAMILIES
 from tests.zoo.table import CAPABILITIES, PAGE, render
 
 
@@ -20,3 +22,8 @@ def test_names_are_unique_and_every_proven_type_has_a_model():
     configs = [family.model().config for family in ALL if not family.refused]
     types = {config.model_type for config in configs} | {config.get_text_config(decoder=True).model_type for config in configs}
     assert types == names.PROVEN
+
+
+def test_the_readme_counts_them():
+    vlms = sum(family.vision is not None for family in FAMILIES)
+    assert f"[{vlms} families of VLMs and {len(FAMILIES) - vlms} of LLMs]" in (Path(__file__).parents[1] / "README.md").read_text()

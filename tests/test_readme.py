@@ -18,11 +18,13 @@ def test_readme_runs_and_its_guard_turns_an_answer_into_a_refusal(capsys):
     space = {}
     for block in blocks("README.md"):
         exec(compile(block, "README.md", "exec"), space)
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = next(line for line in capsys.readouterr().out.splitlines() if " -> " in line)
     before, after = said.split(" -> ")
     assert before.startswith("sure : first") and after.startswith("sorry")
     assert space["effect"].best(1) == (7,)
     assert space["logits"].shape[:2] == (3, 8)
+    assert space["model"].decode(space["tokens"])[0].endswith(after)
+    assert space["parts"].top(1)["component"].item() == "head"
     gap = space["gap"].frame.set_index(["metric", "run", "layer"])["value"]
     assert gap["midpoint_accuracy", "LLM, text", 7] > gap["midpoint_accuracy", "VLM, blank grey", 7] + 0.05
 
