@@ -5,7 +5,7 @@ Look at its hidden states:          `collect`, `Activations`, `ActivationCache`,
 Ask which parts write them:         `attribute`, `activation_patching`
 Change them:                        `interventions`, `gates`, `Intervention`
 Guard a model outside of guardlens: `attach`
-Measure what that does:             `scores`, `sweep`, `judges`, `defences`, `evaluate`, `Table`
+Measure what that does:             `scores`, `keep`, `sweep`, `judges`, `defences`, `evaluate`, `Table`
 Try it all on a tiny model:         `organism`
 
 Everything is loaded on first use, so importing guardlens costs next to nothing beyond torch.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from guardlens.evaluation import evaluate
     from guardlens.interventions import gates
     from guardlens.interventions.plan import Intervention
+    from guardlens.keeping import keep
     from guardlens.loading import load
     from guardlens.model import HookedModel
     from guardlens.patching import activation_patching
@@ -53,6 +54,7 @@ _NAMES = {
     "compare": "comparison",
     "evaluate": "evaluation",
     "gates": "interventions",
+    "keep": "keeping",
     "load": "loading",
     "read_queries": "queries",
     "sweep": "sweeps",
@@ -80,6 +82,7 @@ __all__ = [
     "gates",
     "interventions",
     "judges",
+    "keep",
     "load",
     "organism",
     "plots",

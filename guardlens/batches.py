@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from guardlens.errors import SiteError
+from guardlens.errors import PlanError, SiteError
 from guardlens.queries import Presentation, Query
 from guardlens.sites import Positions
 
@@ -80,6 +80,10 @@ class Batch:
         raise SiteError(f"the positions {positions!r}", "names or a range", "see guardlens.sites.POSITIONS")
 
 
+HOLE = -1
+"""The lane of a physical token that belongs to none."""
+
+
 class Placement(NamedTuple):
     """Places in a tensor `row width d_model`, and whose they are."""
 
@@ -96,11 +100,11 @@ class Placement(NamedTuple):
 class Layout:
     """Which query, column and lane each physical token is: how several plans share one forward.
 
-    A lane is one plan. A plain run has one lane; a tile repeats the batch, lane by lane; the index tensors leave room for lanes that share
-    a prefix within one row.
+    A lane is one plan. A plain run has one lane; a tile repeats the batch, lane by lane; branches repeat the last token alone, lane by lane
+    within each row, behind what is cached of the prompts.
 
     Attributes:
-        name: `"plain"` or `"tile"`: what a result says about how it was computed.
+        name: `"plain"`, `"tile"` or `"branch"`: what a result says about how it was computed.
         lanes: How many plans ride.
         query: The query of each row.
         column: The column of the batch that each physical token is a copy of.
@@ -121,6 +125,25 @@ class Layout:
         lane = torch.arange(lanes, device=device).repeat_interleave(queries)[:, None].expand(-1, width)
         return cls("plain" if lanes == 1 else "tile", lanes, query, column, lane)
 
+    @classmethod
+    def branch(cls, queries: int, width: int, lanes: int, device: torch.device | str = "cpu") -> "Layout":
+        """Copies of each prompt's last token beside each other, a lane each; the tokens before it are not there (they are cached)."""
+        column = torch.full((queries, lanes), width - 1, device=device)
+        return cls("branch", lanes, torch.arange(queries, device=device), column, torch.arange(lanes, device=device).expand(queries, -1))
+
+    @classmethod
+    def suffix(cls, mask: Bool[Tensor, "query seq"], start: int) -> "Layout":
+        """What follows the first `start` tokens, which are cached, of prompts padded on the left. Here the holes are on the right."""
+        lengths = mask.sum(1) - start
+        here = torch.arange(int(lengths.max()), device=mask.device).expand(len(mask), -1)
+        column = (here + mask.shape[1] - lengths[:, None]).clamp_max(mask.shape[1] - 1)
+        lane = torch.where(here < lengths[:, None], 0, HOLE)
+        return cls("plain", 1, torch.arange(len(mask), device=mask.device), column, lane)
+
+    def gather(self, values: Shaped[Tensor, "query seq"]) -> Shaped[Tensor, "row width"]:
+        """The batch's values at the physical tokens."""
+        return values[self.query[:, None], self.column]
+
     def spread(self, inputs: Mapping[str, Tensor], packed: Collection[str] = ()) -> dict[str, Tensor]:
         """The batch's inputs for all rows; those that are `packed` lie side by side in their last axis. One lane leaves them untouched."""
         if self.lanes == 1:
@@ -128,9 +151,19 @@ class Layout:
         return {name: torch.cat([value] * self.lanes, dim=-1 if name in packed else 0) for name, value in inputs.items()}
 
     def find(self, lane: int, chosen: Bool[Tensor, "query seq"]) -> Placement:
-        """Where lane `lane` has the tokens chosen in the batch, ordered by query, then column."""
-        here = chosen[self.query[:, None], self.column] & (self.lane == lane)
+        """Where lane `lane` has the tokens chosen in the batch, ordered by query, then column.
+
+        Raises:
+            PlanError: It has not all of them: some are cached, or shared with other lanes.
+        """
+        here = self.gather(chosen) & (self.lane == lane)
         rows, columns = here.nonzero(as_tuple=True)
+        if len(rows) != int(chosen.sum()):
+            raise PlanError(
+                f"{int(chosen.sum())} chosen tokens of which {len(rows)} are computed in the layout {self.name!r}",
+                "tokens that are all computed",
+                'choose layout="tile"',
+            )
         return Placement(rows, columns, self.query[rows])
 
     def decoding(self, lane: int, new: int = 1) -> Placement:

@@ -14,12 +14,13 @@ from torch import Tensor
 from guardlens.activations import ActivationCache
 from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprint
 from guardlens.batches import Batch, Layout
-from guardlens.errors import MismatchError, PlanError
-from guardlens.interventions import Intervention, State, nothing
+from guardlens.errors import GuardlensError, MismatchError, PlanError
+from guardlens.interventions import Context, Custom, Intervention, Step, nothing
+from guardlens.prefixes import Prefill, prefill
 from guardlens.program import Held, Tap, compile_taps, required_runs, site_of
 from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise
 from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, text_only
-from guardlens.runs import Run, at_last, reads_of
+from guardlens.runs import Run, agree, at_last, reads_of
 from guardlens.sites import Site
 from guardlens.storage import Provenance, digest
 from guardlens.trace_driver import drive, wrap
@@ -124,7 +125,7 @@ class HookedModel:
 
     def run(
         self,
-        batch: Batch,
+        batch: Batch | Prefill,
         plans: Intervention | Sequence[Intervention] = nothing,
         *,
         read: Sequence[Site] = (),
@@ -132,44 +133,148 @@ class HookedModel:
         new_tokens: int = 0,
         seed: int | None = None,
         generation: Mapping[str, Any] = MappingProxyType({}),
+        layout: Literal["auto", "branch", "tile"] = "auto",
     ) -> Run:
         """Run one or several plans over a batch; each plan is a lane.
 
+        Several plans that touch the last token alone ride as branches: the prompt is computed once, and each plan costs one token more.
+        `Run.layout` says what was done, and `Run.why` why not that.
+
         Args:
-            batch: The prompts.
+            batch: The prompts, or what `prefill` kept of them.
             plans: What to change, one plan per lane.
             read: Sites to read, after all edits there.
             logits: At the prompt's last token, at all tokens, or none (the unembedding is then skipped).
             new_tokens: Generate up to so many tokens; `logits` are then not returned.
             seed: Of the draws, where `generation` asks for sampling.
             generation: Options of transformers' `generate`; greedy without any.
+            layout: How several plans share a forward: as branches of the last token, as tiles (a copy of the batch each), or as branches
+                where they can.
 
         Raises:
             MismatchError: A plan was made for another model.
-            SiteError, PlanError: A plan asks for what this model or run does not have.
+            SiteError, PlanError: A plan asks for what this model, run or layout does not have.
             NumericsError: NaN or infinity in a read or in the logits; layer and query are named.
         """
         lanes = [plans] if isinstance(plans, Intervention) else list(plans)
+        kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
         for plan in lanes:
             plan.check((self.id, self.llm.id), self.cfg.n_layers, self.cfg.widths)
             self._check_sites(plan, read)
         lanes = [plan.to(self.hf.device) for plan in lanes]
-        held = self._held(batch, lanes)
+        why = self.unbranchable(kept or batch, lanes, read, logits, new_tokens) if layout != "tile" else "tiles were asked for"
+        if not why and (kept or len(lanes) > 1 or layout == "branch"):
+            kept = kept or self.prefill(batch)
+            why = kept.flaw
+            if not why:
+                return self._run_branches(kept, lanes, read, logits)
+        if layout == "branch":
+            raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the last token", 'choose layout="auto"')
+        return replace(self._run_tiles(batch, lanes, read, logits, new_tokens, seed, generation), why=why)
+
+    def prefill(self, batch: Batch) -> Prefill:
+        """Run prompts unedited and keep their keys and values, so that whatever is asked of their last token costs that token alone.
+
+        The first one of a model is checked: two branches without an edit and one with an edit must give what whole runs give. Where they
+        don't (a recurrent layer, a prefix that looks ahead), `Prefill.flaw` says so, and plans run as tiles.
+        """
+        if not self._flaw:
+            try:
+                made = prefill(self.hf.get_submodule(self.cfg.decoder), self._text_config, batch, self._last_logits)
+                self._memo["flaw"] = self._flaw_of(made)
+                if not self._flaw:
+                    return made
+            except GuardlensError:
+                raise
+            except Exception as error:  # a foreign model or cache may fail in any way, and the table must say so
+                self._memo["flaw"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        plain = self._run_tiles(batch, [nothing], (), "last").logits
+        assert plain is not None
+        return Prefill(batch, None, {}, batch.mask.new_zeros(1, len(batch.queries), 1).long(), plain[0], flaw=self._flaw)
+
+    def _run_tiles(
+        self,
+        batch: Batch,
+        lanes: Sequence[Intervention],
+        read: Sequence[Site],
+        logits: str | None,
+        new_tokens: int = 0,
+        seed: int | None = None,
+        generation: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Run:
         layout = Layout.tile(len(batch.queries), batch.mask.shape[1], len(lanes), batch.mask.device)
-        taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, held)
-        run = replace(batch, inputs=layout.spread(batch.inputs, self.cfg.packed))
+        taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, self._held(batch, lanes))
+        run, tokens, by_lane = replace(batch, inputs=layout.spread(batch.inputs, self.cfg.packed)), None, None
         if new_tokens:
-            tokens = self._generate(run, taps, new_tokens, seed, generation)
-            return Run(
-                reads_of(record, read, batch, self.cfg.n_layers), None, tokens.unflatten(0, (len(lanes), -1)), record.verdicts, layout.name
-            )
-        # On the left, every row ends in its last token, and the unembedding of all others can be skipped.
-        raw = self._forward(run, taps, None if logits is None else int(logits == "last" and not batch.padded_right))
+            tokens = self._generate(run, taps, new_tokens, seed, generation).unflatten(0, (len(lanes), -1))
+        else:
+            # On the left, every row ends in its last token, and the unembedding of all others can be skipped.
+            raw = self._forward(run, taps, None if logits is None else int(logits == "last" and not batch.padded_right))
+            by_lane = None if raw is None else raw.unflatten(0, (len(lanes), -1))
         reads = reads_of(record, read, batch, self.cfg.n_layers)
-        by_lane = None if raw is None else raw.unflatten(0, (len(lanes), -1))
-        if by_lane is not None and logits == "last":
-            by_lane = at_last(by_lane, batch)
+        by_lane = at_last(by_lane, batch) if by_lane is not None and logits == "last" else by_lane
+        return Run(reads, by_lane, tokens, record.verdicts, layout.name)
+
+    def _run_branches(self, kept: Prefill, lanes: Sequence[Intervention], read: Sequence[Site], logits: str | None) -> Run:
+        batch = kept.batch
+        layout = Layout.branch(len(batch.queries), batch.mask.shape[1], len(lanes), batch.mask.device)
+        taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, self._held(batch, lanes, kept.held))
+        call = self._continue if logits else self._decoder
+        with kept.kept():
+            raw = self._drive(call, kept.branches(len(lanes), self.hf.dtype), taps, batch)
+        reads = reads_of(record, read, batch, self.cfg.n_layers)
+        by_lane = at_last(raw.transpose(0, 1)[:, :, None], batch) if logits else None
         return Run(reads, by_lane, None, record.verdicts, layout.name)
+
+    def unbranchable(
+        self,
+        batch: Batch | Prefill,
+        plans: Sequence[Intervention],
+        read: Sequence[Site] = (),
+        logits: str | None = "last",
+        new_tokens: int = 0,
+    ) -> str:
+        """Why a run of these plans can't share all but the last token of its prompts; empty if it can."""
+        steps = [step for plan in plans for step in plan.steps if step.phase != "decode"]
+        sites = [*(step.site for step in steps), *read]
+        asked = [state for step in steps for state in step.requires if state.run is None]
+        elsewhere = next((place.positions for place in (*sites, *asked) if place.positions != "last"), None)
+        within = f"{self.cfg.decoder}."
+        paths = [(site.hook, self.cfg.locate(point).path) for site in sites for point in site.points(self.cfg.n_layers)[:1]]
+        outside = next((hook for hook, path in paths if hook != "unembed" and not path.startswith(within)), None)
+        reasons = {
+            "answers are generated": new_tokens > 0,
+            "logits of all tokens are asked for": logits == "all",
+            "the batch is padded on the right": (batch.batch if isinstance(batch, Prefill) else batch).padded_right,
+            f"the positions {elsewhere!r} are edited or read": elsewhere is not None,
+            f"the hook {outside} is outside of the decoder": outside is not None,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), batch.flaw if isinstance(batch, Prefill) else "")
+
+    def _flaw_of(self, made: Prefill) -> str:
+        """Whether branches give what whole runs give: unedited always, and edited when the model's first are made."""
+        unedited = self._run_branches(made, [nothing, nothing], (), "last").logits
+        assert unedited is not None
+        if not agree(unedited, made.logits):
+            return "branches without an edit differ from the plain run"
+        if "flaw" not in self._memo:
+            push = _PUSH
+            edited, whole = (
+                self._run_branches(made, [nothing, push], (), "last").logits,
+                self._run_tiles(made.batch, [push], (), "last").logits,
+            )
+            if edited is None or whole is None or not agree(edited[1], whole[0]) or not agree(edited[0], made.logits):
+                return "an edited branch differs from an edited run"
+        return ""
+
+    @cached_property
+    def _memo(self) -> dict[str, str]:
+        """What was found out about the model when it was first used so."""
+        return {}
+
+    @property
+    def _flaw(self) -> str:
+        return self._memo.get("flaw", "")
 
     def run_with_cache(
         self, queries: Queries | Batch, presentation: Presentation = text_only, *, names_filter: NamesFilter = None
@@ -262,8 +367,12 @@ class HookedModel:
         return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
 
     @property
+    def _text_config(self) -> Any:
+        return self._inner.config.get_text_config(decoder=True)
+
+    @property
     def _eager(self) -> bool:
-        return self._inner.config.get_text_config(decoder=True)._attn_implementation == "eager"
+        return self._text_config._attn_implementation == "eager"
 
     def _forward(self, batch: Batch, taps: list[Tap], keep: int | None = 0) -> Any:
         """Logits of a forward: at all tokens (`keep` 0), at the last (1), or none (None; the unembedding is then skipped)."""
@@ -276,6 +385,21 @@ class HookedModel:
             inputs["logits_to_keep"] = 0 if self._need_all_tokens(taps) else keep or 0
         logits = self._drive(self.hf, inputs, taps, batch).logits
         return None if keep is None else logits[:, -keep:]
+
+    def _last_logits(self, inputs: dict[str, Any]) -> Tensor:
+        """The unedited logits at the last column."""
+        if "logits_to_keep" in self._parameters:
+            inputs = {**inputs, "logits_to_keep": 0 if self.cfg.narrows else 1}
+        with torch.no_grad():
+            return self._inner(**inputs).logits[:, -1]
+
+    def _decoder(self, **inputs: Any) -> Tensor:
+        """The final normed states of the decoder alone."""
+        return self.hf.get_submodule(self.cfg.decoder)(**inputs)[0]
+
+    def _continue(self, **inputs: Any) -> Tensor:
+        """The logits of the decoder alone."""
+        return self.cfg.finish(self.hf.get_submodule(self.cfg.unembed)(self._decoder(**inputs)))
 
     def _need_all_tokens(self, taps: Sequence[Tap]) -> bool:
         """Whether a tap looks where the model would leave out tokens whose logits are not asked for."""
@@ -301,14 +425,25 @@ class HookedModel:
     def _drive(self, call: Callable[..., Any], inputs: dict[str, Any], taps: Sequence[Tap], batch: Batch, steps: int = 1) -> Any:
         return drive(self._wrapped, self.cfg, call, inputs, taps, beside_image=batch.beside_image, steps=steps)
 
-    def _held(self, batch: Batch, plans: Sequence[Intervention]) -> Held:
-        """The states that the plans need of other presentations' runs: one unedited forward per presentation."""
+    def _held(self, batch: Batch, plans: Sequence[Intervention], known: dict[Any, Tensor] | None = None) -> Held:
+        """The states that the plans need of other presentations' runs: one unedited forward per presentation.
+
+        Where what is `known` is kept, all layers are read at once, so that whatever layer asks next has its state.
+        """
         wanted = required_runs(plans, self.cfg.n_layers)
-        held: dict[tuple[State, int | None], Tensor] = {}
-        for presentation in {state.run for state in wanted if state.run is not None}:
-            sites = {state: site_of(state, wanted[state]) for state in wanted if state.run == presentation}
+        held = {} if known is None else known
+        missing = {state: layers for state, layers in wanted.items() if any((state, layer) not in held for layer in layers)}
+        for presentation in {state.run for state in missing if state.run is not None}:
             model, other = self.source(batch, presentation)
-            reads = model.run(other, read=tuple(set(sites.values())), logits=None).reads
+            asked = {state: layers for state, layers in missing.items() if state.run == presentation}
+            if known is not None:
+                computed = model.cfg.computed(other.beside_image)
+                asked |= {
+                    state: {point.layer for point in computed if point.hook == site_of(state, layers).hook}
+                    for state, layers in asked.items()
+                }
+            sites = {state: site_of(state, layers) for state, layers in asked.items()}
+            reads = model.run(other, read=tuple(dict.fromkeys(sites.values())), logits=None).reads
             for state, site in sites.items():
                 for index, point in enumerate(site.points(self.cfg.n_layers)):
                     held[state, point.layer] = reads[site][0, :, index].to(self.hf.device)
@@ -341,3 +476,13 @@ class HookedModel:
     def _needs_positions(self) -> bool:
         """Learned positions would count padding; VLMs work theirs out themselves (2-D ones would break M-RoPE)."""
         return not self.sees_images and "position_ids" in self._parameters
+
+
+def _pushed(states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
+    direction = torch.ones_like(states)
+    direction[:, ::2] = -1
+    return states + states.norm(dim=-1, keepdim=True) * direction / states.shape[-1] ** 0.5
+
+
+_PUSH = Intervention((Step(Custom(_pushed), Site(layers=(0,))),))
+"""What shows whether an edited branch gives what an edited run gives: a push as long as the state itself."""

@@ -11,9 +11,10 @@ from guardlens import interventions as iv
 from guardlens.errors import PlanError, QueryError
 from guardlens.intervals import per_gap, percentile, resample_counts
 from guardlens.interventions.plan import Intervention, nothing
+from guardlens.keeping import Kept, prefills, shown
 from guardlens.model import HookedModel, Queries
-from guardlens.progress import track
-from guardlens.queries import Presentation, Query, as_queries, text_only
+from guardlens.prefixes import Prefill
+from guardlens.queries import Presentation, Query, text_only
 from guardlens.scores import Score, refusal_logodds
 from guardlens.sites import HOOKS, Point, parse
 from guardlens.sweeps import lanes, scored
@@ -98,8 +99,8 @@ class Patching(Table):
 
 def activation_patching(
     model: HookedModel,
-    queries: Queries,
-    presentation: Presentation,
+    queries: Queries | Kept,
+    presentation: Presentation = text_only,
     *,
     source: Presentation = text_only,
     hooks: str | Sequence[str] = "resid_post",
@@ -112,7 +113,7 @@ def activation_patching(
 
     Args:
         model: The model.
-        queries: What to ask; labels are kept.
+        queries: What to ask; labels are kept. Or prompts that `keep` has computed.
         presentation: How it is shown in the run that is patched.
         source: How it is shown in the run that the states come from. `text_only` is the text twin: the same prompt without its images,
             as `model.llm` sees it. With `presentation` itself every patch changes nothing, which is the placebo of this experiment.
@@ -132,19 +133,19 @@ def activation_patching(
     Example:
         `activation_patching(model, pairs, presentations.blank("grey"), hooks=["resid_post", "attn_out", "mlp_out"]).plot()`
     """
-    items = as_queries(queries)
+    items, presentation = shown(queries, presentation)
     if len({query.id for query in items}) < len(items):
         raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
     names = [parse(name).hook for name in ([hooks] if isinstance(hooks, str) else hooks)]
     plans = {cell: cell.plan(source) for name in names for cell in _cells(model, name, layers)}
-    parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-    values = [
-        _score_part(model, part, presentation, source, plans, scores)
-        for part in track(parts, len(items), f"activation patching, {len(plans)} cells, {presentation.name}", progress)
-    ]
+    ran: set[str] = set()
+    title = f"activation patching, {len(plans)} cells, {presentation.name}"
+    parts = prefills(model, queries, presentation, batch_size, title, progress)
+    values = [_score_part(model, kept, source, plans, scores, ran) for kept in parts]
     facts = {
         "presentation": presentation.name,
         "source": source.name,
+        "layout": sorted(ran),
         "source_model": (model.llm if source == text_only else model).id,
         "units": {score.name: score.unit for score in scores},
     }
@@ -166,20 +167,14 @@ def _cells(model: HookedModel, name: str, layers: Sequence[int] | None) -> list[
 
 
 def _score_part(
-    model: HookedModel,
-    queries: Sequence[Query],
-    presentation: Presentation,
-    source: Presentation,
-    plans: Mapping[Cell, Intervention],
-    scores: Sequence[Score],
+    model: HookedModel, kept: Prefill, source: Presentation, plans: Mapping[Cell, Intervention], scores: Sequence[Score], ran: set[str]
 ) -> np.ndarray:
     """Scores of all cells, then of the unpatched run, then of the source's: shape `score cell+2 query`."""
-    batch = model.batch(queries, presentation)
-    base = model.run(batch, nothing).logits
-    giver, given = model.source(batch, source)
+    giver, given = model.source(kept.batch, source)
     other = giver.run(given, nothing).logits
-    assert base is not None and other is not None
-    return scored((*lanes(model, batch, list(plans.values())), base[0], other[0].to(base.device)), base[0], scores, model.tokenizer)
+    assert other is not None
+    runs = (*lanes(model, kept, list(plans.values()), ran), kept.logits, other[0].to(kept.logits.device))
+    return scored(runs, kept.logits, scores, model.tokenizer)
 
 
 def _columns(cells: Sequence[Cell], queries: Sequence[Query], scores: Sequence[Score], values: np.ndarray) -> dict[str, np.ndarray]:

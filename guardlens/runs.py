@@ -22,7 +22,8 @@ class Run:
         logits: At the last token of the prompt, or at all; None where they were not asked for.
         tokens: The newly generated ids, padded; None without generation.
         verdicts: (lane, step, layer) -> which queries the gate opened for.
-        layout: How the lanes were computed: `"plain"` or `"tile"`.
+        layout: How the lanes were computed: `"plain"`, `"tile"` or `"branch"`.
+        why: Why not as branches; empty if they were, or if there was one lane.
     """
 
     reads: Mapping[Site, Float[Tensor, "lane query layer d_model"]]
@@ -30,6 +31,7 @@ class Run:
     tokens: Int[Tensor, "lane query new"] | None
     verdicts: Mapping[tuple[int, int, int | None], Bool[Tensor, "query"]]
     layout: str
+    why: str = ""
 
 
 def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int) -> dict[Site, Float[Tensor, "lane query layer d_model"]]:
@@ -58,3 +60,9 @@ def at_last(logits: Float[Tensor, "lane query seq vocab"], batch: Batch) -> Floa
     chosen = logits[:, torch.arange(len(last)), last.to(logits.device)]
     require_finite(chosen.transpose(0, 1), batch.queries, tuple(range(len(logits))), "the logits of lane")
     return chosen
+
+
+def agree(mine: Float[Tensor, "*lane query vocab"], expected: Float[Tensor, "query vocab"]) -> bool:
+    """Whether two ways to compute one thing differ by rounding alone."""
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+    return bool((mine - expected).abs().max() <= tolerance * expected.abs().max())

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,18 +11,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guardlens.batches import Batch
 from guardlens.errors import MismatchError, PlanError
 from guardlens.intervals import mean_difference
-from guardlens.interventions.plan import Intervention, nothing
+from guardlens.interventions.plan import Intervention
+from guardlens.keeping import Kept, prefills, shown
 from guardlens.model import HookedModel, Queries
-from guardlens.progress import track
-from guardlens.queries import Presentation, as_queries, text_only
+from guardlens.prefixes import Prefill
+from guardlens.queries import Presentation, text_only
 from guardlens.scores import Score, kl, refusal_logodds
 from guardlens.tables import Frame, Table
 
 ROWS = 256
-"""Prompts per forward: lanes times queries."""
+"""Prompts per forward where each plan needs a copy of the batch: lanes times queries."""
+
+LOGITS = 2**27
+"""Logits per forward where plans ride as branches: lanes times queries times vocabulary."""
 
 BASELINE = "unedited"
 
@@ -113,7 +117,7 @@ class Sweep(Table):
 def sweep(
     model: HookedModel,
     plans: Intervention | Mapping[str, Intervention],
-    queries: Queries,
+    queries: Queries | Kept,
     presentation: Presentation = text_only,
     *,
     scores: Sequence[Score] = (refusal_logodds, kl),
@@ -130,20 +134,21 @@ def sweep(
     Args:
         model: The model.
         plans: One plan, or several by name (other gains, ranks, directions).
-        queries: What to ask; labels are kept.
+        queries: What to ask; labels are kept. Or prompts that `keep` has computed: asking about them again costs one token per cell.
         presentation: How to show it.
         scores: What to measure at the prompt's last token.
         strengths: Strength 0 is always "untouched" (and left out: it is the baseline), 1 the edit itself.
         layers: Layers, or groups of layers that are edited together; None for every single layer.
         placebos: How many placebos of equal norm ride along each cell (`Intervention.placebo`); 0 for none.
-        batch_size: Queries per forward; lanes are added up to `ROWS` prompts.
+        batch_size: Queries per forward. Edits of the last token ride as branches beside each other, others as copies of the batch up to
+            `ROWS` prompts; `facts["layout"]` says what ran, and why not as branches.
         progress: Show a bar.
 
     Raises:
         PlanError: A plan has no free layer.
         QueryError: No queries.
     """
-    items = as_queries(queries)
+    items, presentation = shown(queries, presentation)
     named = {"edit": plans} if isinstance(plans, Intervention) else dict(plans)
     bound = next((name for name, plan in named.items() if not plan.free), None)
     if bound is not None:
@@ -153,16 +158,14 @@ def sweep(
     wanted = range(model.cfg.n_layers) if layers is None else layers
     groups = [(group,) if isinstance(group, int) else tuple(group) for group in wanted]
     grid = _grid(named, groups, strengths, placebos)
-    parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-    values = [
-        _score_part(model, model.batch(part, presentation), grid, scores)
-        for part in track(parts, len(items), f"sweep, {len(grid)} cells, {presentation.name}", progress)
-    ]
+    ran: set[str] = set()
+    title = f"sweep, {len(grid)} cells, {presentation.name}"
+    values = [_score_part(model, kept, grid, scores, ran) for kept in prefills(model, queries, presentation, batch_size, title, progress)]
     facts = {
         "plans": {name: repr(plan) for name, plan in named.items()},
         "presentation": presentation.name,
         "placebos": placebos,
-        "layout": "tile",
+        "layout": sorted(ran),
         "units": {score.name: score.unit for score in scores},
     }
     return Sweep(_columns(list(grid), items, scores, np.concatenate(values, axis=2)), facts, model.provenance)
@@ -182,20 +185,27 @@ def _grid(
     return cells
 
 
-def _score_part(model: HookedModel, batch: Batch, grid: Mapping[Cell, Intervention], scores: Sequence[Score]) -> np.ndarray:
-    """Scores of all cells and, last, of the unedited run: shape `score cell+1 query`."""
-    base = model.run(batch, nothing).logits
-    assert base is not None
-    return scored((*lanes(model, batch, list(grid.values())), base[0]), base[0], scores, model.tokenizer)
+def _score_part(model: HookedModel, kept: Prefill, grid: Mapping[Cell, Intervention], scores: Sequence[Score], ran: set[str]) -> np.ndarray:
+    """Scores of all cells and, last, of the unedited run: shape `score cell+1 query`. What ran is noted in `ran`."""
+    return scored((*lanes(model, kept, list(grid.values()), ran), kept.logits), kept.logits, scores, model.tokenizer)
 
 
-def lanes(model: HookedModel, batch: Batch, plans: Sequence[Intervention]) -> Iterator[Float[Tensor, "query vocab"]]:
-    """Logits of each plan, as many at once as fit into `ROWS` prompts."""
-    width = max(1, ROWS // len(batch.queries))
-    for start in range(0, len(plans), width):
-        logits = model.run(batch, plans[start : start + width]).logits
-        assert logits is not None
-        yield from logits
+def lanes(model: HookedModel, kept: Prefill, plans: Sequence[Intervention], ran: set[str]) -> Iterator[Float[Tensor, "query vocab"]]:
+    """Logits of each plan, as many at once as fit: branches until their logits are `LOGITS` numbers, else `ROWS` prompts."""
+    most = max(1, LOGITS // model.cfg.d_vocab)
+    for why, alike in groupby(plans, lambda plan: model.unbranchable(kept, [plan])):
+        for part in batched(alike, max(1, (ROWS if why else most) // len(kept))):
+            run = model.run(kept, part)
+            assert run.logits is not None
+            ran.add(f"{run.layout}: {run.why}" if run.why else run.layout)
+            yield from run.logits
+
+
+def batched(items: Iterable[Intervention], size: int) -> Iterator[list[Intervention]]:
+    """In lists of at most `size`."""
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
 
 
 def scored(

@@ -238,15 +238,16 @@ def test_alone_in_a_batch_in_any_order_with_either_padding(vlm, presentation, ba
         close(run.logits, logits[:, list(rows)])
 
 
-def test_lanes_equal_separate_runs(vlm, batch, basis):
+@pytest.mark.parametrize("layout", ["branch", "tile"])
+def test_lanes_equal_separate_runs(vlm, batch, basis, layout):
     plans = [
         iv.nothing,
         iv.amplify(basis, 2.0).at(layers=[1]),
         iv.replace(basis, iv.text_twin).at(layers=[4]).when(gates.harmful(basis)),
         iv.add(basis.truncate(1), 5.0),
     ]
-    together = vlm.run(batch, plans, read=[Site()])
-    assert together.layout == "tile"
+    together = vlm.run(batch, plans, read=[Site()], layout=layout)
+    assert (together.layout, bool(together.why)) == (layout, layout == "tile")
     for lane, plan in enumerate(plans):
         single = vlm.run(batch, plan, read=[Site()])
         close(together.logits[lane], single.logits[0])
@@ -444,7 +445,7 @@ class TestErrors:
 
 
 def test_importing_guardlens_is_light():
-    """Nothing heavy until it is used; and jaxtyping's checks need beartype imported before nnsight, which guardlens.trace_driver sees to."""
+    """Nothing heavy until it is used; and jaxtyping's checks need beartype imported before nnsight, as trace_driver does."""
     heavy = ("nnsight", "transformers", "pandas", "matplotlib", "sklearn", "scipy")
     code = f"import sys, guardlens; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -123,6 +123,7 @@ FAMILIES = (
            "model.embed_vision", images=((40, 20), (32, 32)), adds=("rest",), unsupported=NORMED),
     Family("PaliGemma 2", paligemma2, paligemma2_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
            "model.multi_modal_projector", unsupported=(("text alone", "its processor takes no prompt without an image"),
+                                                   ("branches", "the prompt's tokens look ahead at the last one"),
                                                        ("prefill", "its processor ends every prompt in a line break"))),
     Family("Gemma 3n", gemma3n, gemma3n_processor, "model.language_model.layers", "model.vision_tower.encoder.layers",
            "model.embed_vision", refused="keeps several residual streams"),

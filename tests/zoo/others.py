@@ -277,7 +277,7 @@ ENCODER = "model.vision_tower.encoder.layers"
 FAMILIES = (
     Family("Llama 4", llama4, llama4_processor, "language_model.model.layers", "vision_model.model.layers", "multi_modal_projector", SIZES),
     Family("Llama 3.2 Vision", mllama, mllama_processor, DECODER, "model.vision_model.transformer.layers", PROJECTOR, SIZES,
-           adds=("rest",)),
+           adds=("rest",), unsupported=(("branches", "what a token sees of the image is known to the forward of the image alone"),)),
     Family("Ovis2", ovis2, ovis2_processor, DECODER, "model.vision_tower.transformer.encoder.layers", "model.visual_embeddings_table",
            SIZES),
     Family("DeepSeek-VL", deepseek_vl, deepseek_vl_processor, DECODER, "model.vision_model.encoder.layers", "model.aligner", SIZES),
@@ -289,6 +289,7 @@ FAMILIES = (
     Family("Cohere 2 Vision", cohere2_vision, cohere2_vision_processor, DECODER, ENCODER, PROJECTOR, SIZES),
     Family("FastVLM", fast_vlm, fast_vlm_processor, DECODER, "model.vision_tower.encoder.stages.1.layers", PROJECTOR),
     Family("LFM2-VL", lfm2_vl, lfm2_vl_processor, DECODER, ENCODER, None, SIZES,
-           unsupported=(("projector", "it runs once for every image of a batch, so that it has no one output"),)),
+           unsupported=(("projector", "it runs once for every image of a batch, so that it has no one output"),
+                        ("branches", "layers with a convolution have no keys to continue from"))),
     Family("Granite 4 Vision", granite4_vision, granite4_vision_processor, DECODER, ENCODER, None, SIZES, adds=("between",)),
 )  # fmt: skip

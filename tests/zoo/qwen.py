@@ -96,7 +96,10 @@ def family(name: str, model: Callable[[], Any], processor: Callable[[], Any], **
                   **traits)  # fmt: skip
 
 
-GATED = (("values as mixed", "a gate multiplies what each head has mixed"),)
+GATED = (
+    ("values as mixed", "a gate multiplies what each head has mixed"),
+    ("branches", "layers with a recurrent state have no keys to continue from"),
+)
 
 FAMILIES = (
     family("Qwen2-VL", qwen2_vl, lambda: processor(Qwen2VLProcessor, HELPFUL + TEMPLATE)),

@@ -96,6 +96,7 @@ LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_n
 """DeepSeek's attention: keys and values, in large models queries too, are unfolded from short vectors."""
 UNFOLDED = (("keys and values", "unfolded together, at every step anew, from the short vectors that the cache holds"),)
 NO_SYSTEM = (("system prompt", "the chat template raises an error"),)
+ALIBI = (("branches", "its attention counts positions from the mask, which must then have two dimensions"),)
 CLIPPED = (("values as mixed", "the attention clips them after hook_v"),)
 
 
@@ -124,7 +125,7 @@ FAMILIES = (
     family("Falcon", FalconForCausalLM, UNGROUPED, blocks="transformer.h"),
     family("Falcon 40B", FalconForCausalLM, UNGROUPED | {"new_decoder_architecture": True, "num_kv_heads": 2}, blocks="transformer.h"),
     family("GPT-J", GPTJForCausalLM, UNGROUPED | {"n_positions": 512, "rotary_dim": 4}, blocks="transformer.h"),
-    family("BLOOM", BloomForCausalLM, UNGROUPED, blocks="transformer.h"),
+    family("BLOOM", BloomForCausalLM, UNGROUPED, blocks="transformer.h", unsupported=ALIBI),
     family("StableLM", StableLmForCausalLM, SMALL | ROTATED | {"use_qkv_bias": True, "qk_layernorm": True}, turns("<|ROLE|>\n", "</s>\n"),
            ROLES),
     family("StarCoder2", Starcoder2ForCausalLM, SMALL | {"sliding_window": 12}),

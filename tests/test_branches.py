@@ -1,0 +1,204 @@
+"""Branches of the last token against whole runs, in every family; what is kept between questions; and what can't branch."""
+
+import pytest
+import torch
+
+import guardlens as gl
+from guardlens import directions, errors, gates, presentations
+from guardlens import interventions as iv
+from guardlens.batches import Layout
+from guardlens.queries import text_only
+from guardlens.scores import kl, refusal_logodds
+from guardlens.sites import Site
+from tests.strategies import make_batch
+from tests.test_families import BY_NAME, a_push, asked, batch_of, close, loaded, pushing
+
+TEXTS = ["how to forge the badge ?", "please explain how to wash the hat .", "i want to push the radio ?", "tell me how to mend the fern ."]
+GREY = presentations.blank("grey", 32)
+
+
+@pytest.fixture(params=list(BY_NAME), scope="module")
+def name(request):
+    return request.param
+
+
+def plans_of(model):
+    """One that does nothing, one per layer, one of two layers, and one inside the attention where the family has that."""
+    push, layers = a_push(model), range(model.cfg.n_layers)
+    plans = [iv.nothing, *(pushing(push).at(layers=[layer]) for layer in layers), pushing(-push).at(layers=[0, model.cfg.n_layers - 1])]
+    inside = [point.layer for point in model.cfg.computed(False) if point.hook == "attn_out"]
+    return plans + ([pushing(push).at(hook="attn_out", layers=[inside[-1]])] if inside else [])
+
+
+class TestEveryFamily:
+    def test_branches_equal_whole_runs(self, name):
+        family, model = BY_NAME[name], loaded(name)
+        batch, plans, site = batch_of(family, model), plans_of(model), Site()
+        tiles = model.run(batch, plans, read=[site], layout="tile")
+        if family.lacks("branches"):
+            fallen_back = model.run(batch, plans, read=[site])
+            assert fallen_back.layout == "tile" and fallen_back.why
+            with pytest.raises(errors.PlanError, match="plans that can't run as branches: "):
+                model.run(batch, plans, layout="branch")
+            close(fallen_back.logits, tiles.logits)
+            return
+        branches = model.run(batch, plans, read=[site])
+        assert (branches.layout, branches.why) == ("branch", "")
+        close(branches.logits, tiles.logits)
+        close(branches.reads[site], tiles.reads[site])
+        assert (tiles.logits[1:-1] - tiles.logits[0]).flatten(1).abs().amax(1).min() > 1e-3
+
+    def test_asking_again_costs_nothing_of_what_is_kept(self, name):
+        family, model = BY_NAME[name], loaded(name)
+        if family.lacks("branches"):
+            return
+        batch, plans = batch_of(family, model), plans_of(model)
+        kept = model.prefill(batch)
+        first = model.run(kept, plans)
+        close(first.logits[0], kept.logits)
+        size = kept.bytes
+        assert torch.equal(model.run(kept, plans).logits, first.logits) and kept.bytes == size
+
+    def test_one_prompt_alone_and_text_alone(self, name):
+        family, model = BY_NAME[name], loaded(name)
+        shown, own = asked(family)
+        plans = plans_of(model)[:3]
+        for presentation in (own, text_only) if family.vision and not family.lacks("text alone") else (own,):
+            batch = model.batch(shown[2], presentation)
+            close(model.run(batch, plans).logits, model.run(batch, plans, layout="tile").logits)
+
+
+@pytest.fixture(scope="module")
+def batch(vlm):
+    return vlm.batch(TEXTS, GREY)
+
+
+@pytest.fixture(scope="module")
+def gated(vlm, basis):
+    """A text twin's component behind a gate that opens for some."""
+    states = vlm.run(vlm.batch(TEXTS), read=[Site()]).reads[Site()][0, :, 3] @ basis.at(3)[0]
+    return iv.replace(basis, iv.text_twin, gain=1.5).when(gates.harmful(basis, float(states.median()) + 1e-4)).at(layers=[3])
+
+
+def test_gates_twins_and_own_states_ride_along(vlm, batch, basis, gated):
+    plans = [
+        gated,
+        gated.placebo(),
+        gated.scaled(0.5),
+        iv.add(basis.truncate(1), 4.0).at(layers=[1]) >> iv.patch(basis, iv.State(layer=1)).at(layers=[5]),
+        iv.amplify(basis, 2.0).when(gates.harmful(basis, "midpoint")).during("always"),
+        iv.add(basis.truncate(1), 4.0).at(layers=[1], positions="all").during("decode"),
+    ]
+    branches, tiles = vlm.run(batch, plans), vlm.run(batch, plans, layout="tile")
+    assert branches.layout == "branch"
+    close(branches.logits, tiles.logits)
+    assert branches.verdicts.keys() == tiles.verdicts.keys() and len(tiles.verdicts) > 3
+    assert all(torch.equal(opened, tiles.verdicts[key]) for key, opened in branches.verdicts.items())
+    assert 0 < branches.verdicts[0, 0, 3].sum() < len(TEXTS)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_kernels_and_precisions(hf_vlm, processor, attention, dtype):
+    import copy
+
+    hf = copy.deepcopy(hf_vlm).to(dtype)
+    hf.set_attn_implementation(attention)
+    model = gl.load(hf, processor=processor)
+    batch, plans = model.batch(TEXTS, GREY), plans_of(model)
+    branches, tiles = model.run(batch, plans), model.run(batch, plans, layout="tile")
+    assert branches.layout == "branch"
+    if dtype == torch.float32:
+        close(branches.logits, tiles.logits)
+        return
+    exact = gl.load(hf_vlm, processor=processor).run(batch, plans, layout="tile").logits
+    noise = (tiles.logits.float() - exact).abs().max()
+    assert (branches.logits.float() - exact).abs().max() < 1.5 * noise
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "reason"),
+    [
+        (lambda basis: iv.amplify(basis).at(positions="all"), {}, "the positions 'all' are edited or read"),
+        (lambda basis: iv.amplify(basis).at(positions="image"), {}, "the positions 'image' are edited or read"),
+        (lambda basis: iv.patch(basis, iv.State(positions="instruction")), {}, "the positions 'instruction' are edited or read"),
+        (lambda basis: iv.amplify(basis), {"read": [Site(positions=(0, 3))]}, "the positions (0, 3) are edited or read"),
+        (lambda basis: iv.amplify(basis), {"logits": "all"}, "logits of all tokens are asked for"),
+        (lambda basis: iv.amplify(basis), {"new_tokens": 2}, "answers are generated"),
+    ],
+)
+def test_what_reaches_beyond_the_last_token_runs_as_tiles(vlm, batch, basis, plan, options, reason):
+    plans = [iv.nothing, plan(basis)]
+    run = vlm.run(batch, plans, **options)
+    assert (run.layout, run.why) == ("tile", reason)
+
+
+def test_a_batch_padded_on_the_right_runs_as_tiles(vlm, basis):
+    batch = vlm.batch(TEXTS, GREY, padding_side="right")
+    run = vlm.run(batch, [iv.nothing, iv.amplify(basis)])
+    assert run.why == "the batch is padded on the right"
+    close(run.logits, vlm.run(vlm.batch(TEXTS, GREY), [iv.nothing, iv.amplify(basis)]).logits)
+
+
+def test_an_error_in_an_edit_leaves_what_is_kept_whole(vlm, batch, basis):
+    kept, calls = vlm.prefill(batch), []
+
+    def fail(states, context):
+        calls.append(context.layer)
+        raise RuntimeError("mine")
+
+    expected = vlm.run(kept, [iv.nothing, iv.amplify(basis)]).logits
+    with pytest.raises(RuntimeError, match="mine"):
+        vlm.run(kept, [iv.nothing, iv.custom(fail).at(layers=[4])])
+    assert calls == [4]
+    assert torch.equal(vlm.run(kept, [iv.nothing, iv.amplify(basis)]).logits, expected)
+
+
+def test_a_layout_refuses_tokens_that_it_does_not_have():
+    batch = make_batch((3, 5))
+    branch = Layout.branch(2, 5, 3)
+    assert branch.find(1, batch.select("last")).columns.tolist() == [1, 1]
+    with pytest.raises(errors.PlanError, match=r"8 chosen tokens of which 2 are computed in the layout 'branch'"):
+        branch.find(0, batch.select("all"))
+
+
+@pytest.fixture(scope="module")
+def organism():
+    return gl.load("organism")
+
+
+class TestKept:
+    def test_the_text_twin_runs_once_however_many_plans_ask(self, vlm, batch, gated, basis, monkeypatch):
+        runs, real = [], type(vlm)._run_tiles
+
+        def note(self, batch, *rest, **options):
+            runs.append(batch.presentation.name)
+            return real(self, batch, *rest, **options)
+
+        monkeypatch.setattr(type(vlm), "_run_tiles", note)
+        kept = vlm.prefill(batch)
+        runs.clear()
+        for layer in range(8):
+            vlm.run(kept, [iv.replace(basis, iv.text_twin).at(layers=[layer]), gated.scaled(0.5)])
+        assert len(runs) == 1
+
+    def test_sweeps_of_kept_prompts_are_sweeps(self, organism):
+        ssd = directions.ssd(gl.collect(organism, gl.organism.pairs(), progress=False))
+        queries, guard = gl.organism.queries("validation")[:10], iv.replace(ssd, iv.text_twin)
+        prompts = gl.keep(organism, queries, GREY, batch_size=4, progress=False)
+        assert (len(prompts), len(prompts.parts), prompts.bytes > 0) == (10, 3, True)
+        options = {"scores": [refusal_logodds, kl], "strengths": [0.5, 1.0], "progress": False}
+        again = gl.sweep(organism, guard, prompts, **options)
+        once = gl.sweep(organism, guard, queries, GREY, **options)
+        assert again.facts["layout"] == once.facts["layout"] == ["branch"]
+        assert again.facts["presentation"] == "blank grey"
+        torch.testing.assert_close(torch.tensor(again.columns["value"]), torch.tensor(once.columns["value"]), atol=1e-4, rtol=0)
+        everywhere = gl.sweep(organism, guard.at(positions="all"), prompts, layers=[2], progress=False)
+        assert everywhere.facts["layout"] == ["tile: the positions 'all' are edited or read"]
+
+    def test_those_of_another_model_or_presentation_are_refused(self, vlm, organism):
+        prompts = gl.keep(vlm, TEXTS, GREY, progress=False)
+        with pytest.raises(errors.MismatchError, match="prompts kept by"):
+            gl.sweep(organism, iv.custom(lambda states, context: states), prompts, progress=False)
+        with pytest.raises(errors.MismatchError, match="those of 'noise'"):
+            gl.sweep(vlm, iv.custom(lambda states, context: states), prompts, presentations.noise(), progress=False)
