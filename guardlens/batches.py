@@ -24,6 +24,7 @@ class Batch:
         mask: Real tokens (not padding).
         image: Tokens whose embedding comes from an image.
         instruction: Tokens of the query's own text.
+        pictures: Digest of each prompt's images, by which prompts beside the same picture are known; empty where nobody asked.
     """
 
     queries: tuple[Query, ...]
@@ -32,6 +33,7 @@ class Batch:
     mask: Bool[Tensor, "query seq"]
     image: Bool[Tensor, "query seq"]
     instruction: Bool[Tensor, "query seq"]
+    pictures: tuple[str, ...] = ()
 
     @property
     def beside_image(self) -> bool:
@@ -42,6 +44,22 @@ class Batch:
     def padded_right(self) -> bool:
         """Whether some row ends in padding."""
         return not bool(self.mask[:, -1].all())
+
+    @property
+    def common_start(self) -> int:
+        """How many first tokens all prompts share, images included; one token of each is left at least.
+
+        It never ends inside an image, nor behind images that differ.
+        """
+        width, shortest = self.mask.shape[1], int(self.mask.sum(1).min())
+        columns = width - self.mask.sum(1, keepdim=True) + torch.arange(width, device=self.mask.device)
+        columns = (
+            columns.clamp_max(width - 1) if not self.padded_right else torch.arange(width, device=self.mask.device).expand_as(self.mask)
+        )
+        ids, image = (values.gather(1, columns) for values in (self.inputs["input_ids"], self.image))
+        shared = int((ids == ids[:1]).all(0)[: shortest - 1].long().cumprod(0).sum())
+        alike = len(set(self.pictures)) == 1 and not image[:, shared:].any()
+        return shared if alike or not image.any() else min(shared, int(image.any(0).long().argmax()))
 
     def select(self, positions: Positions) -> Bool[Tensor, "query seq"]:
         """The tokens that `positions` names, padding never among them.
@@ -139,6 +157,10 @@ class Layout:
         column = (here + mask.shape[1] - lengths[:, None]).clamp_max(mask.shape[1] - 1)
         lane = torch.where(here < lengths[:, None], 0, HOLE)
         return cls("plain", 1, torch.arange(len(mask), device=mask.device), column, lane)
+
+    def covers(self, chosen: Bool[Tensor, "query seq"]) -> bool:
+        """Whether every chosen token is there in lane 0."""
+        return int((self.gather(chosen) & (self.lane == 0)).sum()) == int(chosen.sum())
 
     def gather(self, values: Shaped[Tensor, "query seq"]) -> Shaped[Tensor, "row width"]:
         """The batch's values at the physical tokens."""

@@ -11,7 +11,8 @@ from guardlens.activations import Activations
 from guardlens.directions import Directions
 from guardlens.errors import MismatchError
 from guardlens.intervals import Interval, percentile, resample_counts
-from guardlens.queries import Query, require_labels
+from guardlens.queries import WITHOUT_IMAGES, Query, require_labels
+from guardlens.sites import require_same_space
 from guardlens.storage import require_same_model
 from guardlens.tables import Frame, Table
 
@@ -61,7 +62,7 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
 
     Raises:
         QueryError: A label is missing, or there is only one class.
-        MismatchError: Other queries, other layers, another width, or directions of another model.
+        MismatchError: The LLM's run shows an image; other queries, hook, layers or width; or directions of another model or hook.
         NumericsError: Too few groups of queries for five folds.
     """
     runs = [llm, *([vlm] if isinstance(vlm, Activations) else vlm)]
@@ -69,6 +70,7 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
     require_same_model(
         f"the directions {directions.method!r}", directions.provenance.model, *(run.provenance.model for run in (llm, *runs))
     )
+    _require_text(llm)
     for run in runs:
         _require_comparable(llm, run, directions)
     groups = np.array([_group(query) for query in llm.queries])
@@ -157,8 +159,20 @@ def _name(run: Activations, llm: Activations) -> str:
     return f"{'LLM' if run is llm else 'VLM'}, {run.presentation}"
 
 
+def _require_text(llm: Activations) -> None:
+    """Presentations that show an image begin with its kind."""
+    if llm.presentation.split()[0] in ("blank", "noise", "own") and not llm.presentation.endswith(WITHOUT_IMAGES):
+        raise MismatchError(
+            f"the run {llm.presentation!r} in the LLM's place",
+            "the run without an image first",
+            "compare(collect(model.llm, queries), collect(model, queries, presentation), directions)",
+        )
+
+
 def _require_comparable(llm: Activations, run: Activations, directions: Directions) -> None:
+    require_same_space(f"the directions {directions.method!r}", directions.hook, run.hook)
     for what, here, there in (
+        ("hook", run.hook, llm.hook),
         ("queries", [query.id for query in run.queries], [query.id for query in llm.queries]),
         ("layers", list(run.layers), list(llm.layers)),
         ("width", run.d_model, directions.d_model),

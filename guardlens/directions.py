@@ -10,7 +10,12 @@ from torch import Tensor
 from guardlens.activations import Activations
 from guardlens.errors import MismatchError, NumericsError, SiteError
 from guardlens.queries import require_labels
+from guardlens.sites import require_same_space
 from guardlens.storage import Provenance, digest, load_tensors, save_tensors
+
+
+ORTHONORMAL = 1e-2
+"""How far the products of rows may be from 0 and 1: as far as bfloat16 rounds them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +23,7 @@ class Directions:
     """A basis of `rank` directions in each layer, the harmful side positive.
 
     Attributes:
-        vectors: Orthonormal rows.
+        vectors: Orthonormal rows (zero where there is no direction: at a layer at which no query differs from another).
         layers: The layer of each index of the first axis; None for a single basis that serves every layer.
         harmful_mean: Mean state of the harmful queries.
         harmless_mean: Mean state of the harmless queries.
@@ -26,6 +31,10 @@ class Directions:
         method: How they were made.
         hook: The hook that they were read at.
         provenance: Whose they are; another model refuses them.
+
+    Raises:
+        MismatchError: Other than one basis per layer.
+        NumericsError: Rows that are not orthonormal.
     """
 
     vectors: Float[Tensor, "layer rank d_model"]
@@ -40,6 +49,14 @@ class Directions:
     def __post_init__(self) -> None:
         if len(self.vectors) != (1 if self.layers is None else len(self.layers)):
             raise MismatchError(f"{len(self.vectors)} bases for the layers {self.layers}", "one basis per layer", "index both together")
+        products = self.vectors.double() @ self.vectors.double().transpose(1, 2)
+        off = products - torch.diag_embed((products.diagonal(dim1=1, dim2=2) > 0).double())
+        if off.numel() and not off.abs().max() < ORTHONORMAL:
+            raise NumericsError(
+                f"directions whose products are {off.abs().max():.2g} off those of orthonormal ones",
+                "unit vectors at right angles in each layer",
+                "make them with directions.from_vectors, which normalises",
+            )
 
     @property
     def rank(self) -> int:
@@ -87,8 +104,9 @@ class Directions:
         """Each state's coordinates along the directions of its layer.
 
         Raises:
-            MismatchError: Another width.
+            MismatchError: Another width, or states of another space.
         """
+        require_same_space(f"the directions {self.method!r}", self.hook, activations.hook)
         if activations.d_model != self.d_model:
             raise MismatchError(
                 f"states of width {activations.d_model}", f"width {self.d_model}, the directions' own", "use one model for both"

@@ -1,9 +1,8 @@
 """`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -14,16 +13,16 @@ from torch import Tensor
 from guardlens.activations import ActivationCache
 from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprint
 from guardlens.batches import Batch, Layout
+from guardlens.engine import Engine
 from guardlens.errors import GuardlensError, MismatchError, PlanError
 from guardlens.interventions import Context, Custom, Intervention, Step, nothing
-from guardlens.prefixes import Prefill, prefill
-from guardlens.program import Held, Tap, compile_taps, required_runs, site_of
+from guardlens.prefixes import Prefill, Prefix, prefill, prefill_after, prefix_of
+from guardlens.program import Held, compile_taps, required_runs, site_of
 from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise
 from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, text_only
 from guardlens.runs import Run, agree, at_last, reads_of
-from guardlens.sites import Site
+from guardlens.sites import Positions, Site
 from guardlens.storage import Provenance, digest
-from guardlens.trace_driver import drive, wrap
 from guardlens.verbs import HookFunction, NamesFilter, cache_taps, hook_taps
 
 Queries = str | Query | QueryPairs | Sequence[str | Query]
@@ -69,8 +68,8 @@ class HookedModel:
         return find(self.hf, self.names)
 
     @cached_property
-    def _wrapped(self) -> Any:
-        return wrap(self.hf)
+    def _engine(self) -> Engine:
+        return Engine(self.hf, self.cfg)
 
     @property
     def tokenizer(self) -> Any:
@@ -110,18 +109,19 @@ class HookedModel:
         prompts = [presentation(query) for query in items]
         require_showable(items, prompts, presentation, self.processor, self.sees_images)
         inputs = tokenise(self.processor, prompts, padding_side, self.sees_images)
-        if missing := self._required - set(inputs):
-            raise needs_image(type(self._inner).__name__, f"it needs {', '.join(sorted(missing))}")
+        if missing := self._engine.required - set(inputs):
+            raise needs_image(type(self._engine.inner).__name__, f"it needs {', '.join(sorted(missing))}")
         mask = inputs["attention_mask"].bool()
         image = inputs["input_ids"] == self.cfg.image_token_id if self.sees_images else torch.zeros_like(mask)
         instruction = instruction_mask(self.processor, prompts, inputs["input_ids"], self.sees_images)
-        if image.any() and "mm_token_type_ids" in self._parameters:
+        if image.any() and "mm_token_type_ids" in self._engine.parameters:
             inputs.setdefault("mm_token_type_ids", image.long())  # some processors only make them when asked
         if self._needs_positions:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         device = self.hf.device
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        return Batch(items, presentation, inputs, mask.to(device), image.to(device), instruction.to(device))
+        pictures = tuple(digest(*(bytes for image in prompt.images for bytes in _described(image))) for prompt in prompts)
+        return Batch(items, presentation, inputs, mask.to(device), image.to(device), instruction.to(device), pictures)
 
     def run(
         self,
@@ -134,6 +134,7 @@ class HookedModel:
         seed: int | None = None,
         generation: Mapping[str, Any] = MappingProxyType({}),
         layout: Literal["auto", "branch", "tile"] = "auto",
+        prefix: Prefix | None = None,
     ) -> Run:
         """Run one or several plans over a batch; each plan is a lane.
 
@@ -150,6 +151,7 @@ class HookedModel:
             generation: Options of transformers' `generate`; greedy without any.
             layout: How several plans share a forward: as branches of the last token, as tiles (a copy of the batch each), or as branches
                 where they can.
+            prefix: What `share` gave for prompts that begin alike; a run of one plan that looks behind it continues from it.
 
         Raises:
             MismatchError: A plan was made for another model.
@@ -164,33 +166,90 @@ class HookedModel:
         lanes = [plan.to(self.hf.device) for plan in lanes]
         why = self.unbranchable(kept or batch, lanes, read, logits, new_tokens) if layout != "tile" else "tiles were asked for"
         if not why and (kept or len(lanes) > 1 or layout == "branch"):
-            kept = kept or self.prefill(batch)
+            kept = kept or self.prefill(batch, prefix)
             why = kept.flaw
             if not why:
                 return self._run_branches(kept, lanes, read, logits)
         if layout == "branch":
             raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the last token", 'choose layout="auto"')
+        if len(lanes) == 1 and not new_tokens and (shared := self._follows(prefix, batch, lanes[0], read, logits)) is not None:
+            return self._run_suffixes(shared, batch, lanes[0], read, logits)
         return replace(self._run_tiles(batch, lanes, read, logits, new_tokens, seed, generation), why=why)
 
-    def prefill(self, batch: Batch) -> Prefill:
+    def prefill(self, batch: Batch, prefix: Prefix | None = None) -> Prefill:
         """Run prompts unedited and keep their keys and values, so that whatever is asked of their last token costs that token alone.
 
         The first one of a model is checked: two branches without an edit and one with an edit must give what whole runs give. Where they
         don't (a recurrent layer, a prefix that looks ahead), `Prefill.flaw` says so, and plans run as tiles.
+
+        Args:
+            batch: The prompts.
+            prefix: What `share` gave for prompts that begin alike; it is used if these do.
         """
-        if not self._flaw:
-            try:
-                made = prefill(self.hf.get_submodule(self.cfg.decoder), self._text_config, batch, self._last_logits)
-                self._memo["flaw"] = self._flaw_of(made)
-                if not self._flaw:
-                    return made
-            except GuardlensError:
-                raise
-            except Exception as error:  # a foreign model or cache may fail in any way, and the table must say so
-                self._memo["flaw"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        plain = self._run_tiles(batch, [nothing], (), "last").logits
-        assert plain is not None
-        return Prefill(batch, None, {}, batch.mask.new_zeros(1, len(batch.queries), 1).long(), plain[0], flaw=self._flaw)
+        shared = prefix.begins(batch) if prefix is not None else None
+        made = self._tried("branches", partial(self._prefilled, batch, shared))
+        if made is None:
+            plain = self._run_tiles(batch, [nothing], (), "last").logits
+            assert plain is not None
+            made = Prefill(batch, None, {}, batch.mask.new_zeros(1, len(batch.queries), 1).long(), plain[0], flaw=self._flaws["branches"])
+        return made
+
+    def share(self, batch: Batch) -> Prefix | None:
+        """What the prompts of a batch begin with alike, computed once; None where it would not save `WORTH` tokens.
+
+        The first one of a model is checked: prompts that continue from it must have the states that they have on their own.
+        """
+        length = 0 if batch.padded_right else batch.common_start
+        if (len(batch.queries) - 1) * length < WORTH:
+            return None
+        return self._tried("prefixes", partial(self._prefix, batch, length))
+
+    def _prefilled(self, batch: Batch, prefix: Prefix | None) -> Prefill:
+        engine = self._engine
+        if prefix is None:
+            made = prefill(engine.decoder, engine.config, batch, engine.last_logits)
+        else:
+            made = prefill_after(prefix, engine.config, batch, self.hf.dtype, lambda inputs, at: engine.continued(inputs, (), batch, at=at))
+        unedited = self._run_branches(made, [nothing, nothing], (), "last").logits
+        _require_agreement(unedited, made.logits, "branches without an edit differ from the plain run")
+        if "branches" not in self._flaws:
+            edited = self._run_branches(made, [_PUSH, nothing, _PUSH], (), "last").logits
+            whole = self._run_tiles(batch, [_PUSH], (), "last").logits
+            assert edited is not None and whole is not None
+            _require_agreement(edited[::2], whole[0], "an edited branch differs from an edited run")
+            _require_agreement(edited[1:2], made.logits, "an edited branch changes the one beside it")
+        return made
+
+    def _prefix(self, batch: Batch, length: int) -> Prefix:
+        first = self.batch(batch.queries[:1], batch.presentation)
+        prefix = prefix_of(self._engine.decoder, first, length, self._engine.last_logits)
+        if "prefixes" not in self._flaws:
+            two, site = self.batch(batch.queries[:2], batch.presentation), Site()
+            shared = prefix.begins(two)
+            assert shared is not None
+            mine = self._run_suffixes(shared, two, nothing, [site], None).reads[site]
+            whole = self._run_tiles(two, [nothing], [site], None).reads[site]
+            _require_agreement(mine, whole[0], "prompts that continue from a common beginning have other states than on their own")
+        return prefix
+
+    def _tried(self, what: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, or None if it once gave something wrong, or failed, on this model; why is noted."""
+        if self._flaws.get(what):
+            return None
+        try:
+            made = make()
+        except (GuardlensError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a foreign model or cache may fail in any way, and the table must say so
+            self._flaws[what] = str(error) if isinstance(error, _Disagreement) else f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+        self._flaws.setdefault(what, "")
+        return made
+
+    @cached_property
+    def _flaws(self) -> dict[str, str]:
+        """What was found out when the model first ran branches, or prompts from a common prefix."""
+        return {}
 
     def _run_tiles(
         self,
@@ -206,10 +265,11 @@ class HookedModel:
         taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, self._held(batch, lanes))
         run, tokens, by_lane = replace(batch, inputs=layout.spread(batch.inputs, self.cfg.packed)), None, None
         if new_tokens:
-            tokens = self._generate(run, taps, new_tokens, seed, generation).unflatten(0, (len(lanes), -1))
+            options = {"pad_token_id": self._pad_token_id, **generation}
+            tokens = self._engine.generate(run, taps, new_tokens, seed, options).unflatten(0, (len(lanes), -1))
         else:
             # On the left, every row ends in its last token, and the unembedding of all others can be skipped.
-            raw = self._forward(run, taps, None if logits is None else int(logits == "last" and not batch.padded_right))
+            raw = self._engine.forward(run, taps, None if logits is None else int(logits == "last" and not batch.padded_right))
             by_lane = None if raw is None else raw.unflatten(0, (len(lanes), -1))
         reads = reads_of(record, read, batch, self.cfg.n_layers)
         by_lane = at_last(by_lane, batch) if by_lane is not None and logits == "last" else by_lane
@@ -219,11 +279,19 @@ class HookedModel:
         batch = kept.batch
         layout = Layout.branch(len(batch.queries), batch.mask.shape[1], len(lanes), batch.mask.device)
         taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, self._held(batch, lanes, kept.held))
-        call = self._continue if logits else self._decoder
         with kept.kept():
-            raw = self._drive(call, kept.branches(len(lanes), self.hf.dtype), taps, batch)
+            raw = self._engine.continued(kept.branches(len(lanes), self.hf.dtype), taps, batch, logits=logits is not None)
         reads = reads_of(record, read, batch, self.cfg.n_layers)
         by_lane = at_last(raw.transpose(0, 1)[:, :, None], batch) if logits else None
+        return Run(reads, by_lane, None, record.verdicts, layout.name)
+
+    def _run_suffixes(self, prefix: Prefix, batch: Batch, plan: Intervention, read: Sequence[Site], logits: str | None) -> Run:
+        layout = Layout.suffix(batch.mask, len(prefix))
+        taps, record = compile_taps([plan], read, layout, batch, self.cfg.n_layers, self._held(batch, [plan]))
+        at = (layout.lane == 0).sum(1) - 1
+        raw = self._engine.continued(prefix.continued(batch, layout), taps, batch, at=at, logits=logits is not None)
+        reads = reads_of(record, read, batch, self.cfg.n_layers)
+        by_lane = at_last(raw[None, :, None], batch) if logits else None
         return Run(reads, by_lane, None, record.verdicts, layout.name)
 
     def unbranchable(
@@ -235,46 +303,38 @@ class HookedModel:
         new_tokens: int = 0,
     ) -> str:
         """Why a run of these plans can't share all but the last token of its prompts; empty if it can."""
-        steps = [step for plan in plans for step in plan.steps if step.phase != "decode"]
-        sites = [*(step.site for step in steps), *read]
-        asked = [state for step in steps for state in step.requires if state.run is None]
-        elsewhere = next((place.positions for place in (*sites, *asked) if place.positions != "last"), None)
+        flaw, batch = (batch.flaw, batch.batch) if isinstance(batch, Prefill) else ("", batch)
+        elsewhere = next((positions for positions in _positions(plans, read) if positions != "last"), None)
+        reasons = {
+            **self._behind_a_cache(batch, plans, read, logits, new_tokens),
+            f"the positions {elsewhere!r} are edited or read": elsewhere is not None,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), flaw)
+
+    def _behind_a_cache(
+        self, batch: Batch, plans: Sequence[Intervention], read: Sequence[Site], logits: str | None, new_tokens: int
+    ) -> dict[str, bool]:
+        """What a run of the decoder behind a cache can't do -> whether it is asked for."""
+        sites = [*(step.site for plan in plans for step in plan.steps), *read]
         within = f"{self.cfg.decoder}."
         paths = [(site.hook, self.cfg.locate(point).path) for site in sites for point in site.points(self.cfg.n_layers)[:1]]
         outside = next((hook for hook, path in paths if hook != "unembed" and not path.startswith(within)), None)
-        reasons = {
+        return {
             "answers are generated": new_tokens > 0,
             "logits of all tokens are asked for": logits == "all",
-            "the batch is padded on the right": (batch.batch if isinstance(batch, Prefill) else batch).padded_right,
-            f"the positions {elsewhere!r} are edited or read": elsewhere is not None,
+            "the batch is padded on the right": batch.padded_right,
             f"the hook {outside} is outside of the decoder": outside is not None,
         }
-        return next((reason for reason, holds in reasons.items() if holds), batch.flaw if isinstance(batch, Prefill) else "")
 
-    def _flaw_of(self, made: Prefill) -> str:
-        """Whether branches give what whole runs give: unedited always, and edited when the model's first are made."""
-        unedited = self._run_branches(made, [nothing, nothing], (), "last").logits
-        assert unedited is not None
-        if not agree(unedited, made.logits):
-            return "branches without an edit differ from the plain run"
-        if "flaw" not in self._memo:
-            push = _PUSH
-            edited, whole = (
-                self._run_branches(made, [nothing, push], (), "last").logits,
-                self._run_tiles(made.batch, [push], (), "last").logits,
-            )
-            if edited is None or whole is None or not agree(edited[1], whole[0]) or not agree(edited[0], made.logits):
-                return "an edited branch differs from an edited run"
-        return ""
-
-    @cached_property
-    def _memo(self) -> dict[str, str]:
-        """What was found out about the model when it was first used so."""
-        return {}
-
-    @property
-    def _flaw(self) -> str:
-        return self._memo.get("flaw", "")
+    def _follows(self, prefix: Prefix | None, batch: Batch, plan: Intervention, read: Sequence[Site], logits: str | None) -> Prefix | None:
+        """As much of a prefix as this run can continue from: what it edits and reads must come after that."""
+        shared = prefix.begins(batch) if prefix is not None else None
+        if shared is None or any(self._behind_a_cache(batch, [plan], read, logits, 0).values()):
+            return None
+        if any(site.hook == "unembed" for site in (*(step.site for step in plan.steps), *read)):
+            return None
+        layout = Layout.suffix(batch.mask, len(shared))
+        return shared if all(layout.covers(batch.select(positions)) for positions in _positions([plan], read)) else None
 
     def run_with_cache(
         self, queries: Queries | Batch, presentation: Presentation = text_only, *, names_filter: NamesFilter = None
@@ -291,9 +351,9 @@ class HookedModel:
             SiteError: Unknown hook name (the closest is suggested), or a value that the run did not compute.
         """
         batch = queries if isinstance(queries, Batch) else self.batch(queries, presentation)
-        computed = [p for p in self.cfg.computed(batch.beside_image) if p.hook != "pattern" or self._eager]
+        computed = [p for p in self.cfg.computed(batch.beside_image) if p.hook != "pattern" or self._engine.eager]
         taps, kept = cache_taps(self.cfg, names_filter, computed)
-        logits = self._forward(batch, taps)
+        logits = self._engine.forward(batch, taps)
         return logits, ActivationCache(kept, self.cfg.n_layers, self.to_logits, self.cfg.residual_scale)
 
     def run_with_hooks(
@@ -315,7 +375,7 @@ class HookedModel:
             SiteError: Unknown hook name; the closest is suggested.
         """
         batch = queries if isinstance(queries, Batch) else self.batch(queries, presentation)
-        return self._forward(batch, hook_taps(self.cfg, fwd_hooks))
+        return self._engine.forward(batch, hook_taps(self.cfg, fwd_hooks))
 
     def to_logits(self, states: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape vocab"]:
         """The residual stream through final norm and unembedding: the logit lens of any layer, the model's own logits for the last."""
@@ -359,71 +419,7 @@ class HookedModel:
         kind = "VLM" if self.sees_images else "LLM"
         beside = f", beside {self.separate_llm.name!r}" if self.separate_llm else ""
         sizes = f"{self.cfg.n_layers} layers, d_model {self.cfg.d_model}"
-        return f"HookedModel({self.name!r}: {type(self._inner).__name__}, {kind}, {sizes}{beside})"
-
-    @cached_property
-    def _inner(self) -> Any:
-        """The model itself, where an adapter (PEFT) is around it."""
-        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
-
-    @property
-    def _text_config(self) -> Any:
-        return self._inner.config.get_text_config(decoder=True)
-
-    @property
-    def _eager(self) -> bool:
-        return self._text_config._attn_implementation == "eager"
-
-    def _forward(self, batch: Batch, taps: list[Tap], keep: int | None = 0) -> Any:
-        """Logits of a forward: at all tokens (`keep` 0), at the last (1), or none (None; the unembedding is then skipped)."""
-        trunk = self._inner.base_model
-        inputs = {**batch.inputs, "use_cache": False}
-        if keep is None and trunk is not self._inner:
-            self._drive(trunk, inputs, taps, batch)
-            return None
-        if "logits_to_keep" in self._parameters:
-            inputs["logits_to_keep"] = 0 if self._need_all_tokens(taps) else keep or 0
-        logits = self._drive(self.hf, inputs, taps, batch).logits
-        return None if keep is None else logits[:, -keep:]
-
-    def _last_logits(self, inputs: dict[str, Any]) -> Tensor:
-        """The unedited logits at the last column."""
-        if "logits_to_keep" in self._parameters:
-            inputs = {**inputs, "logits_to_keep": 0 if self.cfg.narrows else 1}
-        with torch.no_grad():
-            return self._inner(**inputs).logits[:, -1]
-
-    def _decoder(self, **inputs: Any) -> Tensor:
-        """The final normed states of the decoder alone."""
-        return self.hf.get_submodule(self.cfg.decoder)(**inputs)[0]
-
-    def _continue(self, **inputs: Any) -> Tensor:
-        """The logits of the decoder alone."""
-        return self.cfg.finish(self.hf.get_submodule(self.cfg.unembed)(self._decoder(**inputs)))
-
-    def _need_all_tokens(self, taps: Sequence[Tap]) -> bool:
-        """Whether a tap looks where the model would leave out tokens whose logits are not asked for."""
-        return self.cfg.narrows or any(tap.point.hook == "unembed" for tap in taps)
-
-    def _generate(self, batch: Batch, taps: list[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any]) -> Tensor:
-        if batch.padded_right:
-            raise PlanError("a batch padded on the right", "padding on the left for generation", "make it with padding_side='left'")
-        if several := next((name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) != 1), None):
-            raise PlanError(f"{several}={options[several]}", "one answer per prompt", "hand in the query several times, or several seeds")
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad, **options}
-        if self._need_all_tokens(taps):
-            settings["logits_to_keep"] = 0
-        if not settings.get("use_cache", True):
-            taps = [replace(tap, decode=True) for tap in taps]
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            tokens = self._drive(self.hf.generate, {**batch.inputs, **settings}, taps, batch, new_tokens)
-        return tokens[:, batch.mask.shape[1] :]
-
-    def _drive(self, call: Callable[..., Any], inputs: dict[str, Any], taps: Sequence[Tap], batch: Batch, steps: int = 1) -> Any:
-        return drive(self._wrapped, self.cfg, call, inputs, taps, beside_image=batch.beside_image, steps=steps)
+        return f"HookedModel({self.name!r}: {type(self._engine.inner).__name__}, {kind}, {sizes}{beside})"
 
     def _held(self, batch: Batch, plans: Sequence[Intervention], known: dict[Any, Tensor] | None = None) -> Held:
         """The states that the plans need of other presentations' runs: one unedited forward per presentation.
@@ -461,21 +457,31 @@ class HookedModel:
             for point in site.points(self.cfg.n_layers):
                 self.cfg.locate(point)
 
-    @cached_property
-    def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        """What the model's forward takes."""
-        return inspect.signature(self._inner.forward).parameters
-
-    @cached_property
-    def _required(self) -> set[str]:
-        """The inputs that it can't do without."""
-        named = {name for name, p in self._parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-        return named - {"self"}  # shown by modules that were copied after nnsight had wrapped them
+    @property
+    def _pad_token_id(self) -> int | None:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id
 
     @cached_property
     def _needs_positions(self) -> bool:
         """Learned positions would count padding; VLMs work theirs out themselves (2-D ones would break M-RoPE)."""
-        return not self.sees_images and "position_ids" in self._parameters
+        return not self.sees_images and "position_ids" in self._engine.parameters
+
+
+class _Disagreement(Exception):
+    """A cheaper way to compute something gave something else."""
+
+
+def _require_agreement(mine: Tensor | None, expected: Tensor, what: str) -> None:
+    if mine is None or not agree(mine, expected):
+        raise _Disagreement(what)
+
+
+def _positions(plans: Sequence[Intervention], read: Sequence[Site]) -> list[Positions]:
+    """Where a run's edits write in the prompt, and where its reads and own states look."""
+    steps = [step for plan in plans for step in plan.steps if step.phase != "decode"]
+    own = [state.positions for step in steps for state in step.requires if state.run is None]
+    return [*(step.site.positions for step in steps), *(site.positions for site in read), *own]
 
 
 def _pushed(states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
@@ -486,3 +492,11 @@ def _pushed(states: Float[Tensor, "state d"], context: Context) -> Float[Tensor,
 
 _PUSH = Intervention((Step(Custom(_pushed), Site(layers=(0,))),))
 """What shows whether an edited branch gives what an edited run gives: a push as long as the state itself."""
+
+
+def _described(image: Any) -> tuple[bytes, bytes]:
+    return repr((image.mode, image.size)).encode(), image.tobytes()
+
+
+WORTH = 256
+"""Tokens that a shared prefix must save in a batch to be computed apart."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from guardlens.batches import Batch
+from guardlens.batches import Batch, Layout
 
 Seen = dict[str, Bool[Tensor, "query 1 1 column"]] | Bool[Tensor, "query 1 1 column"]
 """Which columns of the cache the last token sees; by type of layer where a family has several."""
@@ -27,24 +27,49 @@ class Prefix:
 
     Attributes:
         ids: Its tokens.
-        picture: Digest of the images in it; empty without any.
+        picture: Digest of the images in it.
         cache: Keys and values, in one row.
-        position: Of the token that follows, in as many dimensions as the family counts.
+        positions: Of its tokens and of the one that follows, in as many dimensions as the family counts.
     """
 
     ids: Int[Tensor, "column"]
     picture: str
     cache: Any
-    position: Num[Tensor, "*dimension 1 1"]
+    positions: Num[Tensor, "*dimension 1 column+1"]
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self, number: int) -> Any:
-        """The keys and values for so many prompts; the prefix itself stays as it is."""
+    def begins(self, batch: Batch) -> "Prefix | None":
+        """As much of it as all prompts of a batch begin with; None if that is nothing, or less than its images."""
+        length = min(len(self), batch.common_start)
+        first = batch.inputs["input_ids"][0][batch.mask[0]][:length]
+        same = int((first == self.ids[:length]).long().cumprod(0).sum())
+        beyond = bool(batch.image[0][batch.mask[0]][same:].any())
+        if not same or beyond or batch.pictures[:1] != (self.picture,):
+            return None
+        return self if same == len(self) else self.cut(same)
+
+    def cut(self, length: int) -> "Prefix":
+        """Its first tokens."""
         cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(number)
-        return cache
+        cache.crop(length - len(self))
+        return Prefix(self.ids[:length], self.picture, cache, self.positions[..., : length + 1])
+
+    def continued(self, batch: Batch, layout: Layout) -> dict[str, Any]:
+        """What the decoder takes for the rest of a batch's prompts. The prefix itself stays as it is."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(len(batch.queries))
+        rows, width = layout.column.shape
+        here = torch.arange(width, device=self.positions.device)
+        position = self.positions[..., -1:] + here
+        return {
+            "input_ids": layout.gather(batch.inputs["input_ids"]),
+            "attention_mask": torch.cat([torch.ones_like(layout.lane[:, :1]).expand(-1, len(self)), (layout.lane == 0).long()], dim=1),
+            "position_ids": position.expand(*position.shape[:-2], rows, width),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,3 +194,42 @@ def prefill(decoder: Any, config: Any, batch: Batch, call: Callable[[dict[str, A
     seen = last_row(config, batch.mask, cache, 1, torch.zeros_like(batch.mask[:, 0], dtype=torch.long), logits.dtype)
     seen = {kind: row[..., :-1] for kind, row in seen.items()} if isinstance(seen, dict) else seen[..., :-1]
     return Prefill(batch, cache, seen, position.expand(*position.shape[:-2], queries, 1), logits)
+
+
+def prefix_of(decoder: Any, batch: Batch, length: int, call: Callable[[dict[str, Any]], Tensor]) -> Prefix:
+    """The first tokens of one prompt, computed.
+
+    Args:
+        decoder: The language model's stack of blocks.
+        batch: The prompt.
+        length: How many tokens.
+        call: Runs the model on inputs.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    with positions(decoder) as found:
+        call({**batch.inputs, "past_key_values": cache, "use_cache": True})
+    cache.crop(length - batch.mask.shape[1])
+    given = torch.arange(length + 1, device=batch.mask.device)[None] if found["given"] is None else found["given"]
+    return Prefix(batch.inputs["input_ids"][0, :length], batch.pictures[0], cache, given[..., :1, : length + 1])
+
+
+def prefill_after(
+    prefix: Prefix, config: Any, batch: Batch, dtype: torch.dtype, call: Callable[[dict[str, Any], Int[Tensor, "query"]], Tensor]
+) -> Prefill:
+    """As `prefill`, from a prefix on.
+
+    Args:
+        prefix: What all prompts begin with.
+        config: Of the language model.
+        batch: The prompts.
+        dtype: Of the model.
+        call: Runs the decoder on inputs and gives the logits of each row at a column, `query vocab`.
+    """
+    layout = Layout.suffix(batch.mask, len(prefix))
+    inputs, at = prefix.continued(batch, layout), (layout.lane == 0).sum(1) - 1
+    seen = last_row(config, inputs["attention_mask"].bool(), inputs["past_key_values"], layout.column.shape[1], at, dtype)
+    logits = call(inputs, at)
+    rows = torch.arange(len(at), device=at.device)
+    return Prefill(batch, inputs["past_key_values"], seen, inputs["position_ids"][..., rows, at][..., None], logits)

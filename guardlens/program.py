@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from guardlens.batches import Batch, Layout, Placement
-from guardlens.interventions.plan import Intervention, Step, source_of
+from guardlens.interventions.plan import Intervention, Step, resolved, source_of
 from guardlens.interventions.states import Context, State
 from guardlens.sites import Point, Site
 
@@ -39,7 +39,7 @@ class Record:
 
     def lookup(self, lane: int, asked_at: Point, n_layers: int, state: State) -> Float[Tensor, "query d_model"]:
         """The held state that an edit at `asked_at` means."""
-        layer = source_of(state, asked_at, n_layers).layer
+        state, layer = resolved(state, asked_at), source_of(state, asked_at, n_layers).layer
         return self.own[lane, state, layer] if state.run is None else self.held[state, layer]
 
 
@@ -187,12 +187,13 @@ def _holds(step: Step, point: Point, lane: int, layout: Layout, batch: Batch, n_
         if state.run is None:
             source = source_of(state, point, n_layers)
             places = layout.find(lane, batch.select(state.positions))
-            taps.append(Tap(source, Hold(record, (lane, state, source.layer), places, len(batch.queries))))
+            taps.append(Tap(source, Hold(record, (lane, resolved(state, point), source.layer), places, len(batch.queries))))
     return taps
 
 
 def site_of(state: State, layers: set[int | None]) -> Site:
-    """The site at which a held state is read, at all the layers that are asked for."""
+    """The site at which a held state whose hook is known is read, at all the layers that are asked for."""
+    assert state.hook is not None
     return Site(state.hook, tuple(layer for layer in layers if layer is not None) or None, state.positions)
 
 

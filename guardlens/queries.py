@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -155,6 +155,9 @@ class TextOnly:
 text_only = TextOnly()
 
 
+WITHOUT_IMAGES = "without images"
+
+
 @dataclass(frozen=True)
 class WithoutImages:
     """What another presentation shows, its images taken away: the words around the query stay."""
@@ -163,21 +166,28 @@ class WithoutImages:
 
     @property
     def name(self) -> str:
-        return f"{self.inner.name} | without images"
+        return f"{self.inner.name} | {WITHOUT_IMAGES}"
 
     def __call__(self, query: Query) -> Prompt:
         return replace(self.inner(query), images=())
 
 
-def as_queries(queries: "str | Query | QueryPairs | Sequence[str | Query]") -> tuple[Query, ...]:
+def as_queries(queries: Any) -> tuple[Query, ...]:
     """One string or query, a sequence of them, or pairs, as a tuple of queries.
 
     Raises:
-        QueryError: There is none.
+        QueryError: There is none, or something else is among them.
     """
     if isinstance(queries, QueryPairs):
         return queries.queries
-    items = [queries] if isinstance(queries, str | Query) else list(queries)
+    several = isinstance(queries, Iterable) and not isinstance(queries, str | Mapping)
+    items = list(queries) if several else [queries]
+    if wrong := [type(item).__name__ for item in items if not isinstance(item, str | Query)]:
+        raise QueryError(
+            f"a {wrong[0]} where queries are asked for",
+            "a text, a Query, a sequence of them, or QueryPairs",
+            "hand in what to ask, or what model.batch makes of it, not its tensors",
+        )
     if not items:
         raise QueryError("no queries", "at least one", "check the file, split or filter that they come from")
     return tuple(query if isinstance(query, Query) else Query(query) for query in items)

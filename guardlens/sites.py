@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from guardlens.errors import SiteError
+from guardlens.errors import MismatchError, SiteError
 
 Positions = str | tuple[int | None, int | None]
 """One of `POSITIONS`, or `(start, stop)`: a slice of the prompt's real tokens, counted from either end."""
@@ -40,6 +40,11 @@ class Hook:
     def layered(self) -> bool:
         """Whether there is one in every block."""
         return "{layer}" in self.pattern
+
+    @property
+    def space(self) -> str:
+        """Of what its vectors are: what adds up to the residual stream is one space, any other hook is a space of its own."""
+        return "resid_post" if self.width == "d_model" and self.stage != END else self.name
 
     def full_name(self, layer: int | None) -> str:
         """`blocks.5.hook_resid_post` for layer 5."""
@@ -151,6 +156,22 @@ def as_layers(layers: int | Iterable[int] | None) -> tuple[int, ...] | None:
     if layers is None:
         return None
     return (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
+
+
+def require_same_space(what: str, hook: str, *used_at: str) -> None:
+    """Refuse directions that were read at one hook where states of another space are. No hook fits all.
+
+    Raises:
+        MismatchError: Both are named.
+    """
+    made_in = hook and HOOKS[parse(hook).hook].space
+    other = next((name for name in used_at if made_in and HOOKS[parse(name).hook].space != made_in), None)
+    if other is not None:
+        raise MismatchError(
+            f"{what} of the hook {hook}, at {other}",
+            "one space: directions of the residual stream and of what is added to it, or of one hook such as z",
+            f"collect with site=Site({other!r}), or edit with .at(hook={hook!r})",
+        )
 
 
 def _is_range(positions: object) -> bool:

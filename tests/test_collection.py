@@ -104,7 +104,7 @@ def test_text_only_llm(llm):
     found = gl.collect(llm, PAIRS, progress=False)
     assert found.states.shape == (6, 3, 32)
     close(found.states, raw(llm, PAIRS.queries, text_only))
-    with pytest.raises(errors.PresentationError, match="'blank grey', which shows an image, for the text-only model"):
+    with pytest.raises(errors.PresentationError, match="'blank grey', which shows an image, for a text-only model"):
         gl.collect(llm, PAIRS, GREY, progress=False)
 
 

@@ -11,7 +11,8 @@
     swap(r)                 r
     custom(fn)              fn(states, context)
 
-`r` is a held state (`text_twin`, `own`, any `State`) or a constant: zero, a vector, or one vector per layer (a class mean).
+`r` is a held state (`text_twin`, `own`, any `State`) or a constant: zero, a vector, or one vector per layer (a class mean). A `State` is
+read at the hook and the layer of the edit unless it names its own.
 Strength means the same for all of them: h + s (edit(h) - h).
 """
 
@@ -113,7 +114,7 @@ def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
         PlanError: The directions have another rank than 1.
     """
     label = f"add_relative({directions.method}, alpha={alpha:g})"
-    edit = RelativeAdd(label, directions.layers, _single(directions), alpha, directions.provenance.model)
+    edit = RelativeAdd(label, directions.layers, _single(directions), alpha, directions.provenance.model, hook=directions.hook)
     return Intervention((Step(edit),))
 
 
@@ -128,6 +129,8 @@ def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Inte
 def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
     """r: the held state in place of the state, at the hook and the positions where it is held (activation patching).
 
+    A reference without a hook of its own, such as `text_twin`, is held at whatever hook is edited: `swap(text_twin).at(hook="z")`.
+
     Args:
         reference: What is put in, e.g. `State(run=text_only, hook="attn_out")`.
         part: `(index, of)` puts in one of several equal stretches alone: `(3, 32)` is the fourth of 32 heads at the hook z.
@@ -137,7 +140,7 @@ def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
     """
     if part is not None and not 0 <= part[0] < part[1]:
         raise PlanError(f"part {part[0]} of {part[1]}", f"an index from 0 to {part[1] - 1}", "give (index, of), as in (3, 32)")
-    return Intervention((Step(Swap(reference, part), Site(reference.hook, positions=reference.positions)),))
+    return Intervention((Step(Swap(reference, part), Site(reference.hook or "resid_post", positions=reference.positions)),))
 
 
 def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] = ()) -> Intervention:
@@ -166,7 +169,8 @@ def _affine(
     if shift is None:
         shift = torch.zeros_like(vectors[:, 0]) if held else gain * _component(vectors, reference)  # type: ignore[arg-type]
     held_read, held_write = (vectors, gain * vectors) if held else (none, none)
-    edit = Affine(label, directions.layers, read, write, held_read, held_write, shift, held, directions.provenance.model)
+    model, hook = directions.provenance.model, directions.hook
+    edit = Affine(label, directions.layers, read, write, held_read, held_write, shift, held, model, hook)
     return Intervention((Step(edit),))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from guardlens.errors import MismatchError, PlanError, SiteError
 from guardlens.interventions.states import Context, State
+from guardlens.sites import require_same_space
 from guardlens.storage import require_same_model
 
 
@@ -41,6 +42,7 @@ class Affine:
         layers: The layer of each index of the first axis; None where one map serves every layer.
         held: The state r; None if the map needs none (its factors then have rank 0).
         model: The model that it was made for; empty for any.
+        hook: The hook that its directions were read at; empty for any.
     """
 
     label: str
@@ -52,6 +54,7 @@ class Affine:
     shift: Float[Tensor, "layer d_model"]
     held: State | None = None
     model: str = ""
+    hook: str = ""
 
     @property
     def requires(self) -> tuple[State, ...]:
@@ -90,9 +93,10 @@ class Affine:
 
         Raises:
             PlanError: They hold different states, or have other layers.
-            MismatchError: They were made for different models.
+            MismatchError: They were made for different models, or of directions in different spaces.
         """
         require_same_model(f"the directions of {after!r}", after.model, self.model)
+        require_same_space(f"{after!r}, with directions", after.hook, *filter(None, (self.hook,)))
         if None not in (self.held, after.held) and self.held != after.held:
             raise PlanError(
                 f"two held states, {self.held} and {after.held}", "at most one in a folded map", "keep them as two steps (a >> b)"
@@ -115,6 +119,7 @@ class Affine:
             through(self.shift[:, None])[:, 0] + after.shift,
             after.held if self.held is None else self.held,
             self.model or after.model,
+            self.hook or after.hook,
         )
 
     def scaled(self, strength: float) -> "Affine":
@@ -148,6 +153,7 @@ class RelativeAdd:
     alpha: float
     model: str = ""
     requires: tuple[State, ...] = ()
+    hook: str = ""
 
     @property
     def d_model(self) -> int:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from guardlens.activations import Activations
 from guardlens.directions import Directions
 from guardlens.errors import NumericsError, PlanError, SiteError
 from guardlens.interventions.states import State, text_twin
+from guardlens.sites import require_same_space
 from guardlens.storage import require_same_model
 
 Lookup = Callable[[State], Float[Tensor, "query d_model"]]
@@ -48,7 +49,15 @@ class Gate(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Linear(Gate):
-    """Open where state · weights > threshold, with weights and a threshold of each layer."""
+    """Open where state · weights > threshold, with weights and a threshold of each layer.
+
+    Attributes:
+        label: How it was made, for `repr`.
+        layers: The layer of each index of the first axis; None where one serves every layer.
+        state: What it sees; without a hook of its own, at the hook of the weights.
+        made_for: The model that it was made for; empty for any.
+        hook: The hook that the weights were read at; empty for any.
+    """
 
     label: str
     layers: tuple[int, ...] | None
@@ -56,10 +65,16 @@ class Linear(Gate):
     thresholds: Float[Tensor, "layer"]
     state: State = text_twin
     made_for: str = ""
+    hook: str = ""
+
+    @property
+    def seen(self) -> State:
+        """Its state with its hook: not that of the edit, which may be elsewhere."""
+        return replace(self.state, hook=self.state.hook or self.hook or "resid_post")
 
     @property
     def requires(self) -> tuple[State, ...]:
-        return (self.state,)
+        return (self.seen,)
 
     @property
     def model(self) -> str:
@@ -75,7 +90,7 @@ class Linear(Gate):
         if self.layers is not None and layer not in self.layers:
             raise SiteError(f"{self.label} at layer {layer}", f"one of the layers {list(self.layers)}", "collect that layer too")
         i = 0 if self.layers is None else self.layers.index(layer)  # type: ignore[arg-type]
-        states = held(self.state)
+        states = held(self.seen)
         states = states.to(torch.promote_types(states.dtype, torch.float32))
         return states @ self.weights[i].to(states) > self.thresholds[i].to(states)
 
@@ -114,9 +129,9 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
     """Open where the state lies on the harmful side of the first direction.
 
     Args:
-        directions: Their first row of each layer is v1; they must have been read at the hook of `state`.
+        directions: Their first row of each layer is v1.
         threshold: `"midpoint"` (between the class means), a number (0 is the paper's), or one number per layer.
-        state: What the gate sees; the text twin by default, so an image can't fool it.
+        state: What the gate sees, by default at the hook that the directions were read at; the text twin, so an image can't fool it.
 
     Raises:
         PlanError: Another word than "midpoint".
@@ -129,7 +144,8 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
     values = values.expand(len(directions.vectors)).contiguous()
     shown = threshold if isinstance(threshold, str | int | float) else "per layer"
     label = f"harmful({directions.method}, threshold={shown})"
-    return Linear(label, directions.layers, directions.vectors[:, 0].contiguous(), values, state, directions.provenance.model)
+    weights = directions.vectors[:, 0].contiguous()
+    return Linear(label, directions.layers, weights, values, state, directions.provenance.model, directions.hook)
 
 
 def threshold_at_fpr(directions: Directions, activations: Activations, rate: float = 0.05) -> Float[Tensor, "layer"]:
@@ -143,7 +159,9 @@ def threshold_at_fpr(directions: Directions, activations: Activations, rate: flo
     Raises:
         NumericsError: The rate is out of range, or there is no harmless query.
         SiteError: A layer of the directions was not collected.
+        MismatchError: States of another space.
     """
+    require_same_space(f"the directions {directions.method!r}", directions.hook, activations.hook)
     chosen = torch.tensor([query.label == "harmless" for query in activations.queries])
     if not (0 <= rate <= 1 and chosen.any()):
         raise NumericsError(f"a rate of {rate} over {int(chosen.sum())} harmless queries", "a rate from 0 to 1 and a query", "check both")

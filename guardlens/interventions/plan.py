@@ -12,7 +12,7 @@ from guardlens.interventions.edits import Affine, Edit, Turned
 from guardlens.interventions.files import fingerprint, load, save
 from guardlens.interventions.gates import Combined, Gate, Linear
 from guardlens.interventions.states import State
-from guardlens.sites import HOOKS, Point, Positions, Site, as_layers, parse
+from guardlens.sites import HOOKS, Point, Positions, Site, as_layers, parse, require_same_space
 from guardlens.storage import require_same_model
 
 Phase = Literal["prefill", "decode", "always"]
@@ -144,14 +144,14 @@ class Intervention:
                             "a state from the same place or before",
                             "read an earlier layer, or the text twin",
                         )
-                    wanted.setdefault(state, set()).add(source.layer)
+                    wanted.setdefault(resolved(state, point), set()).add(source.layer)
         return wanted
 
     def check(self, models: tuple[str, ...], n_layers: int, widths: Mapping[str, int]) -> None:
         """Refuse a plan that does not fit a model, or that model and the LLM beside it.
 
         Raises:
-            MismatchError: Its directions are another model's or have another width.
+            MismatchError: Its directions are another model's, were read in another space, or have another width.
             SiteError: It has a layer that the model has not.
             PlanError: It asks for a state that comes too late.
         """
@@ -159,8 +159,10 @@ class Intervention:
             edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
             if step.gate is not None:
                 require_same_model(f"the directions of {step.gate!r}", step.gate.model, *models)
-            for owner, hook in ((edit, step.site.hook), *((gate, gate.state.hook) for gate in _gates(step.gate))):
+            met = [(edit, step.site.hook), *((edit, state.hook) for state in edit.requires if state.hook)]
+            for owner, hook in (*met, *((gate, gate.seen.hook or "") for gate in _gates(step.gate))):
                 require_same_model(f"the directions of {owner!r}", owner.model, *models)
+                require_same_space(f"{owner!r}, with directions", getattr(owner, "hook", ""), hook)
                 needed = widths.get(HOOKS[hook].width)
                 width = getattr(owner, "d_model", needed)
                 if needed is not None and width != needed:
@@ -212,12 +214,17 @@ nothing = Intervention()
 """The plan that changes nothing."""
 
 
+def resolved(state: State, asked_at: Point) -> State:
+    """The held state with the hook that it means for an edit at `asked_at`."""
+    return replace(state, hook=asked_at.hook) if state.hook is None else state
+
+
 def source_of(state: State, asked_at: Point, n_layers: int) -> Point:
     """The point at which a held state is read for an edit at `asked_at`."""
-    layered = HOOKS[parse(state.hook).hook].layered
+    hook = parse(state.hook or asked_at.hook).hook
+    layered = HOOKS[hook].layered
     layer = None if not layered else asked_at.layer if state.layer is None else state.layer
-    layer = n_layers - 1 if layered and layer is None else layer
-    return Point(parse(state.hook).hook, layer)
+    return Point(hook, n_layers - 1 if layered and layer is None else layer)
 
 
 def _gates(gate: Gate | None) -> Iterator[Linear]:

@@ -17,19 +17,19 @@ class State:
     Attributes:
         run: The presentation whose unedited run is read; None for the very run that is edited, edits included. `text_only` means the
             prompt as it is shown, words around the query included, without its images.
-        hook: The hook to read.
+        hook: The hook to read; None for the hook of the edit that asks (of a gate: for the one that its directions were read at).
         layer: The layer; None for the layer of the edit that asks.
         positions: The tokens to read, averaged where several.
     """
 
     run: Presentation | None = None
-    hook: str = "resid_post"
+    hook: str | None = None
     layer: int | None = None
     positions: Positions = "last"
 
 
 own = State()
-"""This run's own state."""
+"""This run's own state, at the hook and the layer of the edit that asks."""
 
 text_twin = State(run=text_only)
 """The same prompt without its images, as the LLM sees it: `model.llm`, which is the VLM's own language model if no other was given."""

@@ -1,0 +1,120 @@
+"""The ways to call a Hugging Face model with taps in place: a forward, generation, and the decoder alone behind what is cached."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from guardlens.architectures import Architecture
+from guardlens.batches import Batch
+from guardlens.errors import PlanError
+from guardlens.program import Tap
+from guardlens.trace_driver import drive, wrap
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A Hugging Face model, and where its parts are."""
+
+    hf: Any
+    cfg: Architecture
+
+    @cached_property
+    def inner(self) -> Any:
+        """The model itself, where an adapter (PEFT) is around it."""
+        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+
+    @property
+    def config(self) -> Any:
+        """The language model's."""
+        return self.inner.config.get_text_config(decoder=True)
+
+    @property
+    def decoder(self) -> Any:
+        """The language model's stack of blocks."""
+        return self.hf.get_submodule(self.cfg.decoder)
+
+    @property
+    def eager(self) -> bool:
+        """Whether its attention computes patterns."""
+        return self.config._attn_implementation == "eager"
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """What the model's forward takes."""
+        return inspect.signature(self.inner.forward).parameters
+
+    @cached_property
+    def required(self) -> set[str]:
+        """The inputs that it can't do without."""
+        named = {name for name, p in self.parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        return named - {"self"}  # shown by modules that were copied after nnsight had wrapped them
+
+    def forward(self, batch: Batch, taps: Sequence[Tap], keep: int | None = 0) -> Any:
+        """Logits of a forward: at all tokens (`keep` 0), at the last (1), or none (None; the unembedding is then skipped)."""
+        trunk = self.inner.base_model
+        inputs = {**batch.inputs, "use_cache": False}
+        if keep is None and trunk is not self.inner:
+            self._drive(trunk, inputs, taps, batch)
+            return None
+        if "logits_to_keep" in self.parameters:
+            inputs["logits_to_keep"] = 0 if self._need_all_tokens(taps) else keep or 0
+        logits = self._drive(self.hf, inputs, taps, batch).logits
+        return None if keep is None else logits[:, -keep:]
+
+    def last_logits(self, inputs: Mapping[str, Any]) -> Float[Tensor, "query vocab"]:
+        """Logits at the last column, no tap in place; for inputs with a cache, which is then filled."""
+        only = {"logits_to_keep": 0 if self.cfg.narrows else 1} if "logits_to_keep" in self.parameters else {}
+        with torch.no_grad():
+            return self.inner(**inputs, **only).logits[:, -1]
+
+    def continued(
+        self, inputs: Mapping[str, Any], taps: Sequence[Tap], batch: Batch, *, at: Int[Tensor, "row"] | None = None, logits: bool = True
+    ) -> Any:
+        """The decoder alone, on tokens behind a cache: logits of all its columns, or of the column `at` in each row; or none."""
+
+        def call(**inputs: Any) -> Any:
+            states = self.decoder(**inputs)[0]
+            states = states if at is None else states[torch.arange(len(at), device=states.device), at.to(states.device)]
+            return self.cfg.finish(self.hf.get_submodule(self.cfg.unembed)(states)) if logits else None
+
+        return self._drive(call, dict(inputs), taps, batch)
+
+    def generate(
+        self, batch: Batch, taps: Sequence[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any]
+    ) -> Int[Tensor, "row new"]:
+        """New tokens of every row; greedy without options.
+
+        Raises:
+            PlanError: A batch padded on the right, or options that give several answers per prompt.
+        """
+        if batch.padded_right:
+            raise PlanError("a batch padded on the right", "padding on the left for generation", "make it with padding_side='left'")
+        if several := next((name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) != 1), None):
+            raise PlanError(f"{several}={options[several]}", "one answer per prompt", "hand in the query several times, or several seeds")
+        settings = {"max_new_tokens": new_tokens, "do_sample": False, **options}
+        if self._need_all_tokens(taps):
+            settings["logits_to_keep"] = 0
+        if not settings.get("use_cache", True):
+            taps = [replace(tap, decode=True) for tap in taps]
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            tokens = self._drive(self.hf.generate, {**batch.inputs, **settings}, taps, batch, new_tokens)
+        return tokens[:, batch.mask.shape[1] :]
+
+    def _need_all_tokens(self, taps: Sequence[Tap]) -> bool:
+        """Whether a tap looks where the model would leave out tokens whose logits are not asked for."""
+        return self.cfg.narrows or any(tap.point.hook == "unembed" for tap in taps)
+
+    def _drive(self, call: Callable[..., Any], inputs: dict[str, Any], taps: Sequence[Tap], batch: Batch, steps: int = 1) -> Any:
+        return drive(self._wrapped, self.cfg, call, inputs, taps, beside_image=batch.beside_image, steps=steps)
+
+    @cached_property
+    def _wrapped(self) -> Any:
+        return wrap(self.hf)
