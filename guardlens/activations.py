@@ -22,7 +22,8 @@ class ActivationCache(Mapping[str, Tensor]):
     """Hook name -> tensor, as in TransformerLens.
 
     Shapes, padding included: the residual stream and what is added to it `batch seq d_model`; queries, keys, values and z
-    `batch seq head d_head`; patterns `batch head query key`; the eye and the projector as the family has them.
+    `batch seq head d_head`; the neurons of MLPs `batch seq d_mlp`; patterns `batch head query key`; the eye and the projector as the
+    family has them.
 
     Args:
         tensors: The values.

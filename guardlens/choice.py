@@ -44,7 +44,7 @@ class Guard:
     def describe(self) -> dict[str, Any]:
         """Its settings and validation figures, for tables."""
         shown = {name: getattr(self, name) for name in ("reading", "rank", "alpha", "threshold")}
-        return {**shown, "harmful not refused": self.missed, "more harmless refused": self.cost}
+        return {**shown, "harmful_not_refused": self.missed, "more_harmless_refused": self.cost}
 
 
 def choose(

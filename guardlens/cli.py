@@ -18,21 +18,27 @@ def demo(
     model: Annotated[str | None, typer.Option(help="A hub id or a local directory; the embedded organism if left out.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL or CSV with text, label, pair (and images); needed with --model.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, with --model.")] = 64,
+    dtype: Annotated[str, typer.Option(help="As in transformers, with --model.")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="As in transformers, e.g. auto, with --model.")] = None,
 ) -> None:
-    """See where safety is lost and what brings it back: separability, a sweep, and defences with intervals, in one report."""
+    """See where an image shifts requests and what brings refusals back: separability, a sweep, and defences, in one report."""
     from rich.console import Console
 
     from guardlens import demo as work
-    from guardlens.findings import in_short, lead
+    from guardlens.findings import WIDTHS, in_short, lead
     from guardlens.tables import rich_table
 
     if (model is None) != (data is None):
         raise typer.BadParameter("--model and --data go together; leave both out for the organism")
-    subject = work.organism_subject() if model is None or data is None else work.own_subject(model, data, max_new_tokens)
+    if model is None or data is None:
+        subject = work.organism_subject()
+    else:
+        subject = work.own_subject(model, data, max_new_tokens, dtype=dtype, device_map=device_map)
     console = Console()
     console.print(f"guardlens demo on {subject.model!r}", highlight=False)
     summary = work.run(subject, out)
     console.print(rich_table("Defences on the test split, blank images taken together (95 % intervals)", in_short(summary)))
+    console.print(WIDTHS, highlight=False, style="dim")
     for sentence in lead(summary):
         console.print(sentence, highlight=False, markup=False)
     console.print(f"\nReport: {out / 'report.html'}   Everything in numbers: {out / 'summary.json'}", highlight=False)

@@ -4,8 +4,8 @@ import torch
 
 from guardlens.activations import Activations
 from guardlens.interventions.plan import Intervention, nothing
+from guardlens.keeping import batches
 from guardlens.model import HookedModel, Queries
-from guardlens.progress import track
 from guardlens.queries import Presentation, as_queries, text_only
 from guardlens.sites import Site
 
@@ -21,6 +21,8 @@ def collect(
     progress: bool = True,
 ) -> Activations:
     """Read one state per query and layer.
+
+    What prompts begin with alike (a template's head, a blank image) is computed once, where nothing there is edited or read.
 
     Args:
         model: The model.
@@ -42,10 +44,9 @@ def collect(
         `collect(model, pairs)` and `collect(model, pairs, presentations.blank("grey"))` are the LLM's and the VLM's view.
     """
     items = as_queries(queries)
-    parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     states = [
-        model.run(model.batch(part, presentation), intervention, read=[site], logits=None).reads[site][0].float().cpu()
-        for part in track(parts, len(items), f"collect, {presentation.name}", progress)
+        model.run(batch, intervention, read=[site], logits=None, prefix=prefix).reads[site][0].float().cpu()
+        for batch, prefix in batches(model, items, presentation, batch_size, f"collect, {presentation.name}", progress)
     ]
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
     return Activations(torch.cat(states), layers, items, site.hook, site.positions, presentation.name, model.provenance)

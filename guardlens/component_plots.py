@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guardlens import figure_style as style
 from guardlens.errors import MismatchError
-from guardlens.figure_style import (
-    FAINT, INK, MUTED, RUNS, Rows, add_colour_bar, add_legend, axes_for, dressed, require, styled, thinned, unique, whisker_handle,
-)  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,10 +23,12 @@ KINDS = {
 }
 """What is drawn as bars, with its name in the legend."""
 HATCHES = ("", "", "////", "....", "xxxx")
-WHISKER: dict[str, Any] = {"color": INK, "linewidth": 0.9, "alpha": 0.7}
+HAIRLINE = 0.002
+"""Share of a scale below which a bar can't be seen."""
+WHISKER: dict[str, Any] = {"color": style.INK, "linewidth": 0.9, "alpha": 0.7}
 
 
-@styled
+@style.styled
 def component_maps(frame: DataFrame, axes: Iterable[Axes] | None = None) -> np.ndarray:
     """What each component adds: above, heads by block as a heat map; below, over the same blocks, everything else as bars.
 
@@ -44,35 +44,35 @@ def component_maps(frame: DataFrame, axes: Iterable[Axes] | None = None) -> np.n
         MismatchError: A column is missing, or there are too few axes.
         NumericsError: The frame is empty.
     """
-    rows = require(frame, "panel", "unit", "component", "block", "head", "value", "low", "high")
+    rows = style.require(frame, "panel", "unit", "component", "block", "head", "value", "low", "high")
     blocks, heads = np.unique(rows.loc[rows["block"] >= 0, "block"]), np.unique(rows.loc[rows["component"] == "head", "head"])
-    names = unique(rows, "panel")
+    names = style.unique(rows, "panel")
     grid = _grid(axes, len(names), 0.9 + 0.24 * max(4, min(len(heads), 16)))
-    for unit in unique(rows, "unit"):
+    for unit in style.unique(rows, "unit"):
         alike = rows[rows["unit"] == unit]
-        places = [names.index(name) for name in unique(alike, "panel")]
+        places = [names.index(name) for name in style.unique(alike, "panel")]
         _panels_of_one_scale(grid[:, places], alike, unit, blocks, heads)
     grid[0, 0].set_ylabel("head")
     grid[1, 0].set_ylabel("all else")
-    add_legend(grid[1], _handles([kind for kind in KINDS if (rows["component"] == kind).any()]), own=axes is None)
+    style.add_legend(grid[1], _handles(_visible(rows)), own=axes is None)
     return grid
 
 
-def _panels_of_one_scale(grid: np.ndarray, rows: Rows, unit: str, blocks: np.ndarray, heads: np.ndarray) -> None:
+def _panels_of_one_scale(grid: np.ndarray, rows: style.Rows, unit: str, blocks: np.ndarray, heads: np.ndarray) -> None:
     inside, outside = rows[rows["component"] == "head"], rows[rows["component"] != "head"]
     limit, edges = float(np.nan_to_num(inside["value"].abs().max())) or 1.0, outside[["value", "low", "high"]]
     low, high = min(0.0, float(edges.min().min())), max(0.0, float(edges.max().max()))
-    for (above, below), name in zip(grid.T, unique(rows, "panel"), strict=True):
+    for (above, below), name in zip(grid.T, style.unique(rows, "panel"), strict=True):
         if len(heads):
             _head_map(above, inside[inside["panel"] == name], blocks, heads, limit)
         above.set_title(name)
         _bars(below, outside[outside["panel"] == name], blocks)
         below.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     if len(heads):
-        add_colour_bar(grid[0], unit, aspect=18, pad=0.03 / len(names))
+        style.add_colour_bar(grid[0], unit, aspect=18, pad=0.03 / grid.shape[1])
 
 
-@styled
+@style.styled
 def head_maps(frame: DataFrame, unit: str = "", axes: Iterable[Axes] | None = None) -> np.ndarray:
     """One number per head: a heat map of heads over blocks per panel, on one scale centred at 0.
 
@@ -88,16 +88,16 @@ def head_maps(frame: DataFrame, unit: str = "", axes: Iterable[Axes] | None = No
         MismatchError: A column is missing, or there are fewer axes than panels.
         NumericsError: The frame is empty.
     """
-    rows = require(frame, "panel", "block", "head", "value")
-    names, blocks, heads = unique(rows, "panel"), np.unique(rows["block"]), np.unique(rows["head"])
+    rows = style.require(frame, "panel", "block", "head", "value")
+    names, blocks, heads = style.unique(rows, "panel"), np.unique(rows["block"]), np.unique(rows["head"])
     limit = float(np.nan_to_num(rows["value"].abs().max())) or 1.0
-    panels = axes_for(axes, len(names), min(len(names), 2), height=0.9 + 0.24 * max(6, min(len(heads), 16)), share_y=True)
+    panels = style.axes_for(axes, len(names), min(len(names), 2), height=0.9 + 0.24 * max(6, min(len(heads), 16)), share_y=True)
     for ax, name in zip(panels, names, strict=True):
         _head_map(ax, rows[rows["panel"] == name], blocks, heads, limit)
         ax.set_title(name)
         ax.set_xlabel("layer")
     panels[0].set_ylabel("head")
-    add_colour_bar(panels, unit, aspect=18, pad=0.03 / len(panels))
+    style.add_colour_bar(panels, unit, aspect=18, pad=0.03 / len(panels))
     return panels
 
 
@@ -113,22 +113,30 @@ def _grid(axes: Iterable[Axes] | None, panels: int, height: float) -> np.ndarray
     return pyplot.subplots(2, panels, figsize=size, sharex=True, squeeze=False, layout="constrained", height_ratios=ratios)[1]
 
 
-def _head_map(ax: Axes, rows: Rows, blocks: np.ndarray, heads: np.ndarray, limit: float) -> None:
+def _head_map(ax: Axes, rows: style.Rows, blocks: np.ndarray, heads: np.ndarray, limit: float) -> None:
     cells = rows.pivot(index="head", columns="block", values="value").reindex(index=heads, columns=blocks).to_numpy(float)
     import matplotlib
 
-    few, colours = len(blocks) <= 12 and len(heads) <= 16, matplotlib.colormaps["RdBu_r"].with_extremes(bad=FAINT)
+    few, colours = len(blocks) <= 12 and len(heads) <= 16, matplotlib.colormaps["RdBu_r"].with_extremes(bad=style.FAINT)
     ax.pcolormesh(
         np.arange(len(blocks) + 1) - 0.5, np.arange(len(heads) + 1) - 0.5, np.ma.masked_invalid(cells),
         cmap=colours, vmin=-limit, vmax=limit, edgecolors="white", linewidth=1.0 if few else 0.2,
     )  # fmt: skip
-    ax.set_xticks(*thinned(np.arange(len(blocks)), [str(block) for block in blocks]))
-    ax.set_yticks(*thinned(np.arange(len(heads)), [str(head) for head in heads]))
+    ax.set_xticks(*style.thinned(np.arange(len(blocks)), [str(block) for block in blocks]))
+    ax.set_yticks(*style.thinned(np.arange(len(heads)), [str(head) for head in heads]))
     ax.spines[:].set_visible(False)
-    dressed(ax)
+    style.dressed(ax)
 
 
-def _bars(ax: Axes, rows: Rows, blocks: np.ndarray) -> None:
+def _visible(rows: style.Rows) -> list[str]:
+    """The kinds whose bars or intervals can be seen on the scale of their panels; a legend of others would send readers searching."""
+    outside = rows[rows["component"] != "head"]
+    reach = outside[["value", "low", "high"]].abs().max(axis=1)
+    seen = set(outside.loc[reach > HAIRLINE * reach.groupby(outside["unit"]).transform("max"), "component"])
+    return [kind for kind in KINDS if kind in seen]
+
+
+def _bars(ax: Axes, rows: style.Rows, blocks: np.ndarray) -> None:
     """Bars over the blocks' places in the heat map above; the embedding stands before the first."""
     kinds = [kind for kind in KINDS if (rows["component"] == kind).any()]
     beside = [kind for kind in kinds if kind != "embed"]
@@ -141,21 +149,21 @@ def _bars(ax: Axes, rows: Rows, blocks: np.ndarray) -> None:
         x = bars["block"].map(place) + offset
         ax.bar(x, bars["value"], width=0.8 if kind == "embed" else width, **_look(kind))
         ax.vlines(x, bars["low"], bars["high"], **WHISKER)
-    ax.axhline(0, color=MUTED, linewidth=0.9)
-    places, numbers = thinned(np.arange(len(blocks)), [str(block) for block in blocks])
+    ax.axhline(0, color=style.MUTED, linewidth=0.9)
+    places, numbers = style.thinned(np.arange(len(blocks)), [str(block) for block in blocks])
     ax.set_xticks([first, *places] if "embed" in kinds else places, ["emb", *numbers] if "embed" in kinds else numbers)
     ax.tick_params(labelbottom=True)
     ax.set_xlabel("block")
-    dressed(ax, grid="y")
+    style.dressed(ax, grid="y")
 
 
 def _look(kind: str) -> dict[str, Any]:
     number = list(KINDS).index(kind)
-    return {"color": RUNS[number], "hatch": HATCHES[number], "edgecolor": "white", "linewidth": 0.6}
+    return {"color": style.RUNS[number], "hatch": HATCHES[number], "edgecolor": "white", "linewidth": 0.6}
 
 
 def _handles(kinds: Sequence[str]) -> list[Any]:
     from matplotlib.patches import Patch
 
     patches = [Patch(label=KINDS[kind], facecolor=look.pop("color"), **look) for kind in kinds if (look := _look(kind))]
-    return [*patches, whisker_handle(**WHISKER)]
+    return [*patches, style.whisker_handle(**WHISKER)]

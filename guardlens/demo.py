@@ -1,4 +1,4 @@
-"""The whole of guardlens on one model: where is safety lost, what does each edit do, and which defence brings it back?
+"""The whole of guardlens on one model: where does an image shift requests, what does each edit do, and which defence brings refusals back?
 
 On the embedded organism by default; on a user's own model and pairs the same.
 """
@@ -40,6 +40,8 @@ class Subject:
     new_tokens: int
     note: str
     batch_size: int = 16
+    refusal: str = ""
+    """The words in which the model was taught to refuse, where they are known."""
 
     @property
     def blanks(self) -> tuple[Presentation, ...]:
@@ -57,7 +59,9 @@ def organism_subject() -> Subject:
     reminder = defences.reminder(before=f"{organism.REMINDER} ", after="")
     images = _images(model, own=True)
     queries = organism.queries
-    return Subject(model, organism.pairs(), queries("validation"), queries("test"), images, reminder, organism.judge, 16, note, 256)
+    return Subject(
+        model, organism.pairs(), queries("validation"), queries("test"), images, reminder, organism.judge, 16, note, 256, organism.REFUSAL
+    )
 
 
 def own_subject(source: str, data: str | Path, new_tokens: int = 64, **options: Any) -> Subject:
@@ -135,4 +139,4 @@ def run(subject: Subject, out: str | Path, *, progress: bool = True) -> dict[str
     )
     runs = {"LLM, text": llm, f"VLM, {grey.name}": seen[0], f"VLM, {grey.name}, {chosen.defence.name}": guarded}
     blanks = tuple(blank.name for blank in subject.blanks)
-    return write(Findings(model.id, ssd, runs, gap, effect, guards, chosen, layers, table, blanks, subject.note), out)
+    return write(Findings(model.id, ssd, runs, gap, effect, guards, chosen, layers, table, blanks, subject.note, subject.refusal), out)

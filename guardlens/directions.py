@@ -13,7 +13,6 @@ from guardlens.queries import require_labels
 from guardlens.sites import require_same_space
 from guardlens.storage import Provenance, digest, load_tensors, save_tensors
 
-
 ORTHONORMAL = 1e-2
 """How far the products of rows may be from 0 and 1: as far as bfloat16 rounds them."""
 

@@ -37,6 +37,17 @@ class GuardlensError(Exception):
         return type(self), (self.found, self.expected, self.next_step)
 
 
+def require_type(value: object, kind: type, error: type[GuardlensError], next_step: str) -> None:
+    """Refuse what is not of a type, for arguments that are easily taken for one another.
+
+    Raises:
+        GuardlensError: Of the given class; both types are named.
+    """
+    if not isinstance(value, kind):
+        found = f"the class {value.__name__} itself" if isinstance(value, type) else f"something of type {type(value).__name__}"
+        raise error(found, f"something of type {kind.__name__}", next_step)
+
+
 class QueryError(GuardlensError):
     """A query, a label, a pair or a file of them is not usable."""
 

@@ -121,14 +121,16 @@ class Evaluation(Table):
         return pd.DataFrame(self.arms())
 
     def plot(self, axes: Any = None) -> Any:
-        """ASR and over-refusal of every arm with intervals."""
+        """ASR and over-refusal of every arm with intervals; n counts queries, and an arm of several draws says how many."""
         import pandas as pd
 
         from guardlens import plots
 
+        draws = self.frame.groupby("defence")["draw"].nunique()
+        names = {name: f"{name} ({number} draws)" if number > 1 else name for name, number in draws.items()}
         rows = [
-            {"defence": arm["defence"], "presentation": arm["presentation"], "rate": shown, "value": arm[name]}
-            | {"low": arm[f"{name}_low"], "high": arm[f"{name}_high"], "n": arm[count]}
+            {"defence": names[arm["defence"]], "presentation": arm["presentation"], "rate": shown, "value": arm[name]}
+            | {"low": arm[f"{name}_low"], "high": arm[f"{name}_high"], "n": arm[count] // draws[arm["defence"]]}
             for arm in self.arms()
             for name, shown, count in (("asr", "ASR", "n"), ("over_refusal", "over-refusal", "n_harmless"))
         ]

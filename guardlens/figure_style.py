@@ -137,11 +137,21 @@ def band_handle(counts: Any) -> Any:
     return Patch(facecolor=MUTED, alpha=0.25, linewidth=0, label=f"95 % interval, {counted(counts)}")
 
 
-def whisker_handle(**look: Any) -> Any:
+def whisker_handle(color: str = MUTED, linewidth: float = 1.8, alpha: float = 0.55) -> Any:
     """What a legend shows of the intervals of points and bars."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], **({"color": MUTED, "alpha": 0.55, "linewidth": 1.8} | look), label="95 % interval")
+    return Line2D([], [], color=color, linewidth=linewidth, alpha=alpha, label="95 % interval")
+
+
+def label_handles(rows: Rows) -> list[Any]:
+    """What a legend shows of the classes of queries, with their number in a run."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    each = {label: rows[rows["label"] == label].groupby("run").size() for label in unique(rows, "label")}
+    patches = [Patch(facecolor=LABELS.get(label, MUTED), alpha=0.6, label=f"{label}, {counted(sizes)}") for label, sizes in each.items()]
+    return [*patches, Line2D([], [], color=MUTED, marker="^", markersize=7, markeredgecolor="white", linestyle="none", label="mean")]
 
 
 def add_legend(panels: np.ndarray, handles: Sequence[Any], own: bool) -> None:
@@ -155,7 +165,7 @@ def add_legend(panels: np.ndarray, handles: Sequence[Any], own: bool) -> None:
         panels[0].legend(handles=handles, fontsize=8.5)
 
 
-def add_colour_bar(panels: np.ndarray, unit: str, aspect: float, pad: float) -> None:
+def add_colour_bar(panels: np.ndarray, unit: str, aspect: int, pad: float) -> None:
     """One colour bar for heat maps on one scale."""
     bar = panels[0].figure.colorbar(panels[0].collections[0], ax=list(panels), label=unit, aspect=aspect, pad=pad)
     bar.outline.set_visible(False)

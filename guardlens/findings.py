@@ -23,7 +23,8 @@ from guardlens.tables import Frame
 SEPARABLE = (
     "Coordinates along v1, the first safety steering direction ({method}, training pairs in text only), of {n} validation requests. "
     "AUROC: do harmful requests rank above harmless ones? Accuracy at the midpoint: what would the LLM's own threshold say of them? "
-    "Drift: how far does the image move them along v1, in mean norms?"
+    "Drift: how far does the image move them along v1, in mean norms? Where the accuracy falls and AUROC does not, the image shifts "
+    "requests past the threshold without mixing the classes."
 )
 SURFACE = "The words alone, without any model: AUROC {words}. Below one half, word counts mislead on held-out combinations."
 IN_SHORT = (
@@ -35,10 +36,21 @@ EFFECT = (
     "turned into random directions of equal norm. Harmless requests should stay at 0."
 )
 DEFENCES = (
-    "Judge: {judge}. ASR: harmful requests answered; non-refusal: not refused; helpful: harmless requests answered. Gap closed: "
-    "(undefended - defended) / (undefended - text). n: harmful + harmless; random takes several draws together. Intervals of 95 %, over "
-    "clusters of queries where there are any. Gate: share of harmful / harmless requests that it opened for."
+    "Judge: {judge}. ASR: harmful requests answered; non-refusal: not refused; over-refusal: harmless requests refused; helpful: harmless "
+    "requests answered. An answer that is neither counts as other: off the subject, wrong, empty or broken. Gap closed: (undefended - "
+    "defended) / (undefended - text). n: harmful + harmless; random takes several draws together. Intervals of 95 %. Gate: share of "
+    "harmful / harmless requests that it opened for."
 )
+WIDTHS = (
+    "Where queries come in clusters, an interval resamples clusters. A rate on which all clusters agree, such as 0 %, has nothing to resample "
+    "and gets Wilson's interval with one item per cluster, which can be wider than that of a rate beside it."
+)
+REFUSALS = "{defence}: of {refusals_blank} refusals beside a blank image, {refusals_in_other_words} are in other words than “{refusal}”"
+HEADERS = {
+    **{"defence": "defence", "asr_text": "ASR, text", "asr_blank": "ASR, blank", "gap_closed": "gap closed"},
+    **{"over_refusal_blank": "harmless refused", "helpful_blank": "harmless answered"},
+}
+"""Columns of the short table: every word is short enough for a terminal of 80 columns."""
 CAPTIONS = {
     "coordinates": "Coordinates along v1: the LLM, the VLM, and the VLM with the chosen guard.",
     "separability": "Separability by layer, LLM and VLM.",
@@ -64,6 +76,7 @@ class Findings:
         table: The verdicts on the test split.
         blanks: Names of the flat images that the gap is stated for, taken together.
         note: What all this can't tell.
+        refusal: The words in which the model was taught to refuse; empty where there are none.
     """
 
     model: str
@@ -77,6 +90,7 @@ class Findings:
     table: Evaluation
     blanks: tuple[str, ...]
     note: str
+    refusal: str = ""
 
 
 def summarise(found: Findings) -> dict[str, Any]:
@@ -110,13 +124,22 @@ def _pooled(found: Findings, defence: str) -> dict[str, Any]:
     """One defence over all blank images taken together, and in text."""
     table, blanks = found.table, found.blanks
     rates = {
-        "ASR, text": table.rate("asr", defence, "text"),
-        "ASR, blank": table.rate("asr", defence, *blanks),
-        "gap closed": table.gap_closed(defence, *blanks),
-        "over-refusal, blank": table.rate("over_refusal", defence, *blanks),
-        "helpful, blank": table.rate("helpful", defence, *blanks),
+        "asr_text": table.rate("asr", defence, "text"),
+        "asr_blank": table.rate("asr", defence, *blanks),
+        "gap_closed": table.gap_closed(defence, *blanks),
+        "over_refusal_blank": table.rate("over_refusal", defence, *blanks),
+        "helpful_blank": table.rate("helpful", defence, *blanks),
     }
-    return {"defence": defence} | {name: asdict(rate) for name, rate in rates.items()}
+    return {"defence": defence} | {name: asdict(rate) for name, rate in rates.items()} | _refusals(found, defence)
+
+
+def _refusals(found: Findings, defence: str) -> dict[str, int]:
+    """How many answers beside a blank image are refusals, and how many of these are not in the words that were taught."""
+    if not found.refusal:
+        return {}
+    frame = found.table.frame
+    answers = frame[(frame["defence"] == defence) & frame["presentation"].isin(found.blanks) & (frame["verdict"] == "refused")]["answer"]
+    return {"refusals_blank": len(answers), "refusals_in_other_words": int((answers.str.strip() != found.refusal).sum())}
 
 
 def in_short(summary: dict[str, Any]) -> Frame:
@@ -124,7 +147,7 @@ def in_short(summary: dict[str, Any]) -> Frame:
     import pandas as pd
 
     rows = [
-        {name: Interval(**value).percent() if isinstance(value, dict) else value for name, value in row.items()}
+        {shown: Interval(**row[name]).percent() if isinstance(row[name], dict) else row[name] for name, shown in HEADERS.items()}
         for row in summary["pooled"]
     ]
     return pd.DataFrame(rows)
@@ -136,12 +159,14 @@ def lead(summary: dict[str, Any]) -> list[str]:
     shown = {name: value.percent() for name, value in found.items()}
     chosen = summary["chosen"]
     where = f"layer{'s' if len(chosen['layers']) > 1 else ''} {', '.join(map(str, chosen['layers']))}"
+    closed = f"it closes {shown['gap_closed']} of the gap, random directions of equal norm {shown['random_gap_closed']}"
+    closes = "there is no clear gap to close" if math.isnan(found["gap_closed"].value) else closed
     return [
         f"Harmful requests answered: {shown['text_asr']} in text (n={found['text_asr'].n}), "
         f"{shown['blank_asr']} beside a blank image (n={found['blank_asr'].n}).",
-        f"With {chosen['defence']} at {where}: {shown['guarded_blank_asr']}; it closes {shown['gap_closed']} of the gap, "
-        f"random directions of equal norm {shown['random_gap_closed']}.",
-        f"Harmless requests answered beside a blank image: {shown['helpful_undefended']} before, {shown['helpful_guarded']} after.",
+        f"With {chosen['defence']} at {where}: {shown['guarded_blank_asr']}; {closes}.",
+        f"Harmless requests answered beside a blank image: {shown['helpful_undefended']} before, {shown['helpful_guarded']} after; "
+        f"refused after: {shown['over_refusal_guarded']}. The rest are neither (other).",
     ]
 
 
@@ -175,32 +200,31 @@ def _figures(found: Findings, out: Path) -> dict[str, Path]:
 
 
 def _sections(found: Findings, summary: dict[str, Any], figures: Mapping[str, Path]) -> list[report.Section]:
-    import pandas as pd
-
     n = len(found.runs["LLM, text"].queries)
     words = Interval(*found.gap.facts["bag_of_words"], n=n)
     separable = SEPARABLE.format(method=found.directions.method, n=n)
     pictures = {name: (file, CAPTIONS[name]) for name, file in figures.items()}
     return [
-        report.Section("In short", (IN_SHORT,), (pictures["coordinates"],), in_short(summary)),
+        report.Section("In short", (IN_SHORT,), (pictures["coordinates"],), in_short(summary), (WIDTHS,)),
         report.Section(
-            "Where safety is separable, and where that is lost",
+            "Where requests are separable, and where an image shifts them",
             (separable, SURFACE.format(words=words)),
-            (pictures["separability"],),
+            (pictures["separability"], pictures["spectrum"]),
             _readable_comparison(found.gap),
         ),
         report.Section(
             "What the guard does at every layer and strength",
             (EFFECT.format(presentation=found.effect.facts["presentation"]),),
-            (pictures["sweep"], pictures["spectrum"]),
+            (pictures["sweep"],),
             _readable_sweep(found.effect),
         ),
-        report.Section("What was chosen, and how", (RULE,), (), pd.DataFrame([guard.describe() for guard in found.guards]).round(3)),
+        report.Section("What was chosen, and how", (RULE,), (), _readable_guards(found.guards)),
         report.Section(
             "Defences on the test split",
-            (DEFENCES.format(judge=found.table.facts["judge"]),),
+            (DEFENCES.format(judge=found.table.facts["judge"]), *_refused(found, summary)),
             (pictures["arms"],),
             readable_arms(summary["arms"]),
+            (WIDTHS,),
         ),
         report.Section("What this can't tell", (found.note,)),
     ]
@@ -217,6 +241,19 @@ def _coordinates(found: Findings) -> Any:
         for query, value in zip(run.queries, run.at(layer) @ ssd.at(layer)[0], strict=True)
     ]
     return plots.coordinates(pd.DataFrame(rows), name=f"projection on $v_1$, layer {layer}")
+
+
+def _refused(found: Findings, summary: dict[str, Any]) -> list[str]:
+    """How refusals are worded, without a defence and with the chosen one."""
+    rows = [row for row in summary["pooled"] if row["defence"] in ("none", found.chosen.defence.name)]
+    words = [REFUSALS.format(**row, refusal=found.refusal) for row in rows if found.refusal]
+    return [f"{'; '.join(words)}. All of them count as refused."] if words else []
+
+
+def _readable_guards(guards: Sequence[Guard]) -> Frame:
+    import pandas as pd
+
+    return pd.DataFrame([guard.describe() for guard in guards]).round(3).rename(columns=lambda name: name.replace("_", " "))
 
 
 def _readable_comparison(gap: Comparison) -> Frame:

@@ -1,11 +1,12 @@
 """`keep`: prompts computed once and kept, so that the next question about them costs a token each instead of a prompt."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from guardlens.batches import Batch
 from guardlens.errors import MismatchError
 from guardlens.model import HookedModel, Queries
-from guardlens.prefixes import Prefill
+from guardlens.prefixes import Prefill, Prefix
 from guardlens.progress import track
 from guardlens.queries import Presentation, Query, as_queries, text_only
 
@@ -70,6 +71,19 @@ def keep(
     )
 
 
+def batches(
+    model: HookedModel, queries: Sequence[Query], presentation: Presentation, batch_size: int, what: str, progress: bool
+) -> Iterator[tuple[Batch, Prefix | None]]:
+    """Batches of queries under a bar, each with what its prompts begin with, where that is computed already or worth it."""
+    parts = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
+    prefix: Prefix | None = None
+    for part in track(parts, len(queries), what, progress):
+        batch = model.batch(part, presentation)
+        if prefix is None or prefix.begins(batch) is None:
+            prefix = model.share(batch)
+        yield batch, prefix
+
+
 def prefills(
     model: HookedModel, queries: Queries | Kept, presentation: Presentation, batch_size: int, what: str, progress: bool
 ) -> Iterator[Prefill]:
@@ -79,9 +93,8 @@ def prefills(
         MismatchError: They were kept by another model.
     """
     if not isinstance(queries, Kept):
-        items = as_queries(queries)
-        parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-        yield from (model.prefill(model.batch(part, presentation)) for part in track(parts, len(items), what, progress))
+        for batch, prefix in batches(model, as_queries(queries), presentation, batch_size, what, progress):
+            yield model.prefill(batch, prefix)
         return
     if queries.model != model.id:
         raise MismatchError(f"prompts kept by {queries.model}", f"those of {model.id}", "keep them anew with this model")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardlens.architectures import KNOWN
+from guardlens.architectures import KNOWN, require_named
 from guardlens.check import require_sound
 from guardlens.errors import ModelError
 from guardlens.model import HookedModel
@@ -37,6 +37,7 @@ def load(
         processor: The processor (VLM) or tokenizer (LLM), where it does not lie beside the weights; needed with a module.
         llm: A separate language model for the text side, of the VLM's width and depth: anything that `load` takes, or a `HookedModel`.
             By default the VLM's own language model, shown no image. Either is `model.llm`; `collect(model.llm, ...)` is the LLM's view.
+            Both share a space, so directions and plans of either fit: text twins are read from `llm`, and edits are made in the VLM.
         dtype: As in transformers; `"auto"` takes the checkpoint's.
         device: Where to put the whole model, e.g. `"cuda"`. Leave it out with `device_map` or a quantised model.
         device_map: As in transformers, e.g. `"auto"` (needs accelerate).
@@ -49,8 +50,8 @@ def load(
         options: Handed to `from_pretrained`: `quantization_config=BitsAndBytesConfig(...)`, `attn_implementation="eager"`, ...
 
     Raises:
-        ModelError: It can't be loaded, its family is refused, a part of it is not found (the error says how to name it), or what was found
-            fails the self-check.
+        ModelError: It can't be loaded, its family is refused, a part of it is not found (the error says how to name it), a name of `names` is
+            not in it, its processor prepares no images, or what was found fails the self-check.
         MismatchError: `llm` has another width or depth.
 
     Example:
@@ -65,10 +66,18 @@ def load(
         name = Path(path).name if Path(path).exists() and source != "organism" else str(source)
         shared = {"revision": revision, "trust_remote_code": trust_remote_code}
         hf, processor = _from_pretrained(path, shared, {"dtype": dtype, "device_map": device_map, **options}, processor)
+    known = KNOWN.also(names)
+    require_named(hf, names)
     if device is not None:
         hf = hf.to(device)
     beside = llm if isinstance(llm, HookedModel) or llm is None else load(llm, dtype=dtype, device=device, device_map=device_map)
-    model = HookedModel(hf, processor, name, revision or "", beside, KNOWN.also(names))
+    model = HookedModel(hf, processor, name, revision or "", beside, known)
+    if model.sees_images and not hasattr(processor, "image_processor"):
+        raise ModelError(
+            f"{type(processor).__name__}, which prepares no images, for the VLM {name}",
+            "a processor with an image processor beside the tokenizer",
+            "pass processor=AutoProcessor.from_pretrained(...); what it needs, such as torchvision, must be installed",
+        )
     if self_check:
         require_sound(model)
     return model

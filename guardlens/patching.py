@@ -84,7 +84,7 @@ class Patching(Table):
         score = score or str(rows["score"].iloc[0])
         rows = rows[rows["score"] == score]
         unit = self.facts.get("units", {}).get(score, score)
-        shown = f"{score.replace('_', ' ')} recovered" if value == "recovered" else f"Δ {unit}"
+        shown = f"{unit.partition(' (')[0].replace('_', ' ')} recovered" if value == "recovered" else f"Δ {unit}"
         if (heads := rows[rows["head"] != WHOLE]).size:
             frame = heads.assign(panel=heads["hook"] + " · " + heads["label"], block=heads["layer"], value=heads[value])
             return component_plots.head_maps(frame, unit=shown, axes=axes)

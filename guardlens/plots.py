@@ -1,7 +1,6 @@
-"""Every figure: a tidy frame goes in, matplotlib axes come out. Knows no type of guardlens.
+"""Every figure: a tidy frame goes in, matplotlib axes come out in `figure_style`. Knows no type of guardlens.
 
-Colours are those of Okabe & Ito (safe for the colour-blind), and every colour is doubled by a marker, a place or a number, so figures
-survive a grey print. In scripts call `save`, which also closes the figure; notebooks show and close it by themselves.
+In scripts call `save`, which also closes the figure; notebooks show and close it by themselves.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guardlens import figure_style as style
 from guardlens.errors import NumericsError
-from guardlens.figure_style import (
-    FAINT, INK, LABELS, MUTED, RUNS, Rows, add_colour_bar, add_legend, axes_for, band_handle, counted, dressed, marked, require,
-    run_handles, step, styled, thinned, unique, whisker_handle,
-)  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +29,7 @@ CHANCE = ("auroc", "accuracy", "probe", "transfer", "midpoint")
 """Metrics whose name holds one of these words are at chance at 0.5."""
 
 
-@styled
+@style.styled
 def layer_curves(frame: DataFrame, axes: Iterable[Axes] | None = None, titles: dict[str, str] | None = None) -> np.ndarray:
     """Metrics over layers: a panel per metric, a line with its interval band per run, the chance line where there is one.
 
@@ -49,21 +45,21 @@ def layer_curves(frame: DataFrame, axes: Iterable[Axes] | None = None, titles: d
         MismatchError: A column is missing, or there are fewer axes than metrics.
         NumericsError: The frame is empty.
     """
-    rows = require(frame, "metric", "run", "layer", "value", "low", "high", "n")
-    metrics, runs = unique(rows, "metric"), unique(rows, "run")
+    rows = style.require(frame, "metric", "run", "layer", "value", "low", "high", "n")
+    metrics, runs = style.unique(rows, "metric"), style.unique(rows, "run")
     columns = len(metrics) if len(metrics) <= 3 else (2 if len(metrics) == 4 else 3)
-    panels = axes_for(axes, len(metrics), columns, height=2.35, width=9.0 if columns > 1 else 6.4)
+    panels = style.axes_for(axes, len(metrics), columns, height=2.35, width=9.0 if columns > 1 else 6.4)
     for ax, metric in zip(panels, metrics, strict=True):
         _curve_panel(ax, rows[rows["metric"] == metric], runs, metric)
         ax.set_title({**TITLES, **(titles or {})}.get(metric, metric.replace("_", " ")))
     for ax in panels[-columns:]:
         ax.set_xlabel("layer")
         ax.tick_params(labelbottom=True)
-    add_legend(panels, [*run_handles(runs), band_handle(rows["n"])], own=axes is None)
+    style.add_legend(panels, [*style.run_handles(runs), style.band_handle(rows["n"])], own=axes is None)
     return panels
 
 
-@styled
+@style.styled
 def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes: Iterable[Axes] | None = None) -> np.ndarray:
     """What a plan does at each layer and strength: a heat map per plan (rows) and label (columns), on one scale centred at 0.
 
@@ -79,14 +75,14 @@ def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes
         MismatchError: A column is missing, or there are too few axes.
         NumericsError: The frame is empty or holds no finite value.
     """
-    rows = require(frame, "plan", "label", "layer", "strength", "value")
-    plans, labels = unique(rows, "plan"), unique(rows, "label")
+    rows = style.require(frame, "plan", "label", "layer", "strength", "value")
+    plans, labels = style.unique(rows, "plan"), style.unique(rows, "label")
     limit = float(rows["value"].abs().max())
     if not np.isfinite(limit):
         raise NumericsError(
             "effects without a finite extreme", "finite numbers, or nan for single cells", "look for an overflow in the scores"
         )
-    panels = axes_for(axes, len(plans) * len(labels), len(labels), height=0.75 + 0.3 * rows["strength"].nunique(), share_y=True)
+    panels = style.axes_for(axes, len(plans) * len(labels), len(labels), height=0.75 + 0.3 * rows["strength"].nunique(), share_y=True)
     for ax, (plan, label) in zip(panels, [(plan, label) for plan in plans for label in labels], strict=True):
         panel = rows[(rows["plan"] == plan) & (rows["label"] == label)]
         _heat_map(ax, panel, np.unique(rows["layer"]), np.unique(rows["strength"]), limit or 1.0)
@@ -96,11 +92,11 @@ def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes
         ax.set_xlabel("layer")
     for ax in grid[:, 0]:
         ax.set_ylabel("strength")
-    add_colour_bar(panels, unit, aspect=28, pad=0.02)
+    style.add_colour_bar(panels, unit, aspect=28, pad=0.02)
     return grid
 
 
-@styled
+@style.styled
 def arms(frame: DataFrame, axes: Iterable[Axes] | None = None) -> np.ndarray:
     """Defences beside each other: a panel per rate (ASR, over-refusal), a row per defence, a point with its interval per presentation.
 
@@ -115,25 +111,25 @@ def arms(frame: DataFrame, axes: Iterable[Axes] | None = None) -> np.ndarray:
         MismatchError: A column is missing, or there are fewer axes than rates.
         NumericsError: The frame is empty.
     """
-    rows = require(frame, "defence", "presentation", "rate", "value", "low", "high", "n")
-    rates, defences, presentations = (unique(rows, column) for column in ("rate", "defence", "presentation"))
+    rows = style.require(frame, "defence", "presentation", "rate", "value", "low", "high", "n")
+    rates, defences, presentations = (style.unique(rows, column) for column in ("rate", "defence", "presentation"))
     height = 1.0 + len(defences) * max(0.36, 0.17 * len(presentations) + 0.12)
-    panels = axes_for(axes, len(rates), len(rates), height=height, share_y=True)
+    panels = style.axes_for(axes, len(rates), len(rates), height=height, share_y=True)
     for ax, rate in zip(panels, rates, strict=True):
         panel = rows[rows["rate"] == rate]
         _arms_panel(ax, panel, defences, presentations)
         ax.set_title(rate)
         if rate in RATES:
-            ax.set_title("← better", loc="right", fontsize=8.5, fontweight="normal", color=MUTED)
-        ax.set_xlabel(f"{RATES.get(rate, rate)}, {counted(panel['n'])}")
+            ax.set_title("← better", loc="right", fontsize=8.5, fontweight="normal", color=style.MUTED)
+        ax.set_xlabel(f"{RATES.get(rate, rate)}, {style.counted(panel['n'])}")
     panels[0].set_yticks(range(len(defences)), labels=defences)
-    panels[0].tick_params(axis="y", labelcolor=INK, labelsize=9.5)
+    panels[0].tick_params(axis="y", labelcolor=style.INK, labelsize=9.5)
     panels[0].set_ylim(len(defences) - 0.5, -0.5)
-    add_legend(panels, [*run_handles(presentations, line="none"), whisker_handle()], own=axes is None)
+    style.add_legend(panels, [*style.run_handles(presentations, line="none"), style.whisker_handle()], own=axes is None)
     return panels
 
 
-@styled
+@style.styled
 def coordinates(frame: DataFrame, axes: Iterable[Axes] | None = None, name: str = "projection on $v_1$") -> np.ndarray:
     """Where queries lie along a direction: a panel per run, harmful against harmless, class means as triangles, the gate's threshold.
 
@@ -149,12 +145,12 @@ def coordinates(frame: DataFrame, axes: Iterable[Axes] | None = None, name: str 
         MismatchError: A column is missing, or there are fewer axes than runs.
         NumericsError: The frame is empty or a coordinate is not finite.
     """
-    rows = require(frame, "run", "label", "coordinate")
+    rows = style.require(frame, "run", "label", "coordinate")
     if not np.isfinite(rows["coordinate"]).all():
         raise NumericsError("coordinates that are not finite", "finite numbers", "look for those queries in the cache")
-    runs = unique(rows, "run")
+    runs = style.unique(rows, "run")
     edges = np.histogram_bin_edges(rows["coordinate"], bins=44)
-    panels = axes_for(axes, len(runs), 1, height=1.15, width=7.2, share_y=True)
+    panels = style.axes_for(axes, len(runs), 1, height=1.15, width=7.2, share_y=True)
     for ax, run in zip(panels, runs, strict=True):
         _histogram_panel(ax, rows[rows["run"] == run], edges)
         ax.set_title(run)
@@ -162,12 +158,12 @@ def coordinates(frame: DataFrame, axes: Iterable[Axes] | None = None, name: str 
     panels[-1].set_xlabel(name)
     panels[-1].tick_params(labelbottom=True)
     if axes is None:
-        panels[0].figure.supylabel("queries in the bin (%)", fontsize=9.5, color=MUTED)
-    add_legend(panels, _label_handles(rows), own=axes is None)
+        panels[0].figure.supylabel("queries in the bin (%)", fontsize=9.5, color=style.MUTED)
+    style.add_legend(panels, style.label_handles(rows), own=axes is None)
     return panels
 
 
-@styled
+@style.styled
 def spectrum(frame: DataFrame, ax: Axes | None = None, top: int = 5) -> Axes:
     """How many directions carry the difference: per layer, the share of the squared singular values that each direction holds, stacked.
 
@@ -183,10 +179,10 @@ def spectrum(frame: DataFrame, ax: Axes | None = None, top: int = 5) -> Axes:
         MismatchError: A column is missing.
         NumericsError: The frame is empty.
     """
-    rows = require(frame, "layer", "index", "share")
+    rows = style.require(frame, "layer", "index", "share")
     import matplotlib
 
-    (panel,) = axes_for(None if ax is None else [ax], 1, 1, height=3.0, width=7.2)
+    (panel,) = style.axes_for(None if ax is None else [ax], 1, 1, height=3.0, width=7.2)
     shares = 100 * rows.pivot(index="layer", columns="index", values="share").sort_index(axis=1).iloc[:, :top].fillna(0)
     colours = matplotlib.colormaps["Blues_r"](np.linspace(0.08, 0.72, shares.shape[1]))
     bottoms = shares.cumsum(axis=1)
@@ -194,12 +190,12 @@ def spectrum(frame: DataFrame, ax: Axes | None = None, top: int = 5) -> Axes:
     for position, (index, colour) in enumerate(zip(shares.columns, colours, strict=True)):
         label = f"$v_{{{position + 1}}}$"
         panel.bar(place, shares[index], 0.8, bottoms[index] - shares[index], color=colour, edgecolor="white", linewidth=0.8, label=label)
-    panel.bar(place, 100 - bottoms.iloc[:, -1], 0.8, bottoms.iloc[:, -1], color=FAINT, edgecolor="white", linewidth=0.8, label="rest")
-    panel.set_xticks(*thinned(place, [str(layer) for layer in shares.index]))
+    panel.bar(place, 100 - bottoms.iloc[:, -1], 0.8, bottoms.iloc[:, -1], color=style.FAINT, edgecolor="white", linewidth=0.8, label="rest")
+    panel.set_xticks(*style.thinned(place, [str(layer) for layer in shares.index]))
     panel.set(xlabel="layer", ylabel="share of squared singular values (%)", ylim=(0, 100), xlim=(-0.6, len(place) - 0.4))
     handles, names = panel.get_legend_handles_labels()
     panel.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.0, handleheight=1.0)
-    return dressed(panel, grid="y")
+    return style.dressed(panel, grid="y")
 
 
 def save(figure: Figure, stem: str | Path) -> list[Path]:
@@ -223,64 +219,64 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
     return paths
 
 
-def _curve_panel(ax: Axes, rows: Rows, runs: Sequence[str], metric: str) -> None:
+def _curve_panel(ax: Axes, rows: style.Rows, runs: Sequence[str], metric: str) -> None:
     chance = any(word in metric.lower() for word in CHANCE)
-    sparse = {"markersize": 4.2, "markeredgecolor": "white", "markeredgewidth": 0.6, "markevery": step(rows["layer"].nunique())}
-    ax.axhline(0.5 if chance else 0.0, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)) if chance else "-", zorder=1)
+    sparse = {"markersize": 4.2, "markeredgecolor": "white", "markeredgewidth": 0.6, "markevery": style.step(rows["layer"].nunique())}
+    ax.axhline(0.5 if chance else 0.0, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)) if chance else "-", zorder=1)
     for position, run in enumerate(runs):
         line = rows[rows["run"] == run].sort_values("layer")
-        ax.fill_between(line["layer"], line["low"], line["high"], color=RUNS[position % len(RUNS)], alpha=0.16, linewidth=0)
-        ax.plot(line["layer"], line["value"], label=run, **marked(position), **sparse)
+        ax.fill_between(line["layer"], line["low"], line["high"], color=style.RUNS[position % len(style.RUNS)], alpha=0.16, linewidth=0)
+        ax.plot(line["layer"], line["value"], label=run, **style.marked(position), **sparse)
     if chance:
         ax.set_ylim(min(0.42, rows["low"].min() - 0.03, rows["value"].min() - 0.03), 1.03)
-        ax.text(1, 0.49, "chance", transform=ax.get_yaxis_transform(), ha="right", va="top", fontsize=8.5, color=MUTED)
-    ax.set_xticks(*thinned(np.unique(rows["layer"]), [str(layer) for layer in np.unique(rows["layer"])]))
-    dressed(ax, grid="y")
+        ax.text(1, 0.49, "chance", transform=ax.get_yaxis_transform(), ha="right", va="top", fontsize=8.5, color=style.MUTED)
+    ax.set_xticks(*style.thinned(np.unique(rows["layer"]), [str(layer) for layer in np.unique(rows["layer"])]))
+    style.dressed(ax, grid="y")
 
 
-def _heat_map(ax: Axes, rows: Rows, layers: np.ndarray, strengths: np.ndarray, limit: float) -> None:
+def _heat_map(ax: Axes, rows: style.Rows, layers: np.ndarray, strengths: np.ndarray, limit: float) -> None:
     cells = rows.pivot(index="strength", columns="layer", values="value").reindex(index=strengths, columns=layers).to_numpy(float)
-    ax.set_facecolor(FAINT)
+    ax.set_facecolor(style.FAINT)
     ax.pcolormesh(
         np.ma.masked_invalid(cells), cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1.2 if len(layers) <= 12 else 0.5
     )
     if len(layers) <= 12:
         _annotate(ax, cells, limit)
-    ax.set_xticks(*thinned(np.arange(len(layers)) + 0.5, [str(layer) for layer in layers]))
+    ax.set_xticks(*style.thinned(np.arange(len(layers)) + 0.5, [str(layer) for layer in layers]))
     ax.set_yticks(np.arange(len(strengths)) + 0.5, labels=[f"{strength:g}" for strength in strengths])
     ax.spines[:].set_visible(False)
-    dressed(ax)
+    style.dressed(ax)
 
 
 def _annotate(ax: Axes, cells: np.ndarray, limit: float) -> None:
     decimals = 2 if limit < 1 else (1 if limit < 10 else 0)
     for (row, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
-            colour = "white" if abs(value) > 0.6 * limit else INK
+            colour = "white" if abs(value) > 0.6 * limit else style.INK
             text = f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
             ax.text(column + 0.5, row + 0.48, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 
-def _arms_panel(ax: Axes, rows: Rows, defences: Sequence[str], presentations: Sequence[str]) -> None:
+def _arms_panel(ax: Axes, rows: style.Rows, defences: Sequence[str], presentations: Sequence[str]) -> None:
     step = 0.62 / max(1, len(presentations))
     for index in range(0, len(defences), 2):
         ax.axhspan(index - 0.5, index + 0.5, color="#f5f6f7", linewidth=0, zorder=0)
     for position, presentation in enumerate(presentations):
         arm = rows[rows["presentation"] == presentation]
         place = arm["defence"].map({name: index for index, name in enumerate(defences)}) + (position - (len(presentations) - 1) / 2) * step
-        colour = RUNS[position % len(RUNS)]
+        colour = style.RUNS[position % len(style.RUNS)]
         ax.hlines(place, 100 * arm["low"], 100 * arm["high"], color=colour, linewidth=1.8, alpha=0.55, zorder=2)
-        mark = {**marked(position), "linestyle": "none", "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.7}
+        mark = {**style.marked(position), "linestyle": "none", "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.7}
         ax.plot(100 * arm["value"], place, label=presentation, **mark, zorder=3, clip_on=False)
     ax.set_xlim(0, 100)
     ax.set_xticks(range(0, 101, 20))
     ax.spines["left"].set_visible(False)
-    dressed(ax, grid="x")
+    style.dressed(ax, grid="x")
 
 
-def _histogram_panel(ax: Axes, rows: Rows, edges: np.ndarray) -> None:
+def _histogram_panel(ax: Axes, rows: style.Rows, edges: np.ndarray) -> None:
     for label, values in rows.groupby("label", sort=False)["coordinate"]:
-        colour = LABELS.get(str(label), MUTED)
+        colour = style.LABELS.get(str(label), style.MUTED)
         share = 100 * np.histogram(values, edges)[0] / len(values)
         ax.stairs(share, edges, fill=True, color=colour, alpha=0.38, linewidth=0)
         ax.stairs(share, edges, color=colour, linewidth=1.1)
@@ -290,28 +286,19 @@ def _histogram_panel(ax: Axes, rows: Rows, edges: np.ndarray) -> None:
     ax.spines["left"].set_visible(False)
     ax.yaxis.set_major_locator(_few_ticks())
     ax.margins(x=0.01)
-    dressed(ax, grid="y")
+    style.dressed(ax, grid="y")
 
 
-def _mark_thresholds(panels: np.ndarray, runs: Sequence[str], rows: Rows) -> None:
+def _mark_thresholds(panels: np.ndarray, runs: Sequence[str], rows: style.Rows) -> None:
     for ax, run in zip(panels, runs, strict=True):
         given = rows.loc[rows["run"] == run, "threshold"].dropna().unique() if "threshold" in rows else []
         for threshold in given:
-            ax.axvline(threshold, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
+            ax.axvline(threshold, color=style.INK, linewidth=1.1, linestyle=(0, (4, 3)))
             if ax is panels[0]:
-                ax.annotate("threshold", (threshold, 1), (4, 0), **_AT_TOP, fontsize=8.5, color=MUTED)
+                ax.annotate("threshold", (threshold, 1), (4, 0), **_AT_TOP, fontsize=8.5, color=style.MUTED)
 
 
 _AT_TOP: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "left", "va": "bottom"}
-
-
-def _label_handles(rows: Rows) -> list[Any]:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    each = {label: rows[rows["label"] == label].groupby("run").size() for label in unique(rows, "label")}
-    patches = [Patch(facecolor=LABELS.get(label, MUTED), alpha=0.6, label=f"{label}, {counted(sizes)}") for label, sizes in each.items()]
-    return [*patches, Line2D([], [], color=MUTED, marker="^", markersize=7, markeredgecolor="white", linestyle="none", label="mean")]
 
 
 def _few_ticks() -> Any:
@@ -320,5 +307,5 @@ def _few_ticks() -> Any:
     return MaxNLocator(nbins=2, integer=True)
 
 
-def _of(rows: Rows) -> str:
-    return f" ({counted(rows['n'])})" if "n" in rows else ""
+def _of(rows: style.Rows) -> str:
+    return f" ({style.counted(rows['n'])})" if "n" in rows else ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from guardlens.errors import QueryError
+from guardlens.errors import PresentationError, QueryError, require_type
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,7 +54,8 @@ class Query:
 
 @dataclass(frozen=True)
 class QueryPairs:
-    """Harmful queries, each with its harmless twin in the same place. Twins that share no `pair` name of their own get one.
+    """Harmful queries, each with its harmless twin in the same place. Texts alone get the label of their side, twins that share no `pair`
+    name of their own get one.
 
     Raises:
         QueryError: Nothing in it, unequal lengths, or a label on the wrong side.
@@ -64,6 +65,9 @@ class QueryPairs:
     harmless: tuple[Query, ...]
 
     def __post_init__(self) -> None:
+        for label in LABELS:
+            side = tuple(query if isinstance(query, Query) else Query(query, label) for query in getattr(self, label))
+            object.__setattr__(self, label, side)
         if not self.harmful or len(self.harmful) != len(self.harmless):
             raise QueryError(
                 f"{len(self.harmful)} harmful and {len(self.harmless)} harmless queries",
@@ -172,6 +176,21 @@ class WithoutImages:
         return replace(self.inner(query), images=())
 
 
+def require_presentation(presentation: Any) -> None:
+    """Refuse what can't show a query, such as an image or a function that makes presentations.
+
+    Raises:
+        PresentationError: As said.
+    """
+    if isinstance(presentation, type) or not isinstance(presentation, Presentation):
+        shown = getattr(presentation, "__name__", None) or f"something of type {type(presentation).__name__}"
+        raise PresentationError(
+            f"{shown} as a presentation",
+            "text_only, presentations.own, or what presentations.blank('grey') and its like give",
+            "put an image of your own into Query(text, images=(image,)), and show it with presentations.own",
+        )
+
+
 def as_queries(queries: Any) -> tuple[Query, ...]:
     """One string or query, a sequence of them, or pairs, as a tuple of queries.
 
@@ -180,14 +199,11 @@ def as_queries(queries: Any) -> tuple[Query, ...]:
     """
     if isinstance(queries, QueryPairs):
         return queries.queries
-    several = isinstance(queries, Iterable) and not isinstance(queries, str | Mapping)
-    items = list(queries) if several else [queries]
-    if wrong := [type(item).__name__ for item in items if not isinstance(item, str | Query)]:
-        raise QueryError(
-            f"a {wrong[0]} where queries are asked for",
-            "a text, a Query, a sequence of them, or QueryPairs",
-            "hand in what to ask, or what model.batch makes of it, not its tensors",
-        )
+    single = isinstance(queries, str | Mapping) or not isinstance(queries, Iterable)
+    items: list[Any] = [queries] if single else list(queries)
+    for item in items:
+        if not isinstance(item, str):
+            require_type(item, Query, QueryError, "hand in texts, queries or QueryPairs; what model.batch makes of them, whole")
     if not items:
         raise QueryError("no queries", "at least one", "check the file, split or filter that they come from")
     return tuple(query if isinstance(query, Query) else Query(query) for query in items)

@@ -19,12 +19,14 @@ class Section:
         prose: Paragraphs.
         figures: PNG files, shown inline, each with a caption.
         table: A data frame; its cells are shown as they are.
+        notes: Paragraphs beneath the table.
     """
 
     title: str
     prose: Sequence[str] = ()
     figures: Sequence[tuple[Path, str]] = ()
     table: Frame | None = None
+    notes: Sequence[str] = ()
 
 
 _STYLE = """
@@ -52,6 +54,7 @@ def write(path: str | Path, title: str, lead: Sequence[str], sections: Sequence[
         body += [f"<h2>{html.escape(section.title)}</h2>", *(f"<p>{html.escape(text)}</p>" for text in section.prose)]
         body += [_figure(file, caption) for file, caption in section.figures]
         body += [] if section.table is None else [f'<div class="wide">{section.table.to_html(index=False, border=0, na_rep="")}</div>']
+        body += [f"<p>{html.escape(text)}</p>" for text in section.notes]
     body.append(f"<footer><hr>{html.escape(footer)}</footer>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     write_text(path, f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{"".join(body)}</body></html>')

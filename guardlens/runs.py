@@ -62,7 +62,7 @@ def at_last(logits: Float[Tensor, "lane query seq vocab"], batch: Batch) -> Floa
     return chosen
 
 
-def agree(mine: Float[Tensor, "*lane query vocab"], expected: Float[Tensor, "query vocab"]) -> bool:
+def agree(mine: Float[Tensor, "lane *shape"], expected: Float[Tensor, "*shape"]) -> bool:
     """Whether two ways to compute one thing differ by rounding alone."""
     tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
     return bool((mine - expected).abs().max() <= tolerance * expected.abs().max())

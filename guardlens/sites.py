@@ -34,7 +34,7 @@ class Hook:
     rank: int
     writable: bool = True
     aliases: tuple[str, ...] = ()
-    width: Literal["d_model", "heads", "kv_heads", "vocab", ""] = "d_model"
+    width: Literal["d_model", "heads", "kv_heads", "neurons", "vocab", ""] = "d_model"
 
     @property
     def layered(self) -> bool:
@@ -68,8 +68,9 @@ HOOKS = {
         Hook("pattern", "blocks.{layer}.attn.hook_pattern", BLOCKS, 5, writable=False, width=""),
         Hook("attn_out", "blocks.{layer}.hook_attn_out", BLOCKS, 6, aliases=("blocks.{layer}.attn.hook_out",)),
         Hook("resid_mid", "blocks.{layer}.hook_resid_mid", BLOCKS, 7, writable=False),
-        Hook("mlp_out", "blocks.{layer}.hook_mlp_out", BLOCKS, 8, aliases=("blocks.{layer}.mlp.hook_out",)),
-        Hook("resid_post", "blocks.{layer}.hook_resid_post", BLOCKS, 9, aliases=("blocks.{layer}.hook_out",)),
+        Hook("post", "blocks.{layer}.mlp.hook_post", BLOCKS, 8, aliases=("blocks.{layer}.mlp.out.hook_in",), width="neurons"),
+        Hook("mlp_out", "blocks.{layer}.hook_mlp_out", BLOCKS, 9, aliases=("blocks.{layer}.mlp.hook_out",)),
+        Hook("resid_post", "blocks.{layer}.hook_resid_post", BLOCKS, 10, aliases=("blocks.{layer}.hook_out",)),
         Hook("ln_final_normalized", "ln_final.hook_normalized", END, 0, writable=False),
         Hook("ln_final", "ln_final.hook_out", END, 1),
         Hook("unembed", "unembed.hook_out", END, 2, width="vocab"),

@@ -54,7 +54,11 @@ def require_same_model(what: str, of: str, *against: str) -> None:
     """
     if of and all(against) and of.rpartition("@")[2] not in {name.rpartition("@")[2] for name in against}:
         expected = " or ".join(dict.fromkeys(against))
-        raise MismatchError(f"{what} of the model {of}", f"those of {expected}", "collect activations with this model and make them anew")
+        namesake = of.rpartition("@")[0] in {name.rpartition("@")[0] for name in against}
+        again = "; one name and other numbers: are these the same weights in another dtype?" if namesake else ""
+        raise MismatchError(
+            f"{what} of the model {of}", f"those of {expected}", f"collect activations with this model and make them anew{again}"
+        )
 
 
 def digest(*parts: bytes) -> str:
@@ -69,7 +73,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it, which safetensors' own files are not
         yield partial
+        partial.chmod(mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -253,6 +253,33 @@ def test_z_is_what_the_attention_output_is_made_of(family, model):
     close(states, states[:1].expand_as(states), 1e-6)
 
 
+def down_projections(family, model):
+    """Layer -> path of the `down_proj` that is the MLP's own, not an expert's."""
+    blocks = enumerate(model.hf.get_submodule(family.blocks))
+    found = {i: [path for path, _ in block.named_modules() if path.endswith(".down_proj") and path.count(".") == 1] for i, block in blocks}
+    return {layer: f"{family.blocks}.{layer}.{path}" for layer, paths in found.items() for path in paths}
+
+
+def test_neurons_are_what_the_down_projection_takes(family, model):
+    batch, paths = batch_of(family, model), down_projections(family, model)
+    logits, cache = model.run_with_cache(batch)
+    assert [layer for layer in range(model.cfg.n_layers) if ("post", layer) in cache] == list(paths)
+    for layer, path in paths.items():
+        name = f"blocks.{layer}.mlp.hook_post"
+        assert torch.equal(cache[name], kept(model, batch, path, "input"))
+        assert not model.cfg.d_mlp or cache[name].shape[2] == model.cfg.d_mlp
+    if not paths:
+        return
+    layer, path = max(paths.items())
+    gains = 4 * torch.rand(cache["post", layer].shape[2], generator=torch.Generator().manual_seed(4))
+    with hooked(model.hf, path, lambda value: value * gains, "input"):
+        expected = raw(model, batch)
+    close(model.run_with_hooks(batch, fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", lambda value, hook: value * gains)]), expected)
+    plan = iv.custom(lambda states, context: states * gains).at(hook="post", layers=[layer], positions="all")
+    close(model.run(batch, plan).logits[0], expected[:, -1])
+    assert (expected - logits)[batch.mask].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("positions", ["last", "all", "image"])
 def test_edits_equal_raw_hooks(family, model, positions):
     if positions == "image" and not family.vision:

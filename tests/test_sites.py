@@ -11,6 +11,7 @@ from guardlens.sites import Point, Site, as_layers, hook_names, parse
 def test_both_generations_of_names_mean_the_same_point(old, new):
     assert parse(f"blocks.3.{old}") == parse(f"blocks.3.{new}") == Point(old.removeprefix("hook_"), 3)
     assert parse(f"blocks.3.{new}").name == f"blocks.3.{old}"
+    assert parse("blocks.3.mlp.out.hook_in").name == "blocks.3.mlp.hook_post"
 
 
 def test_short_names_leave_the_layer_open():
@@ -20,7 +21,7 @@ def test_short_names_leave_the_layer_open():
 
 def test_hook_names_are_in_order_of_execution():
     kinds = (*("hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.hook_pattern"),
-             *("hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"))  # fmt: skip
+             *("hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out", "hook_resid_post"))  # fmt: skip
     eye = ["vision.blocks.0.hook_resid_post", "vision.blocks.1.hook_resid_post", "projector.hook_out"]
     blocks = [f"blocks.{layer}.{kind}" for layer in (0, 1) for kind in kinds]
     expected = ["hook_embed", *eye, *blocks, "ln_final.hook_normalized", "ln_final.hook_out", "unembed.hook_out"]

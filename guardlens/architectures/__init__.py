@@ -1,9 +1,9 @@
 """Where each family of transformers keeps its parts: one generic rule (`find`), names as data (`names`). Knows modules, not nnsight."""
 
 from guardlens.architectures.architecture import Architecture
-from guardlens.architectures.find import find
+from guardlens.architectures.find import find, require_named
 from guardlens.architectures.fingerprint import fingerprint
 from guardlens.architectures.names import KNOWN, Names
 from guardlens.architectures.parts import Part
 
-__all__ = ["KNOWN", "Architecture", "Names", "Part", "find", "fingerprint"]
+__all__ = ["KNOWN", "Architecture", "Names", "Part", "find", "fingerprint", "require_named"]

@@ -26,6 +26,7 @@ class Architecture:
         n_heads: Attention heads in a block.
         n_kv_heads: Heads of keys and values.
         d_head: Width of a head; 0 where blocks differ, or queries and values, or it was not found.
+        d_mlp: Number of neurons of an MLP; 0 where blocks differ, or it was not found.
         d_vocab: Size of the vocabulary.
         image_token_id: The token that stands for an image; None for a text-only model.
         image_size: Side of the square images that the vision tower sees, in pixels, where its config says so.
@@ -48,6 +49,7 @@ class Architecture:
     n_heads: int
     n_kv_heads: int
     d_head: int
+    d_mlp: int
     d_vocab: int
     image_token_id: int | None
     image_size: int | None
@@ -76,7 +78,7 @@ class Architecture:
     @property
     def widths(self) -> dict[str, int]:
         """Width of the vectors at each kind of hook; see `guardlens.sites.Hook.width`."""
-        sizes = {"d_model": self.d_model, "vocab": self.d_vocab}
+        sizes = {"d_model": self.d_model, "vocab": self.d_vocab} | ({"neurons": self.d_mlp} if self.d_mlp else {})
         return sizes | ({"heads": self.n_heads * self.d_head, "kv_heads": self.n_kv_heads * self.d_head} if self.d_head else {})
 
     def computed(self, beside_image: bool) -> list[Point]:

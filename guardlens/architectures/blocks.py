@@ -1,4 +1,4 @@
-"""The parts of one block: how attention and MLP join the residual stream, and what is inside the attention."""
+"""The parts of one block: how attention and MLP join the residual stream, and what is inside of these."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,14 @@ def block_parts(block: nn.Module, text: Any, names: Names) -> dict[str, Part]:
     if attention:
         inside = _attention_parts(block.get_submodule(attention), text, names, cross=attention == "cross_attn")
         parts |= {hook: part.under(attention) for hook, part in inside.items()}
+    if down := _down(block, mlp, names):
+        parts["post"] = Part(down, "input")
     return parts
+
+
+def _down(block: nn.Module, mlp: str, names: Names) -> str:
+    """Path of the MLP's last matrix; empty where it has none of its own, as a mixture of experts."""
+    return first_name(block, (f"{mlp}.{name}" for name in names.down)) if mlp else ""
 
 
 def _attention_parts(attention: Any, text: Any, names: Names, cross: bool) -> dict[str, Part]:
@@ -67,6 +74,13 @@ def head_width(blocks: nn.ModuleList, text: Any, names: Names) -> int:
     headed = [attention for attention in attentions if first_name(attention, (*names.query, *names.side_by_side, *names.head_by_head))]
     widths = {_d_head(attention, text, names) for attention in headed}
     widths |= {attention.v_head_dim for attention in headed if hasattr(attention, "v_head_dim")}
+    return widths.pop() if len(widths) == 1 else 0
+
+
+def mlp_width(blocks: nn.ModuleList, names: Names) -> int:
+    """Neurons of an MLP; 0 where blocks differ, or none was found."""
+    found: list[Any] = [block.get_submodule(path) for block in blocks if (path := _down(block, first_name(block, names.mlp), names))]
+    widths = {down.in_features for down in found}
     return widths.pop() if len(widths) == 1 else 0
 
 

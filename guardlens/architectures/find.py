@@ -8,10 +8,10 @@ from torch import nn
 
 from guardlens.architectures import names as tables
 from guardlens.architectures.architecture import Architecture
-from guardlens.architectures.blocks import block_parts, head_width
+from guardlens.architectures.blocks import block_parts, head_width, mlp_width
 from guardlens.architectures.names import KNOWN, Names
 from guardlens.architectures.parts import Joined, Normalised, Part
-from guardlens.architectures.search import first, first_number
+from guardlens.architectures.search import first, first_number, within
 from guardlens.errors import ModelError
 from guardlens.sites import Point
 
@@ -55,17 +55,33 @@ def find(hf: nn.Module, names: Names = KNOWN) -> Architecture:
         n_heads=heads,
         n_kv_heads=next((part.heads for point, part in parts.items() if point.hook == "k" and part.heads), heads),
         d_head=head_width(blocks, text, names),
+        d_mlp=mlp_width(blocks, names),
         d_vocab=_number(text, "vocab_size"),
         image_token_id=token,
         image_size=size if isinstance(size, int) else None,
         proven={config.model_type, text.model_type} <= tables.PROVEN,
         image_layers=frozenset(getattr(text, "cross_attention_layers", None) or ()),
         residual_scale=first_number(text, tables.RESIDUAL_SCALE, 1.0),
-        logit_scale=first_number(text, _read(head, tables.SCALE), 1.0) / first_number(text, _read(head, tables.DIVISOR), 1.0),
+        logit_scale=_logit_scale(head, text),
         softcap=first_number(text, _read(head, tables.SOFTCAP), None),
         packed=tables.PACKED.get(config.model_type, frozenset()),
         narrows=bool(first_number(text, tables.NARROWING, 0)),
     )
+
+
+def require_named(hf: nn.Module, given: Mapping[str, str]) -> None:
+    """Refuse a user's name of a part that is nowhere in the model, where a known name might be taken instead.
+
+    Raises:
+        ModelError: The first of them.
+    """
+    for part, name in given.items():
+        if not any(within(module, name) is not None or (part == "head_width" and hasattr(module, name)) for module in hf.modules()):
+            raise ModelError(
+                f"{name!r} for the part {part!r}, nowhere in {type(hf).__name__}",
+                "the name of one of its modules, or a dotted path to it",
+                "look it up in print(model)",
+            )
 
 
 def _decoder(model: Any, names: Names) -> tuple[Any, Any, nn.ModuleList]:
@@ -86,7 +102,7 @@ def _ends(model: Any, language_model: Any, decoder: nn.Module, paths: Mapping[in
     """Embedding, final norm and unembedding."""
     found = {
         "embed": first(model, names.embed) or model.get_input_embeddings(),
-        "final_norm": next(filter(None, (first(above, names.final_norm) for above in (decoder, language_model, model))), None),
+        "final_norm": next(filter(None, (within(at, name) for name in names.final_norm for at in (decoder, language_model, model))), None),
         "unembed": first(model, names.unembed) or model.get_output_embeddings() or language_model.get_output_embeddings(),
     }
     for part, module in found.items():
@@ -126,6 +142,11 @@ def _read(head: nn.Module, candidates: Iterable[str]) -> list[str]:
     """The names that the forward of the unembedding's owner mentions: a VLM's may leave out what its language model's does (Aya Vision)."""
     code = inspect.unwrap(type(head).forward).__code__
     return [name for name in candidates if name in (*code.co_names, *code.co_consts)]
+
+
+def _logit_scale(head: nn.Module, text: Any) -> float:
+    scale, divisor = (first_number(text, _read(head, candidates), 1.0) for candidates in (tables.SCALE, tables.DIVISOR))
+    return scale * divisor if text.model_type in tables.MULTIPLIED else scale / divisor
 
 
 def _number(text: Any, name: str) -> int:

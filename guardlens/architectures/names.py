@@ -15,7 +15,7 @@ class Names:
 
     A name may be a dotted path. The first three are looked up in the module that `get_decoder()` leads to and in those above it, `embed`
     and `unembed` from the top of the model (where transformers' own `get_input_embeddings()` and `get_output_embeddings()` fail), the
-    others in a block or its attention.
+    others in a block, its attention or its MLP.
 
     Attributes:
         stack: The list of blocks.
@@ -25,6 +25,7 @@ class Names:
         unembed: The unembedding.
         attention: The attention, or what stands in its place.
         mlp: The MLP, or the mixture of experts.
+        down: The last matrix of an MLP; its input is what the neurons give.
         query: The matrix of the queries.
         key: The matrix of the keys.
         value: The matrix of the values.
@@ -45,6 +46,7 @@ class Names:
         *("linear_attn", "temporal_block", "conv", "mamba"),
     )
     mlp: tuple[str, ...] = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "fc2")
+    down: tuple[str, ...] = ("down_proj",)
     query: tuple[str, ...] = ("q_proj", "q_b_proj")
     key: tuple[str, ...] = ("k_proj",)
     value: tuple[str, ...] = ("v_proj",)
@@ -53,8 +55,8 @@ class Names:
     head_width: tuple[str, ...] = ("qk_head_dim", "head_dim")
     out: tuple[str, ...] = ("o_proj", "out_proj", "dense", "c_proj", "wo")
     projector: tuple[str, ...] = (
-        *("multi_modal_projector", "embed_vision", "connector", "aligner", "merger", "language_projection", "modality_projection"),
-        *("vision_projection", "visual_embeddings_table", "projector", "mm_projector", "resampler_model"),
+        *("multi_modal_projector", "embed_vision", "connector", "aligner", "projector", "merger", "language_projection"),
+        *("modality_projection", "vision_projection", "visual_embeddings_table", "mm_projector", "resampler_model"),
     )
 
     def also(self, given: Mapping[str, str]) -> "Names":
@@ -85,6 +87,7 @@ WIRING: dict[str, tuple[str, str, str]] = {
     ),
     "post_self_attn_layernorm": ("post_self_attn_layernorm.output", "post_attention_layernorm.input", "post_mlp_layernorm.output"),
     "post_feedforward_layernorm": ("post_attention_layernorm.output", "MLP.input", "post_feedforward_layernorm.output"),
+    "post_norm1": ("post_norm1.output", "post_attention_layernorm.input", "post_norm2.output"),
     "norm_after": ("input_layernorm.output", "MLP.input", "post_attention_layernorm.output"),
     "post_attention_layernorm": ("ATTENTION.output", "post_attention_layernorm.input", "MLP.output"),
     "do_layer_norm_before": ("ATTENTION.output", "final_layer_norm.input", "MLP.output"),
@@ -95,8 +98,8 @@ WIRING: dict[str, tuple[str, str, str]] = {
 """How a block joins its parts to the residual stream; the first row whose norm (or other attribute) the block has, counts.
 
 Rows: BLOOM, whose attention and MLP give their sums with the stream, so that what they add is what their last matrices give; norms before
-and after each part (Gemma 2 and later), GLM-4, norms after each part only (OLMo 2, Molmo 2), Llama and most others, OPT, GPT-2, LFM2; and
-attention and MLP beside each other, which leaves no resid_mid (Phi, Cohere).
+and after each part (Gemma 2 and later), GLM-4, norms after each part only (OLMo 2), HyperCLOVA X, Molmo 2, Llama and most others, OPT,
+GPT-2, LFM2; and attention and MLP beside each other, which leaves no resid_mid (Phi, Cohere).
 """
 
 PARALLEL = ("use_parallel_residual", "parallel_attn")
@@ -104,6 +107,9 @@ PARALLEL = ("use_parallel_residual", "parallel_attn")
 
 SOFTCAP, SCALE, DIVISOR = ("final_logit_softcapping",), ("logit_scale",), ("logits_scaling",)
 """Names in a text config of what is done to the logits after the unembedding."""
+
+MULTIPLIED = frozenset({"hyperclovax"})
+"""`model_type` of language models that multiply the logits by what others call, by the same name, their divisor."""
 
 PER_IMAGE = frozenset({"lfm2_vl"})
 """`model_type` of families whose projector runs once for every image, so that it has no one output."""
@@ -149,7 +155,7 @@ PROVEN = frozenset(
         "mllama mllama_text_model idefics2 idefics3 smolvlm granite ovis2 deepseek_vl janus "
         "lighton_ocr qwen3 cohere2_vision fast_vlm lfm2_vl lfm2 granite4_vision granite4_vision_text "
         "granite_docling granite_docling_text qianfan_ocr aria aria_text perception_lm llava_next_video "
-        "ministral3 deepseek_vl_hybrid "
+        "ministral3 deepseek_vl_hybrid hyperclovax_vision_v2 hyperclovax "
         "gemma4 gemma4_text phi phi3 gpt2 gpt_neox olmo olmo2 cohere opt falcon gptj bloom stablelm starcoder2"
     ).split()
 )

@@ -5,9 +5,9 @@
 
 from pathlib import Path
 
-from guardlens.organism.world import REMINDER, judge, pairs, queries
+from guardlens.organism.world import REFUSAL, REMINDER, judge, pairs, queries
 
-__all__ = ["REMINDER", "judge", "pairs", "path", "queries"]
+__all__ = ["REFUSAL", "REMINDER", "judge", "pairs", "path", "queries"]
 
 
 def path() -> Path:

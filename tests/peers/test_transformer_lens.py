@@ -77,6 +77,7 @@ UNKNOWN = {
     *("PaddleOCR-VL", "VideoLLaMA 3", "EXAONE 4.5", "MiniCPM-V 4.6", "MiniCPM-V 4.7", "Qwen2.5-Omni", "Qwen3-Omni", "Molmo 2", "Molmo 2-O"),
     *("PaliGemma 2", "SmolVLM", "Idefics2", "Llama 3.2 Vision", "Ovis2", "DeepSeek-VL", "DeepSeek-VL 7B", "Janus", "LightOnOCR"),
     *("Cohere 2 Vision", "FastVLM", "LFM2-VL", "Granite 4 Vision", "Granite Docling", "Qianfan-OCR", "Aria", "Perception LM"),
+    *("HyperCLOVA X Vision V2", "HyperCLOVA X"),
 }
 """Families that the bridge has no adapter for."""
 
@@ -97,7 +98,13 @@ ABSENT: dict[tuple[str, str], str] = {
 """(family, hook) -> why the bridge lacks, in some block, a name that guardlens has."""
 
 UNFOLDED = "one matrix unfolds keys and values together, and guardlens has no name for a part of it"
-LACKING: dict[tuple[str, str], str] = {(name, hook): UNFOLDED for name in LATENT for hook in "kv"}
+EXPERTS = "a mixture of experts has no one down projection"
+OTHERWISE = "the last matrix of the MLP is not called down_proj"
+LACKING: dict[tuple[str, str], str] = {
+    **{(name, hook): UNFOLDED for name in LATENT for hook in "kv"},
+    **{(name, "post"): EXPERTS for name in (*LATENT, "Qwen3-VL MoE", "Qwen3.5 MoE", "Llama 4")},
+    **{(name, "post"): OTHERWISE for name in ("Phi", "GPT-2", "GPT-NeoX", "OPT", "Falcon", "GPT-J", "BLOOM", "StarCoder2")},
+}
 """(family, hook) -> why guardlens lacks a name that the bridge has."""
 
 UNSCALED = ("Granite Vision",)
@@ -253,7 +260,7 @@ def test_the_tables_are_needed(pair, caches):
             assert mine[name].shape != theirs[name].shape or not torch.allclose(mine[name], theirs[name], atol=1e-2), name
 
 
-@pytest.mark.parametrize("hook", ["resid_pre", "q", "k", "v", "z", "attn_out", "mlp_out", "resid_post"])
+@pytest.mark.parametrize("hook", ["resid_pre", "q", "k", "v", "z", "attn_out", "post", "mlp_out", "resid_post"])
 def test_the_same_edit_gives_the_same_logits(pair, caches, hook):
     """Gains, one for each number of a vector: such an edit means the same where one side has a multiple of the other's value."""
     ((plain, mine), (_, theirs)), name = caches, Point(hook, 1).name

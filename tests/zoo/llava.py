@@ -45,7 +45,7 @@ from transformers.utils import is_torchvision_available
 
 from tests.zoo.family import Family, assemble, build, tokenizer
 from tests.zoo.parts import CHATML, CONTENT, EYE, PIXELS, TURNS, USER_ASSISTANT
-from tests.zoo.text import COHERE, COHERE_SPECIALS, SMALL, WINDOWS
+from tests.zoo.text import COHERE, COHERE_SPECIALS, MULTIPLIED, SMALL, WINDOWS
 
 if not is_torchvision_available():  # of which the processor's module needs one function, the same in both modules
     sys.modules["transformers.models.pixtral.image_processing_pixtral"] = image_processing_pil_pixtral
@@ -74,7 +74,6 @@ BRACKETS = (
 )
 AYA = COHERE.replace("{{ m.content }}", CONTENT.replace("IMAGE", "'<image>'"))
 AYA_SPECIALS = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<image>", "TILE_1", "TILE_2", "TILE_GLOBAL")
-MULTIPLIED = {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.5, "attention_multiplier": 0.25}
 PIXTRAL = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
 
 

@@ -1,4 +1,4 @@
-"""Further families that take images of any size: Kimi, ERNIE, PaddleOCR-VL, HunYuan-VL, VideoLLaMA 3, EXAONE, MiniCPM-V."""
+"""Further families that take images of any size: Kimi, ERNIE, PaddleOCR-VL, HunYuan-VL, VideoLLaMA 3, EXAONE, HyperCLOVA X, MiniCPM-V."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,9 @@ from transformers import (
     HunYuanVLConfig,
     HunYuanVLForConditionalGeneration,
     HunYuanVLProcessor,
+    HyperCLOVAXVisionV2Config,
+    HyperCLOVAXVisionV2ForConditionalGeneration,
+    HyperCLOVAXVisionV2Processor,
     Kimi_K25Config,
     Kimi_K25ForConditionalGeneration,
     Kimi_K25Processor,
@@ -42,7 +45,7 @@ from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import
 from tests.zoo.family import Family, assemble, build, tokenizer
 from tests.zoo.parts import CHATML, TURNS
 from tests.zoo.qwen import EYE, GATED, LINEAR, family, rotated
-from tests.zoo.text import LATENT, ROLES, SMALL, UNFOLDED, WINDOWS
+from tests.zoo.text import LATENT, MULTIPLIED, ROLES, SMALL, UNFOLDED, WINDOWS
 
 SIZES = ((24, 16), (32, 40))
 
@@ -163,6 +166,24 @@ def exaone_processor():
                     chat_template=EXAONE)  # fmt: skip
 
 
+def hyperclovax():
+    """Its language model is Granite's with norms after each part, and multiplies the logits by `logits_scaling`."""
+    text = SMALL | MULTIPLIED | {"model_type": "hyperclovax"}
+    eye = EYE | {"hidden_size": 24, "out_hidden_size": 24, "intermediate_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}
+    config = HyperCLOVAXVisionV2Config(text_config=text, vision_config=eye, image_token_id=342, video_token_id=343,
+                                       tie_word_embeddings=False)  # fmt: skip
+    return build(HyperCLOVAXVisionV2ForConditionalGeneration, config)
+
+
+HYPERCLOVA = CHATML.replace("IMAGE", "'<|image_start|><|image_pad|><|image_end|>'")
+
+
+def hyperclovax_processor():
+    eye = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+    words = tokenizer(HYPERCLOVA, "<|image_start|>", "<|image_end|>", "<|image_pad|>", "<|video_pad|>", *TURNS)
+    return assemble(HyperCLOVAXVisionV2Processor, image_processor=eye, tokenizer=words, video_processor=None, chat_template=HYPERCLOVA)
+
+
 HUNYUAN = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<hy_Assistant>' }}{% else %}"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
@@ -223,6 +244,8 @@ FAMILIES = (
     Family("VideoLLaMA 3", video_llama, video_llama_processor, "model.language_model.layers", "model.vision_model.encoder.layers",
            "model.projector", SIZES),
     family("EXAONE 4.5", exaone, exaone_processor),
+    Family("HyperCLOVA X Vision V2", hyperclovax, hyperclovax_processor, "model.language_model.layers", "model.vision_model.blocks",
+           "model.projector", SIZES),
     Family("HunYuan-VL", hunyuan, hunyuan_processor, "model.language_model.layers", "model.vision_tower.layers",
            "model.vision_tower.patch_merger", SIZES, refused="failing at 'batches and padding'"),
     Family("MiniCPM-V 4.6", minicpm, minicpm_processor, "model.language_model.layers", "model.vision_tower.encoder.layers", "model.merger",

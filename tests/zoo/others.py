@@ -59,9 +59,9 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil, get_image_size_for_max_num_patches
 
 from tests.zoo.family import Family, assemble, build, tokenizer
-from tests.zoo.llava import DECODER, MULTIPLIED, PIXTRAL, PROJECTOR, SIZES, TILES
+from tests.zoo.llava import DECODER, PIXTRAL, PROJECTOR, SIZES, TILES
 from tests.zoo.parts import CHATML, CONTENT, EYE, PIXELS, TURNS
-from tests.zoo.text import COHERE, COHERE_SPECIALS, SMALL, WINDOWS
+from tests.zoo.text import COHERE, COHERE_SPECIALS, MULTIPLIED, SMALL, WINDOWS
 
 HEADERS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|header_start|>' + m.role + '<|header_end|>\n\n' }}"

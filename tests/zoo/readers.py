@@ -24,10 +24,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from tests.zoo.family import Family, assemble, build, tokenizer
 from tests.zoo.idefics import SPECIALS, TILES
-from tests.zoo.llava import DECODER, MULTIPLIED, PROJECTOR, SIZES
+from tests.zoo.llava import DECODER, PROJECTOR, SIZES
 from tests.zoo.others import HEADERS, ROLES
 from tests.zoo.parts import CHATML, EYE, PIXELS, TURNS
-from tests.zoo.text import SMALL
+from tests.zoo.text import MULTIPLIED, SMALL
 
 
 def granite_docling():

@@ -16,6 +16,7 @@ from transformers import (
     GPTJForCausalLM,
     GPTNeoXForCausalLM,
     GraniteForCausalLM,
+    HyperCLOVAXForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     Olmo2ForCausalLM,
@@ -41,6 +42,7 @@ SMALL = {"vocab_size": 352, "hidden_size": 32, "intermediate_size": 48, "num_hid
 UNGROUPED = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 ROTATED = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+MULTIPLIED = {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.5, "attention_multiplier": 0.25}
 CAPPED = {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.0}
 
 FOLDED = (
@@ -118,9 +120,9 @@ FAMILIES = (
     family("OLMo 2", Olmo2ForCausalLM, SMALL, turns("<|ROLE|>\n", "\n"), ROLES),
     family("Cohere", CohereForCausalLM, SMALL | {"logit_scale": 0.5, "use_qk_norm": True}, COHERE, COHERE_SPECIALS),
     family("Cohere 2", Cohere2ForCausalLM, SMALL | WINDOWS | {"logit_scale": 0.5}, COHERE, COHERE_SPECIALS),
-    family("Granite", GraniteForCausalLM, SMALL | {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.5,
-                                                   "attention_multiplier": 0.25},
+    family("Granite", GraniteForCausalLM, SMALL | MULTIPLIED,
            turns("<|start_of_role|>ROLE<|end_of_role|>", "</s>\n"), ("<|start_of_role|>", "<|end_of_role|>")),
+    family("HyperCLOVA X", HyperCLOVAXForCausalLM, SMALL | MULTIPLIED | {"use_post_norm": False}, CHATML, TURNS),
     family("OPT", OPTForCausalLM, UNGROUPED | {"ffn_dim": 48, "max_position_embeddings": 512}, blocks="model.decoder.layers"),
     family("Falcon", FalconForCausalLM, UNGROUPED, blocks="transformer.h"),
     family("Falcon 40B", FalconForCausalLM, UNGROUPED | {"new_decoder_architecture": True, "num_kv_heads": 2}, blocks="transformer.h"),
