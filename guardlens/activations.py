@@ -1,5 +1,6 @@
 """Hidden states as data: the whole tensors of one run (`ActivationCache`) and one vector per query and layer (`Activations`)."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError
 from guardlens.queries import Query
-from guardlens.sites import Point, parse
+from guardlens.sites import HOOKS, Point, parse
 from guardlens.storage import Provenance, load_tensors, save_tensors
 
 Components = Float[Tensor, "component batch seq d"]
@@ -50,8 +51,11 @@ class ActivationCache(Mapping[str, Tensor]):
         point = parse(name, self._n_layers)
         if layer is not None:
             point = replace(point, layer=layer + self._n_layers if layer < 0 else layer)
+        if point.layer is None and HOOKS[point.hook].layered:
+            short = point.hook
+            raise SiteError(f"{key!r} without a layer", f"one, as in ({short!r}, 3)", f"name it, or take cache.stack({short!r})")
         if point not in self._tensors:
-            raise SiteError(f"{key!r}, which this cache does not hold", f"one of {', '.join(self)}", "ask for it with names_filter")
+            raise self._lacks(point.hook, repr(key))
         return self._tensors[point]
 
     def __contains__(self, key: object) -> bool:
@@ -69,9 +73,10 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def stack(self, hook: str) -> Float[Tensor, "layer batch seq d"]:
         """One hook of every layer that the cache holds."""
-        layers = [tensor for point, tensor in self._tensors.items() if point.hook == parse(hook).hook]
+        name = parse(hook).hook
+        layers = [tensor for point, tensor in self._tensors.items() if point.hook == name]
         if not layers:
-            raise SiteError(f"no {hook!r} in this cache", f"one of {', '.join(self)}", "ask for it with names_filter")
+            raise self._lacks(name, repr(hook))
         return torch.stack(layers)
 
     def accumulated_resid(
@@ -117,10 +122,34 @@ class ActivationCache(Mapping[str, Tensor]):
             raise SiteError("a cache without its model", "one from model.run_with_cache", "call model.to_logits(states) yourself")
         return torch.stack([self._to_logits(self["resid_post", layer][:, pos_slice]) for layer in range(self._n_layers)])
 
+    def _lacks(self, hook: str, what: str) -> SiteError:
+        if hook == "pattern":
+            next_step = 'load the model with attn_implementation="eager", which alone computes patterns'
+        else:
+            next_step = "ask for it with names_filter"
+        kinds = ", ".join(dict.fromkeys(point.hook for point in self._tensors))
+        return SiteError(f"no {what} in this cache", f"what it holds: {kinds}", next_step)
+
     def _matters(self, term: Tensor, layer: int) -> bool:
         """Whether a term is more than rounding."""
         scale = self["resid_post", layer].abs().amax()
         return term.numel() > 0 and bool(term.abs().amax() > 50 * torch.finfo(term.dtype).eps * scale)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, without what `logit_lens` needs of the model."""
+        tensors = {point.name: tensor for point, tensor in self._tensors.items()}
+        save_tensors(path, "cache", tensors, {"n_layers": self._n_layers, "residual_scale": self._residual_scale})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ActivationCache":
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError: Not such a file.
+        """
+        tensors, header = load_tensors(path, "cache")
+        points = sorted((parse(name) for name in tensors), key=lambda point: point.order)
+        return cls({point: tensors[point.name] for point in points}, header["n_layers"], None, header["residual_scale"])
 
     def __repr__(self) -> str:
         names = list(self)
@@ -175,6 +204,9 @@ class Activations:
     def pairs(self) -> tuple[Int[Tensor, "pair"], Int[Tensor, "pair"]]:
         """Indices of the harmful queries and of their harmless twins.
 
+        Warns:
+            UserWarning: Queries whose twin is missing, which are left out.
+
         Raises:
             QueryError: There is no pair.
         """
@@ -187,6 +219,8 @@ class Activations:
             raise QueryError(
                 f"{len(self.queries)} queries without a single pair", "harmful queries with harmless twins", "collect QueryPairs"
             )
+        if lame := len(sides) - len(whole):
+            warnings.warn(f"{lame} of {len(sides)} pairs lack a twin and are left out", stacklevel=3)
         return torch.tensor([side["harmful"] for side in whole]), torch.tensor([side["harmless"] for side in whole])
 
     def at(self, layer: int) -> Float[Tensor, "query d_model"]:
@@ -198,6 +232,10 @@ class Activations:
         if layer not in self.layers:
             raise SiteError(f"layer {layer}", f"one of {list(self.layers)}", "collect it, or choose one of these")
         return self.states[:, self.layers.index(layer)]
+
+    def __repr__(self) -> str:
+        size = f"{len(self.queries)} queries, {len(self.layers)} layers, d_model {self.d_model}"
+        return f"Activations({self.hook} at {self.positions!r}, {self.presentation!r}, {size})"
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from guardlens.architectures import Architecture, find, fingerprint
 from guardlens.batches import Batch, Layout
-from guardlens.errors import ModelError, PlanError
-from guardlens.interventions.plan import Intervention, nothing
+from guardlens.errors import ModelError, PlanError, require_type
+from guardlens.interventions.plan import Intervention, nothing, require_plan
 from guardlens.interventions.states import State
 from guardlens.program import Held, Record, Tap, compile_taps, required_runs, site_of
 from guardlens.queries import Query, TextOnly, text_only
@@ -208,7 +208,8 @@ def attach(plan: Intervention, hf: Any, processor: Any = None, *, twin: Callable
         twin: Makes the inputs of the text twin from those of a prompt, for a processor whose images can't be cut out of the text.
 
     Raises:
-        MismatchError: The plan was made for another model.
+        MismatchError: The plan was made for another model, or for a separate LLM (`load(..., llm=...)`): here, the text twin is the model
+            itself, shown no image.
         SiteError: It has a hook or a layer that this model has not.
         PlanError: It needs what the tokens of a prompt don't tell (`"instruction"`, another presentation), or there is a guard already.
         ModelError: The text twin can't be had.
@@ -216,6 +217,8 @@ def attach(plan: Intervention, hf: Any, processor: Any = None, *, twin: Callable
     Example:
         `with attach(Intervention.load("guard.safetensors"), hf, processor): hf.generate(**inputs)`
     """
+    require_plan(plan)
+    require_type(hf, nn.Module, ModelError, "hand in the model of transformers and its processor; of a HookedModel, its .hf and .processor")
     cfg = find(hf)
     _require_alone(hf)
     _require_known(plan, cfg.n_layers)

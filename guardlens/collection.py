@@ -1,11 +1,14 @@
 """`collect`: the hidden states of many queries, one per query and layer."""
 
 import torch
+from torch import Tensor
 
 from guardlens.activations import Activations
+from guardlens.batches import Batch
 from guardlens.interventions.plan import Intervention, nothing
-from guardlens.keeping import batches
+from guardlens.keeping import over_batches
 from guardlens.model import HookedModel, Queries
+from guardlens.prefixes import Prefix
 from guardlens.queries import Presentation, as_queries, text_only
 from guardlens.sites import Site
 
@@ -30,7 +33,7 @@ def collect(
         presentation: How they are shown. `text_only` is what the LLM sees.
         intervention: What to change in the run; states are read after all edits.
         site: Hook, layers and positions; by default the residual stream after every block at the prompt's last token.
-        batch_size: Queries per forward.
+        batch_size: Queries per forward; halved where memory runs out.
         progress: Show a bar.
 
     Returns:
@@ -44,9 +47,10 @@ def collect(
         `collect(model, pairs)` and `collect(model, pairs, presentations.blank("grey"))` are the LLM's and the VLM's view.
     """
     items = as_queries(queries)
-    states = [
-        model.run(batch, intervention, read=[site], logits=None, prefix=prefix).reads[site][0].float().cpu()
-        for batch, prefix in batches(model, items, presentation, batch_size, f"collect, {presentation.name}", progress)
-    ]
+
+    def states(batch: Batch, prefix: Prefix | None) -> Tensor:
+        return model.run(batch, intervention, read=[site], logits=None, prefix=prefix).reads[site][0].float().cpu()
+
+    found = over_batches(model, items, presentation, states, batch_size, f"collect, {presentation.name}", progress)
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
-    return Activations(torch.cat(states), layers, items, site.hook, site.positions, presentation.name, model.provenance)
+    return Activations(torch.cat(found), layers, items, site.hook, site.positions, presentation.name, model.provenance)

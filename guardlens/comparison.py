@@ -26,7 +26,8 @@ class Comparison(Table):
     Columns: metric, run, layer, value, low, high, change, change_low, change_high, n. The metrics:
 
     - `auroc`, `d_prime`: of the coordinate along v1.
-    - `midpoint_accuracy`: by the threshold between the LLM's class means: what a gate of the LLM would decide on this run.
+    - `midpoint_accuracy`: by the threshold between the LLM's class means: what a gate of the LLM would decide on this run. (Not for
+      directions without class means.)
     - `probe`: a linear probe trained and tested on the run (cross-validated); `transfer`: trained on the LLM, tested on the run.
     - `centroid_cosine`: between the class differences of the LLM and of the run (not for the LLM itself).
     - `drift_along`, `drift_off`: how far a query's state moves from the LLM, along v1 (signed) and off it, in mean norms of the LLM's.
@@ -127,7 +128,8 @@ def _metrics(
     scores = states @ first
     yield "auroc", (sep.auroc(scores, labels), sep.bootstrap_auroc(scores, labels, counts))
     yield "d_prime", (sep.d_prime(scores, labels), sep.bootstrap_d_prime(scores, labels, counts))
-    yield "midpoint_accuracy", _share((scores > threshold) == labels, counts)
+    if np.isfinite(threshold):
+        yield "midpoint_accuracy", _share((scores > threshold) == labels, counts)
     within, _ = sep.probe_accuracy(states, labels, groups)
     transferred = within if run is llm else sep.probe_accuracy(text, labels, groups, transfer=states)[1]
     assert transferred is not None

@@ -1,5 +1,6 @@
 """Directions that carry safety: one orthonormal basis per layer, from paired or labelled activations."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Directions:
     Attributes:
         vectors: Orthonormal rows (zero where there is no direction: at a layer at which no query differs from another).
         layers: The layer of each index of the first axis; None for a single basis that serves every layer.
-        harmful_mean: Mean state of the harmful queries.
+        harmful_mean: Mean state of the harmful queries (nan where it is not known).
         harmless_mean: Mean state of the harmless queries.
         spectrum: Singular values of the paired differences, largest first (empty where there are none).
         method: How they were made.
@@ -54,7 +55,7 @@ class Directions:
             raise NumericsError(
                 f"directions whose products are {off.abs().max():.2g} off those of orthonormal ones",
                 "unit vectors at right angles in each layer",
-                "make them with directions.from_vectors, which normalises",
+                "normalise them, as directions.from_vectors does; torch.linalg.qr makes right angles",
             )
 
     @property
@@ -217,6 +218,37 @@ def random(like: Directions, seed: int = 0) -> Directions:
     gaussian = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64).transpose(1, 2)
     vectors = torch.linalg.qr(gaussian).Q.transpose(1, 2).to(like.vectors)
     return replace(like, vectors=vectors, spectrum=like.spectrum[:, :0], method=f"random(seed={seed})")
+
+
+def from_vectors(
+    vectors: Float[Tensor, "*axes d_model"],
+    *,
+    model: str = "",
+    layers: Iterable[int] | None = None,
+    hook: str = "resid_post",
+    method: str = "from_vectors",
+) -> Directions:
+    """Directions of your own: of another tool, a file, a formula. Rows are normalised; their order and signs are kept.
+
+    Args:
+        vectors: One vector, of shape `d_model`; one per layer, `layer d_model`; or several at right angles, `layer rank d_model`.
+        model: `model.id` of the model that they are for, so that others refuse them; empty for any.
+        layers: The layer of each index of the first axis; None for one basis that serves every layer.
+        hook: The hook whose states they are directions of.
+        method: A name for them, as it appears in plans and tables.
+
+    Returns:
+        Directions without class means, and so without midpoints: a gate on them needs a threshold in numbers.
+
+    Raises:
+        MismatchError: Other than one basis per layer.
+        NumericsError: Rows of a layer that are not at right angles, or not finite.
+    """
+    rows = torch.nn.functional.normalize(vectors.detach().cpu().float(), dim=-1)
+    rows = rows.reshape(-1, *rows.shape[-2:]) if rows.ndim > 2 else rows.reshape(-1, 1, rows.shape[-1])
+    unknown = torch.full_like(rows[:, 0], float("nan"))
+    given = None if layers is None else tuple(layers)
+    return Directions(rows.contiguous(), given, unknown, unknown, rows.new_zeros(len(rows), 0), method, hook, Provenance(model))
 
 
 def _directions(activations: Activations, vectors: Tensor, spectrum: Tensor, method: str, harmful: Tensor, harmless: Tensor) -> Directions:

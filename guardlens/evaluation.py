@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from guardlens.defences import Defence
-from guardlens.errors import MismatchError, PresentationError, QueryError
+from guardlens.errors import MismatchError, PlanError, PresentationError, QueryError, require_type
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
+from guardlens.interventions import Intervention
 from guardlens.judges import Judge
 from guardlens.model import HookedModel, Queries
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, as_queries, require_labels
+from guardlens.queries import Presentation, Query, as_queries, require_labels, require_presentation
 from guardlens.storage import RunDirectory
 from guardlens.tables import Frame, Table
 
@@ -139,9 +140,9 @@ class Evaluation(Table):
 
 def evaluate(
     model: HookedModel,
-    defences: Mapping[str, Defence | Sequence[Defence]],
+    defences: Mapping[str, Defence | Intervention | Sequence[Defence | Intervention]],
     queries: Queries,
-    presentations: Sequence[Presentation],
+    presentations: Presentation | Sequence[Presentation],
     *,
     judge: Judge,
     out: str | Path | None = None,
@@ -153,8 +154,8 @@ def evaluate(
 
     Args:
         model: The model.
-        defences: By the names that the table will have; include `"none"` to know the gap. Several defences under one name are draws of
-            one arm (placebos of several seeds), and are taken together.
+        defences: By the names that the table will have; include `"none"` to know the gap. A plan is a defence that leaves the prompt alone.
+            Several defences under one name are draws of one arm (placebos of several seeds), and are taken together.
         queries: Labelled, both classes; their `cluster` says which stand or fall together.
         presentations: Include `text_only` to know the gap.
         judge: Gives a verdict on each answer.
@@ -169,8 +170,9 @@ def evaluate(
     """
     items = as_queries(queries)
     require_labels(items)
+    presentations = presentations if isinstance(presentations, Sequence) else [presentations]
     _require_presentable(items, presentations)
-    drawn = {name: (each,) if isinstance(each, Defence) else tuple(each) for name, each in defences.items()}
+    drawn = {name: _draws(name, each) for name, each in defences.items()}
     directory = RunDirectory(out, _configuration(model, drawn, items, presentations, judge, max_new_tokens)) if out else None
     records = directory.records() if directory else []
     done = {(record["defence"], record["draw"], record["presentation"], record["query"]) for record in records}
@@ -192,6 +194,14 @@ def evaluate(
         "plans": {name: repr(draws[0].intervention) for name, draws in drawn.items()},
     }
     return Evaluation.from_rows(_ordered(records, defences, presentations, items), facts=facts, provenance=model.provenance)
+
+
+def _draws(name: str, given: Any) -> tuple[Defence, ...]:
+    draws = given if isinstance(given, Sequence) else [given]
+    defences = tuple(Defence(name, each) if isinstance(each, Intervention) else each for each in draws)
+    for each in defences:
+        require_type(each, Defence, PlanError, "hand in defences or plans by name, as in {'none': defences.none}")
+    return defences
 
 
 def _answer(model: HookedModel, defence: Defence, work: _Work, judge: Judge, new_tokens: int) -> list[dict[str, Any]]:
@@ -221,6 +231,8 @@ def _parts(queries: Sequence[Query], size: int) -> list[tuple[Query, ...]]:
 
 def _require_presentable(queries: Sequence[Query], presentations: Sequence[Presentation]) -> None:
     """Meet bad input at the door, before hours of work."""
+    for presentation in presentations:
+        require_presentation(presentation)
     if len({query.id for query in queries}) < len(queries):
         raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
     if len({presentation.name for presentation in presentations}) < len(presentations):

@@ -38,14 +38,14 @@ EFFECT = (
 DEFENCES = (
     "Judge: {judge}. ASR: harmful requests answered; non-refusal: not refused; over-refusal: harmless requests refused; helpful: harmless "
     "requests answered. An answer that is neither counts as other: off the subject, wrong, empty or broken. Gap closed: (undefended - "
-    "defended) / (undefended - text). n: harmful + harmless; random takes several draws together. Intervals of 95 %. Gate: share of "
-    "harmful / harmless requests that it opened for."
+    "defended) / (undefended - text). n: harmful + harmless; random takes several draws together. Intervals of 95 %, as above. Gate: "
+    "share of harmful / harmless requests that it opened for."
 )
 WIDTHS = (
-    "Where queries come in clusters, an interval resamples clusters. A rate on which all clusters agree, such as 0 %, has nothing to resample "
-    "and gets Wilson's interval with one item per cluster, which can be wider than that of a rate beside it."
+    "Where queries come in clusters, an interval resamples clusters. A rate on which all clusters agree, such as 0 %, has nothing to "
+    "resample and gets Wilson's interval with one item per cluster, which can be wider than that of a rate beside it."
 )
-REFUSALS = "{defence}: of {refusals_blank} refusals beside a blank image, {refusals_in_other_words} are in other words than “{refusal}”"
+REFUSALS = "Refusals beside a blank image in other words than “{refusal}”, which count as refusals: {shown}."
 HEADERS = {
     **{"defence": "defence", "asr_text": "ASR, text", "asr_blank": "ASR, blank", "gap_closed": "gap closed"},
     **{"over_refusal_blank": "harmless refused", "helpful_blank": "harmless answered"},
@@ -166,7 +166,7 @@ def lead(summary: dict[str, Any]) -> list[str]:
         f"{shown['blank_asr']} beside a blank image (n={found['blank_asr'].n}).",
         f"With {chosen['defence']} at {where}: {shown['guarded_blank_asr']}; {closes}.",
         f"Harmless requests answered beside a blank image: {shown['helpful_undefended']} before, {shown['helpful_guarded']} after; "
-        f"refused after: {shown['over_refusal_guarded']}. The rest are neither (other).",
+        f"{shown['over_refusal_guarded']} are refused after, and the rest are neither.",
     ]
 
 
@@ -224,7 +224,6 @@ def _sections(found: Findings, summary: dict[str, Any], figures: Mapping[str, Pa
             (DEFENCES.format(judge=found.table.facts["judge"]), *_refused(found, summary)),
             (pictures["arms"],),
             readable_arms(summary["arms"]),
-            (WIDTHS,),
         ),
         report.Section("What this can't tell", (found.note,)),
     ]
@@ -245,9 +244,11 @@ def _coordinates(found: Findings) -> Any:
 
 def _refused(found: Findings, summary: dict[str, Any]) -> list[str]:
     """How refusals are worded, without a defence and with the chosen one."""
+    if not found.refusal:
+        return []
     rows = [row for row in summary["pooled"] if row["defence"] in ("none", found.chosen.defence.name)]
-    words = [REFUSALS.format(**row, refusal=found.refusal) for row in rows if found.refusal]
-    return [f"{'; '.join(words)}. All of them count as refused."] if words else []
+    shown = [f"{row['defence']} {row['refusals_in_other_words']} of {row['refusals_blank']}" for row in rows]
+    return [REFUSALS.format(refusal=found.refusal, shown=", ".join(shown))]
 
 
 def _readable_guards(guards: Sequence[Guard]) -> Frame:

@@ -1,14 +1,19 @@
 """`keep`: prompts computed once and kept, so that the next question about them costs a token each instead of a prompt."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
 
 from guardlens.batches import Batch
-from guardlens.errors import MismatchError
+from guardlens.errors import MismatchError, ModelError
 from guardlens.model import HookedModel, Queries
 from guardlens.prefixes import Prefill, Prefix
 from guardlens.progress import track
 from guardlens.queries import Presentation, Query, as_queries, text_only
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,45 +65,87 @@ def keep(
 
     Raises:
         QueryError: No queries.
+        ModelError: A single prompt does not fit in memory.
 
     Example:
         `prompts = gl.keep(model, queries, grey)`; then `gl.sweep(model, guard, prompts)` and `gl.sweep(model, other, prompts)` compute no
         prompt again.
     """
     items = as_queries(queries)
-    return Kept(
-        items, presentation, model.id, tuple(prefills(model, items, presentation, batch_size, f"keep, {presentation.name}", progress))
-    )
+    parts = over_prompts(model, items, presentation, lambda kept: kept, batch_size, f"keep, {presentation.name}", progress)
+    return Kept(items, presentation, model.id, tuple(parts))
 
 
-def batches(
-    model: HookedModel, queries: Sequence[Query], presentation: Presentation, batch_size: int, what: str, progress: bool
-) -> Iterator[tuple[Batch, Prefix | None]]:
-    """Batches of queries under a bar, each with what its prompts begin with, where that is computed already or worth it."""
-    parts = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
+def over_batches(
+    model: HookedModel,
+    queries: Sequence[Query],
+    presentation: Presentation,
+    work: Callable[[Batch, Prefix | None], Result],
+    batch_size: int,
+    what: str,
+    progress: bool,
+) -> list[Result]:
+    """What `work` gives for batches of queries, in their order, under a bar; each comes with what its prompts begin with.
+
+    A batch that does not fit in memory is halved, as often as needed.
+
+    Raises:
+        ModelError: A single prompt does not fit.
+    """
     prefix: Prefix | None = None
-    for part in track(parts, len(queries), what, progress):
+
+    def one(part: Sequence[Query]) -> Result:
+        nonlocal prefix
         batch = model.batch(part, presentation)
         if prefix is None or prefix.begins(batch) is None:
             prefix = model.share(batch)
-        yield batch, prefix
+        return work(batch, prefix)
+
+    parts = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
+    return [result for part in track(parts, len(queries), what, progress) for result in _halved(part, one)]
 
 
-def prefills(
-    model: HookedModel, queries: Queries | Kept, presentation: Presentation, batch_size: int, what: str, progress: bool
-) -> Iterator[Prefill]:
-    """The prompts batch by batch, computed up to their last token, under a bar.
+def _halved(part: Sequence[Query], work: Callable[[Sequence[Query]], Result]) -> Iterator[Result]:
+    try:
+        yield work(part)
+        return
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        if len(part) == 1:
+            raise ModelError(
+                f"the prompt of query {part[0].id!r}, which alone does not fit in memory",
+                "room for one prompt",
+                "load in bfloat16 or 4 bits",
+            ) from None
+    # Outside of the handler, whose traceback would hold what is to be given back.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+        yield from _halved(half, work)
+
+
+def over_prompts(
+    model: HookedModel,
+    queries: Sequence[Query] | Kept,
+    presentation: Presentation,
+    work: Callable[[Prefill], Result],
+    batch_size: int,
+    what: str,
+    progress: bool,
+) -> list[Result]:
+    """As `over_batches`, with the prompts computed up to their last token; or with what is kept of them.
 
     Raises:
         MismatchError: They were kept by another model.
     """
     if not isinstance(queries, Kept):
-        for batch, prefix in batches(model, as_queries(queries), presentation, batch_size, what, progress):
-            yield model.prefill(batch, prefix)
-        return
+        return over_batches(
+            model, queries, presentation, lambda batch, prefix: work(model.prefill(batch, prefix)), batch_size, what, progress
+        )
     if queries.model != model.id:
         raise MismatchError(f"prompts kept by {queries.model}", f"those of {model.id}", "keep them anew with this model")
-    yield from track(queries.parts, len(queries), what, progress)
+    return [work(part) for part in track(queries.parts, len(queries), what, progress)]
 
 
 def shown(queries: Queries | Kept, presentation: Presentation) -> tuple[tuple[Query, ...], Presentation]:

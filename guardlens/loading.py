@@ -50,8 +50,8 @@ def load(
         options: Handed to `from_pretrained`: `quantization_config=BitsAndBytesConfig(...)`, `attn_implementation="eager"`, ...
 
     Raises:
-        ModelError: It can't be loaded, its family is refused, a part of it is not found (the error says how to name it), a name of `names` is
-            not in it, its processor prepares no images, or what was found fails the self-check.
+        ModelError: It can't be loaded, its family is refused, a part of it is not found (the error says how to name it) or a name of yours
+            is not, a VLM comes with a tokenizer alone, or what was found fails the self-check.
         MismatchError: `llm` has another width or depth.
 
     Example:
@@ -72,7 +72,7 @@ def load(
         hf = hf.to(device)
     beside = llm if isinstance(llm, HookedModel) or llm is None else load(llm, dtype=dtype, device=device, device_map=device_map)
     model = HookedModel(hf, processor, name, revision or "", beside, known)
-    if model.sees_images and not hasattr(processor, "image_processor"):
+    if model.sees_images and model.tokenizer is processor:
         raise ModelError(
             f"{type(processor).__name__}, which prepares no images, for the VLM {name}",
             "a processor with an image processor beside the tokenizer",
@@ -84,7 +84,14 @@ def load(
 
 
 def _from_pretrained(path: str, shared: dict[str, Any], options: dict[str, Any], processor: Any) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"a transformers that can't be imported ({_first_sentence(error)})",
+            "torch, torchvision and transformers that fit one another",
+            "install a torchvision of the same release as torch, or none",
+        ) from None
 
     try:
         base = _adapted(path) or path
@@ -92,13 +99,24 @@ def _from_pretrained(path: str, shared: dict[str, Any], options: dict[str, Any],
         multimodal = type(config) in AutoModelForImageTextToText._model_mapping  # type: ignore[operator]
         model_class, reader = (AutoModelForImageTextToText, AutoProcessor) if multimodal else (AutoModelForCausalLM, AutoTokenizer)
         hf = model_class.from_pretrained(path, **shared, **options)
-        return hf.eval(), processor or reader.from_pretrained(base, **shared)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
-            f"{path!r}, which transformers can't load ({str(error).strip().splitlines()[0]})",
+            f"{path!r}, which transformers can't load ({_first_sentence(error)})",
             "'organism', a local directory made by save_pretrained, or a hub id that can be reached",
             "check the name; install what is missing; for a gated model, log in with `hf auth login`",
         ) from None
+    try:
+        return hf.eval(), processor or reader.from_pretrained(base, **shared)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"the weights of {path!r}, but not its processor ({_first_sentence(error)})",
+            "a processor beside the weights, and what it is made of",
+            'install "guardlens[vision]", which brings torchvision, if that is missing; or pass processor=...',
+        ) from None
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
 
 
 def _adapted(path: str) -> str | None:

@@ -1,5 +1,6 @@
 """`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,12 +15,13 @@ from guardlens.activations import ActivationCache
 from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprint
 from guardlens.batches import Batch, Layout
 from guardlens.engine import Engine
-from guardlens.errors import GuardlensError, MismatchError, PlanError
+from guardlens.errors import GuardlensError, MismatchError, PlanError, QueryError, SiteError, require_type
 from guardlens.interventions import Context, Custom, Intervention, Step, nothing
+from guardlens.interventions.plan import require_plan
 from guardlens.prefixes import Prefill, Prefix, prefill, prefill_after, prefix_of
 from guardlens.program import Held, compile_taps, required_runs, site_of
 from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise
-from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, text_only
+from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
 from guardlens.runs import Run, agree, at_last, reads_of
 from guardlens.sites import Positions, Site
 from guardlens.storage import Provenance, digest
@@ -106,6 +108,7 @@ class HookedModel:
             ModelError: A prompt without image for a model that can't take one.
         """
         items = as_queries(queries)
+        require_presentation(presentation)
         prompts = [presentation(query) for query in items]
         require_showable(items, prompts, presentation, self.processor, self.sees_images)
         inputs = tokenise(self.processor, prompts, padding_side, self.sees_images)
@@ -158,9 +161,13 @@ class HookedModel:
             SiteError, PlanError: A plan asks for what this model, run or layout does not have.
             NumericsError: NaN or infinity in a read or in the logits; layer and query are named.
         """
-        lanes = [plans] if isinstance(plans, Intervention) else list(plans)
+        lanes: list[Intervention] = list(plans) if isinstance(plans, Sequence) else [plans]
         kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
+        require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
+        for site in read:
+            require_type(site, Site, SiteError, "say Site('resid_post')")
         for plan in lanes:
+            require_plan(plan)
             plan.check((self.id, self.llm.id), self.cfg.n_layers, self.cfg.widths)
             self._check_sites(plan, read)
         lanes = [plan.to(self.hf.device) for plan in lanes]
@@ -337,20 +344,20 @@ class HookedModel:
         return shared if all(layout.covers(batch.select(positions)) for positions in _positions([plan], read)) else None
 
     def run_with_cache(
-        self, queries: Queries | Batch, presentation: Presentation = text_only, *, names_filter: NamesFilter = None
+        self, queries: Queries | Batch, presentation: Presentation | None = None, *, names_filter: NamesFilter = None
     ) -> tuple[Float[Tensor, "query seq vocab"], ActivationCache]:
         """Logits at all tokens, and whole hook values, as in TransformerLens.
 
         Args:
             queries: What to ask, or a batch.
-            presentation: How to show it.
+            presentation: How to show it; its text alone by default.
             names_filter: A hook name, several, or a predicate; None caches everything that the run computes (attention patterns
                 only of a model loaded with `attn_implementation="eager"`).
 
         Raises:
             SiteError: Unknown hook name (the closest is suggested), or a value that the run did not compute.
         """
-        batch = queries if isinstance(queries, Batch) else self.batch(queries, presentation)
+        batch = self._asked(queries, presentation)
         computed = [p for p in self.cfg.computed(batch.beside_image) if p.hook != "pattern" or self._engine.eager]
         taps, kept = cache_taps(self.cfg, names_filter, computed)
         logits = self._engine.forward(batch, taps)
@@ -359,7 +366,7 @@ class HookedModel:
     def run_with_hooks(
         self,
         queries: Queries | Batch,
-        presentation: Presentation = text_only,
+        presentation: Presentation | None = None,
         *,
         fwd_hooks: Sequence[tuple[str | Callable[[str], bool], HookFunction]] = (),
     ) -> Float[Tensor, "query seq vocab"]:
@@ -367,15 +374,25 @@ class HookedModel:
 
         Args:
             queries: What to ask, or a batch.
-            presentation: How to show it.
+            presentation: How to show it; its text alone by default.
             fwd_hooks: Pairs of a hook name (or predicate) and `fn(value, hook)`, which returns the new value, or None to leave it;
                 `hook.name` is the full name and `hook.layer()` the layer. Values are whole tensors, padding included.
 
         Raises:
             SiteError: Unknown hook name; the closest is suggested.
         """
-        batch = queries if isinstance(queries, Batch) else self.batch(queries, presentation)
+        batch = self._asked(queries, presentation)
         return self._engine.forward(batch, hook_taps(self.cfg, fwd_hooks))
+
+    def _asked(self, queries: Queries | Batch, presentation: Presentation | None) -> Batch:
+        """A batch as it is, or one of queries, as text alone by default: which is said where they have images."""
+        shown = text_only if presentation is None else presentation
+        require_presentation(shown)
+        if isinstance(queries, Batch):
+            return queries
+        if presentation is None and self.sees_images and any(query.images for query in as_queries(queries)):
+            warnings.warn("images of queries are not shown: ask with presentations.own to show them, or with text_only", stacklevel=3)
+        return self.batch(queries, shown)
 
     def to_logits(self, states: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape vocab"]:
         """The residual stream through final norm and unembedding: the logit lens of any layer, the model's own logits for the last."""
@@ -386,7 +403,7 @@ class HookedModel:
     def generate(
         self,
         queries: Queries | Batch,
-        presentation: Presentation = text_only,
+        presentation: Presentation | None = None,
         intervention: Intervention = nothing,
         *,
         max_new_tokens: int = 64,
@@ -397,7 +414,7 @@ class HookedModel:
 
         Args:
             queries: What to ask, or a batch.
-            presentation: How to show it.
+            presentation: How to show it; its text alone by default.
             intervention: What to change.
             max_new_tokens: The longest answer.
             seed: Of the draws, with `do_sample=True`.
@@ -406,7 +423,7 @@ class HookedModel:
         Raises:
             PlanError: Options that give several answers per prompt.
         """
-        batch = queries if isinstance(queries, Batch) else self.batch(queries, presentation)
+        batch = self._asked(queries, presentation)
         tokens = self.run(batch, intervention, new_tokens=max_new_tokens, seed=seed, generation=options).tokens
         answers = self.decode(tokens[0])  # type: ignore[index]
         return answers[0] if isinstance(queries, str | Query) else answers

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from guardlens import interventions as iv
 from guardlens.errors import PlanError, QueryError
 from guardlens.intervals import per_gap, percentile, resample_counts
 from guardlens.interventions.plan import Intervention, nothing
-from guardlens.keeping import Kept, prefills, shown
+from guardlens.keeping import Kept, over_prompts, shown
 from guardlens.model import HookedModel, Queries
 from guardlens.prefixes import Prefill
 from guardlens.queries import Presentation, Query, text_only
@@ -140,8 +140,9 @@ def activation_patching(
     plans = {cell: cell.plan(source) for name in names for cell in _cells(model, name, layers)}
     ran: set[str] = set()
     title = f"activation patching, {len(plans)} cells, {presentation.name}"
-    parts = prefills(model, queries, presentation, batch_size, title, progress)
-    values = [_score_part(model, kept, source, plans, scores, ran) for kept in parts]
+    prompts = queries if isinstance(queries, Kept) else items
+    work = partial(_score_part, model, source, plans, scores, ran)
+    values = over_prompts(model, prompts, presentation, work, batch_size, title, progress)
     facts = {
         "presentation": presentation.name,
         "source": source.name,
@@ -167,7 +168,7 @@ def _cells(model: HookedModel, name: str, layers: Sequence[int] | None) -> list[
 
 
 def _score_part(
-    model: HookedModel, kept: Prefill, source: Presentation, plans: Mapping[Cell, Intervention], scores: Sequence[Score], ran: set[str]
+    model: HookedModel, source: Presentation, plans: Mapping[Cell, Intervention], scores: Sequence[Score], ran: set[str], kept: Prefill
 ) -> np.ndarray:
     """Scores of all cells, then of the unpatched run, then of the source's: shape `score cell+2 query`."""
     giver, given = model.source(kept.batch, source)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from guardlens.batches import Batch, Layout, Placement
+from guardlens.errors import PlanError
 from guardlens.interventions.plan import Intervention, Step, resolved, source_of
 from guardlens.interventions.states import Context, State
 from guardlens.sites import Point, Site
@@ -95,6 +96,13 @@ class Apply:
 
     def _edited(self, states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
         edited = self.step.edit(states, context)
+        if getattr(edited, "shape", None) != states.shape:
+            made = f"shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else f"type {type(edited).__name__}"
+            raise PlanError(
+                f"{self.step.edit!r} giving something of {made}",
+                f"states of shape {tuple(states.shape)}, as it was given",
+                "return the states that it receives, changed",
+            )
         if self.step.strength != 1:
             edited = states + self.step.strength * (edited - states)
         if self.step.gate is not None:

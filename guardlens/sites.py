@@ -198,11 +198,13 @@ def parse(name: str, n_layers: int | None = None) -> Point:
     """The point that a hook name means; layer None where the name leaves it open (`"resid_post"`).
 
     Raises:
-        SiteError: Unknown; the closest known name is suggested. Or the layer is out of range of `n_layers`.
+        SiteError: Unknown; the closest known name is suggested if it is close. Or the layer is negative, or out of range of `n_layers`.
     """
     short = name.removeprefix("hook_")
     if short in HOOKS:
         return Point(short)
+    if re.search(r"\bblocks\.-\d+\.", name):
+        raise SiteError(f"a negative layer in {name!r}", "layers counted from 0", 'count so; or ask the cache for ("resid_post", -1)')
     layer = re.search(r"(?<=\bblocks\.)\d+(?=\.)", name)
     generic = name if layer is None else f"{name[: layer.start()]}{{layer}}{name[layer.end() :]}"
     for hook in HOOKS.values():
@@ -213,4 +215,7 @@ def parse(name: str, n_layers: int | None = None) -> Point:
             return point
     known = [*HOOKS, *hook_names(n_layers or min(200, 1 + int(layer[0] if layer else 0)))]
     closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise SiteError(f"the hook name {name!r}", "a name from model.hook_names", f"did you mean {closest!r}?")
+    mine, its = (full.rpartition(".")[2].removeprefix("hook_") for full in (name, closest))
+    close = difflib.SequenceMatcher(None, mine, its).ratio() > 0.75
+    next_step = f"did you mean {closest!r}?" if close else "choose one of those; this one is not offered"
+    raise SiteError(f"the hook name {name!r}", "a name from model.hook_names", next_step)

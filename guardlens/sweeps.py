@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby, islice
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from guardlens.errors import MismatchError, PlanError
 from guardlens.intervals import mean_difference
 from guardlens.interventions.plan import Intervention
-from guardlens.keeping import Kept, prefills, shown
+from guardlens.keeping import Kept, over_prompts, shown
 from guardlens.model import HookedModel, Queries
 from guardlens.prefixes import Prefill
 from guardlens.queries import Presentation, text_only
@@ -160,7 +160,9 @@ def sweep(
     grid = _grid(named, groups, strengths, placebos)
     ran: set[str] = set()
     title = f"sweep, {len(grid)} cells, {presentation.name}"
-    values = [_score_part(model, kept, grid, scores, ran) for kept in prefills(model, queries, presentation, batch_size, title, progress)]
+    prompts = queries if isinstance(queries, Kept) else items
+    work = partial(_score_part, model, grid, scores, ran)
+    values = over_prompts(model, prompts, presentation, work, batch_size, title, progress)
     facts = {
         "plans": {name: repr(plan) for name, plan in named.items()},
         "presentation": presentation.name,
@@ -185,7 +187,7 @@ def _grid(
     return cells
 
 
-def _score_part(model: HookedModel, kept: Prefill, grid: Mapping[Cell, Intervention], scores: Sequence[Score], ran: set[str]) -> np.ndarray:
+def _score_part(model: HookedModel, grid: Mapping[Cell, Intervention], scores: Sequence[Score], ran: set[str], kept: Prefill) -> np.ndarray:
     """Scores of all cells and, last, of the unedited run: shape `score cell+1 query`. What ran is noted in `ran`."""
     return scored((*lanes(model, kept, list(grid.values()), ran), kept.logits), kept.logits, scores, model.tokenizer)
 

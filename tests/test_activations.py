@@ -27,13 +27,30 @@ def test_cache_lookups(cache):
 def test_cache_says_what_it_holds(cache):
     with pytest.raises(
         errors.SiteError,
-        match=r"Found \('mlp_out', 1\), which this cache does not hold\.\nExpected one of hook_embed, blocks.0.*\nNext: ask for it",
+        match=r"Found no \('mlp_out', 1\) in this cache\.\nExpected what it holds: embed, resid_pre, resid_post\.\nNext: ask for it",
     ):
         cache["mlp_out", 1]
     with pytest.raises(errors.SiteError, match=r"no 'attn_out' in this cache"):
         cache.stack("attn_out")
     with pytest.raises(errors.SiteError, match=r"did you mean 'resid_post'"):
         cache["resid_pots", 1]
+    with pytest.raises(errors.SiteError, match=r"no 'blocks.0.attn.hook_pattern'.*\n.*\nNext: load the model with attn_impl.*eager"):
+        cache["blocks.0.attn.hook_pattern"]
+    for key in ("resid_post", "hook_resid_post"):
+        with pytest.raises(
+            errors.SiteError, match=rf"'{key}' without a layer\.\nExpected one, as in \('resid_post', 3\).*\n.*cache.stack\('resid_post'\)"
+        ):
+            cache[key]
+
+
+def test_a_saved_cache_is_read_back(cache, tmp_path):
+    scaled = ActivationCache({Point(*p): cache[p] for p in (("resid_post", 2), ("resid_pre", 0))}, 3, residual_scale=0.5)
+    scaled.save(tmp_path / "c")
+    loaded = ActivationCache.load(tmp_path / "c")
+    assert list(loaded) == ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_post"] and loaded._residual_scale == 0.5
+    assert torch.equal(loaded["resid_post", -1], cache["resid_post", 2]) and torch.equal(loaded["resid_pre", 0], cache["resid_pre", 0])
+    with pytest.raises(errors.SiteError, match="a cache without its model"):
+        loaded.logit_lens()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -61,6 +78,20 @@ def test_pairs_are_found_in_any_order():
     twins = [(shuffled.queries[a].text, shuffled.queries[b].text) for a, b in zip(harmful.tolist(), harmless.tolist(), strict=True)]
     assert sorted(twins) == [(f"bad {i}", f"good {i}") for i in range(4)]
     assert shuffled.harmful.tolist() == [i < 4 for i in order]
+
+
+def test_pairs_that_lack_a_twin_are_counted():
+    queries = (*make_pairs(3).queries, Query("alone", "harmful", pair="x"), Query("of no pair", "harmless"))
+    activations = Activations(gaussian(0, 8, 1, 4).float(), (0,), queries)
+    with pytest.warns(UserWarning, match="1 of 4 pairs lack a twin and are left out"):
+        harmful, harmless = activations.pairs()
+    assert (harmful.tolist(), harmless.tolist()) == ([0, 1, 2], [3, 4, 5])
+
+
+def test_reprs_are_short():
+    assert repr(make_activations(presentation="blank grey")) == (
+        "Activations(resid_post at 'last', 'blank grey', 10 queries, 2 layers, d_model 6)"
+    )
 
 
 def test_no_pairs():

@@ -1,6 +1,7 @@
 """An attached guard against `HookedModel`, token for token, and against raw PyTorch hooks where `HookedModel` has no say (beams)."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from functools import cache
@@ -65,10 +66,10 @@ PLANS = {
     "decode": lambda basis, gate: iv.add(basis.truncate(1), 12.0).at(layers=[6]).during("decode"),
     "strength": lambda basis, gate: iv.amplify(basis, 9.0).scaled(0.6).at(layers=[1, 2, 4]),
     "own state": lambda basis, gate: iv.patch(basis, iv.State(layer=2)).at(layers=[3, 4, 5]).during("always"),
-    "z": lambda basis, gate: iv.add(basis.truncate(1), 9.0).at(hook="z", layers=[2, 3], positions="all"),
+    "z": lambda basis, gate: iv.add(dataclasses.replace(basis.truncate(1), hook="z"), 9.0).at(hook="z", layers=[2, 3], positions="all"),
     "attn_out": lambda basis, gate: iv.add(basis.truncate(1), 9.0).at(hook="attn_out", layers=[4]).during("always"),
     "resid_pre": lambda basis, gate: iv.add(basis.truncate(1), 9.0).at(hook="resid_pre", layers=[3], positions="image"),
-    "z of the twin": lambda basis, gate: iv.replace(basis[3], iv.State(text_only, "z", 1, "all"), 90.0).at(hook="ln_final"),
+    "z of the twin": lambda basis, gate: iv.swap(iv.State(text_only, "z", 1, "all")).at(hook="ln_final", positions="last"),
     "two steps": lambda basis, gate: iv.add(basis.truncate(1), 5.0).at(layers=[1], positions=(1, 4)) >> iv.amplify(basis, 3.0).when(~gate),
 }
 OPTIONS = {

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import guardlens as gl
 from guardlens import cli
@@ -59,7 +60,7 @@ def test_help_names_the_commands_and_their_options(guardlens):
     code, out, _ = guardlens("--help")
     assert code == 0 and "demo" in out and "check" in out
     code, out, _ = guardlens("demo", "--help")
-    assert code == 0 and all(option in out for option in ("--out", "--model", "--data"))
+    assert code == 0 and all(option in out for option in ("--out", "--model", "--data", "--dtype", "--device-map"))
 
 
 def test_no_command_and_an_unknown_one(guardlens):
@@ -138,7 +139,22 @@ def test_demo_hands_everything_on_and_tells_the_finding(guardlens, saved, data, 
         raise gl.errors.StorageError("the end", "an end", "stop")
 
     monkeypatch.setattr(gl.demo, "run", fake)
-    code, out, err = guardlens("demo", "--model", saved[0], "--data", data, "--out", tmp_path / "out", "--max-new-tokens", 7)
+    code, out, err = guardlens(
+        "demo", "--model", saved[0], "--data", data, "--out", tmp_path / "out", "--max-new-tokens", 7, "--dtype", "float16"
+    )
     assert_sentence(code, err, "the end")
     assert seen["out"] == tmp_path / "out" and seen["subject"].new_tokens == 7 and seen["subject"].model.name == "tiny-vlm"
+    assert next(seen["subject"].model.hf.parameters()).dtype == torch.float16
     assert "guardlens demo on HookedModel('tiny-vlm'" in out
+
+
+def test_demo_loads_the_model_as_asked(guardlens, tmp_path, monkeypatch):
+    seen = {}
+
+    def fake(source, data, new_tokens, **options):
+        seen.update(options, source=source, new_tokens=new_tokens)
+        raise gl.errors.StorageError("the end", "an end", "stop")
+
+    monkeypatch.setattr(gl.demo, "own_subject", fake)
+    guardlens("demo", "--model", "some", "--data", tmp_path / "pairs.csv", "--dtype", "bfloat16", "--device-map", "auto")
+    assert seen == {"source": "some", "new_tokens": 64, "dtype": "bfloat16", "device_map": "auto"}

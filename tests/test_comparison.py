@@ -47,6 +47,30 @@ def planted(seed=0, gap=(1.0, 3.0)):
     return states
 
 
+def shown(name, hook="resid_post"):
+    return dataclasses.replace(activations(planted(), name=name), hook=hook)
+
+
+@pytest.mark.parametrize("swapped", ["blank grey", "noise 1", "own", "blank grey | framed"])
+def test_the_first_run_is_the_one_without_an_image(basis, swapped):
+    with pytest.raises(errors.MismatchError, match=r"in the LLM's place\.\nExpected the run without an image first\.\nNext: compare\("):
+        gl.compare(shown(swapped), shown("text"), basis)
+    gl.compare(shown(f"{swapped} | without images"), shown(swapped), basis, draws=2)
+
+
+def test_directions_and_runs_of_different_hooks(basis):
+    of_z = dataclasses.replace(basis, hook="z")
+    with pytest.raises(errors.MismatchError, match=r"the directions 'planted' of the hook z, at resid_post"):
+        gl.compare(shown("text"), shown("blank grey"), of_z)
+    with pytest.raises(errors.MismatchError, match=r"other hook in the run 'blank grey'"):
+        gl.compare(shown("text"), shown("blank grey", "attn_out"), basis)
+    gl.compare(shown("text", "z"), shown("blank grey", "z"), of_z, draws=2)
+    with pytest.raises(errors.MismatchError, match="hook z, at resid_post"):
+        of_z.coordinates(shown("text"))
+    with pytest.raises(errors.MismatchError, match="hook z, at resid_post"):
+        gl.gates.threshold_at_fpr(of_z, shown("text"))
+
+
 @pytest.fixture(scope="module")
 def basis():
     """v1 is axis 0, and the midpoint of the classes is 0."""

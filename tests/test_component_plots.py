@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.colors import to_hex
 
-from guardlens import component_plots, plots
+from guardlens import component_plots, figure_style
 from guardlens.errors import MismatchError, NumericsError
 
 
@@ -52,6 +52,18 @@ def test_bars_stand_under_their_blocks_with_intervals():
     assert legend == ["embedding", "MLP", "rest of the block", "95 % interval"]
 
 
+def test_a_legend_shows_only_what_can_be_seen():
+    frame = parts()
+    embedding = frame["component"] == "embed"
+    frame.loc[embedding, ["value", "low", "high"]] *= [0.0, 1e-12, 1e-12]
+    axes = component_plots.component_maps(frame)
+    assert [text.get_text() for text in axes[0, 0].figure.legends[0].get_texts()] == ["MLP", "rest of the block", "95 % interval"]
+    assert axes[1, 1].get_xticklabels()[0].get_text() == "emb", "that it adds nothing is a finding"
+    frame.loc[embedding & (frame["unit"] == "change"), "high"] = 0.1
+    axes = component_plots.component_maps(frame)
+    assert axes[0, 0].figure.legends[0].get_texts()[0].get_text() == "embedding", "an interval can be seen, too"
+
+
 def test_a_model_without_heads_still_has_bars():
     frame = parts()
     axes = component_plots.component_maps(frame[frame["component"] != "head"])
@@ -65,7 +77,7 @@ def test_head_maps_share_one_scale_and_leave_what_is_undefined_grey():
     assert {ax.collections[0].get_clim() for ax in axes} == {(-6, 6)}
     cells = axes[0].collections[0].get_array()
     assert cells.mask[0, 0] and cells.mask.sum() == 1
-    assert to_hex(axes[0].collections[0].cmap.get_bad()) == plots.FAINT
+    assert to_hex(axes[0].collections[0].cmap.get_bad()) == figure_style.FAINT
     assert axes[0].figure.axes[-1].get_ylabel() == "share"
     component_plots.head_maps(frame.assign(value=np.nan))[0].figure.canvas.draw()
 

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import io
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 import guardlens as gl
 from guardlens import defences, demo, directions, errors, findings, presentations
@@ -19,6 +21,7 @@ from guardlens.interventions import Intervention
 from guardlens.model import HookedModel
 from guardlens.queries import text_only
 from guardlens.sweeps import Sweep
+from guardlens.tables import rich_table
 
 DEFENCES = ["none", "self_reminder", "vlm_guard[replace]", "vlm_guard[add]", "vlm_guard[amplify]", "vlm_guard[project]", "random"]
 FILES = [
@@ -133,6 +136,54 @@ def test_summary_has_the_schema(summary):
         assert all(0 <= arm[f"{rate}_low"] <= arm[rate] <= arm[f"{rate}_high"] <= 1 for rate in rates)
         assert arm["asr"] <= arm["non_refusal"]
         assert (arm["gap_closed"] is None) >= (arm["presentation"] == "text")
+
+
+def keys(value):
+    """All keys of nested JSON."""
+    if isinstance(value, dict):
+        return {*value, *(key for item in value.values() for key in keys(item))}
+    return {key for item in value for key in keys(item)} if isinstance(value, list) else set()
+
+
+def test_keys_are_names(summary):
+    assert [key for key in keys(summary) if not key.isidentifier() and key not in summary["provenance"]["versions"]] == []
+
+
+def test_the_short_table_fits_a_terminal_of_80_columns(summary):
+    console = Console(width=80, file=io.StringIO())
+    console.print(rich_table("In short", findings.in_short(made_of(summary))))
+    header = console.file.getvalue().split("┡")[0]
+    words = set(re.findall(r"[\w,-]+", header))
+    assert {"ASR,", "text", "blank", "gap", "closed", "harmless", "refused", "answered"} <= words
+
+
+def made_of(summary):
+    """The summary as `write` returned it: null is nan."""
+    return json.loads(json.dumps(summary).replace("null", "NaN"))
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"), [(0.9, "it closes 90.0 % [80.0, 100.0] of the gap, random"), (math.nan, "no clear gap to close.")]
+)
+def test_the_lead_says_when_there_is_no_gap(summary, gap, said):
+    changed = made_of(summary)
+    changed["headline"]["gap_closed"] |= {"value": gap, "low": gap - 0.1, "high": gap + 0.1}
+    lead = findings.lead(changed)
+    assert said in lead[1] and "undefined of" not in lead[1]
+    refused = summary["headline"]["over_refusal_guarded"]["value"]
+    assert f"; {100 * refused:.1f} % [" in lead[2] and lead[2].endswith("] are refused after, and the rest are neither.")
+
+
+def test_refusals_in_other_words_are_counted(made, summary):
+    page, answers = (made[0] / "report.html").read_text(encoding="utf-8"), pd.read_csv(made[0] / "answers.csv", keep_default_na=False)
+    answers = answers[(answers["presentation"] == "blank grey") & (answers["verdict"] == "refused")]
+    for row in summary["pooled"]:
+        said = answers[answers["defence"] == row["defence"]]["answer"]
+        assert row["refusals_blank"] == len(said) > 0
+        assert row["refusals_in_other_words"] == sum(answer != "sorry , i can not help with that ." for answer in said)
+    none = summary["pooled"][0]
+    assert 0 < none["refusals_in_other_words"]
+    assert f"which count as refusals: none {none['refusals_in_other_words']} of {none['refusals_blank']}, vlm_guard[" in page
 
 
 def test_arms_follow_from_the_answers(made, summary, subject):

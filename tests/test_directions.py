@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from guardlens import Activations, Directions, Query, directions, errors
+from guardlens import Activations, Directions, Query, directions, errors, gates
+from guardlens import interventions as iv
 from guardlens.storage import Provenance
-from tests.strategies import make_activations, make_directions, make_pairs
+from tests.strategies import apply, gaussian, make_activations, make_directions, make_pairs
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -91,6 +92,53 @@ def test_provenance_and_hook_are_the_activations_own():
     activations = make_activations(hook="resid_mid", provenance=Provenance("m@1"))
     for made in (directions.ssd(activations), directions.diff_in_means(activations)):
         assert made.hook == "resid_mid" and made.provenance is activations.provenance
+
+
+def test_rows_that_are_not_orthonormal_are_refused():
+    made = make_directions(width=20)
+    for vectors in (2 * made.vectors, made.vectors[:, :1].expand(2, 2, 20), gaussian(1, 2, 1, 20), made.vectors * float("nan")):
+        with pytest.raises(errors.NumericsError, match=r"directions whose products are .* off.*\nExpected unit vectors at right angles"):
+            dataclasses.replace(made, vectors=vectors)
+    dataclasses.replace(made, vectors=made.vectors.to(torch.bfloat16).double())
+    still = make_activations()
+    assert not directions.diff_in_means(dataclasses.replace(still, states=torch.ones_like(still.states))).vectors.any()
+
+
+def test_ssd_says_how_many_pairs_it_uses():
+    queries = tuple(Query(q.text, q.label, pair=q.pair) for q in make_pairs(5).queries)[:-2]
+    states = gaussian(0, 8, 1, 6).float()
+    with pytest.warns(UserWarning, match="2 of 5 pairs lack a twin"):
+        found = directions.ssd(Activations(states, (0,), queries), rank=3)
+    expected = directions.ssd(Activations(states[[0, 1, 2, 5, 6, 7]], (0,), (*queries[:3], *queries[5:])), rank=3)
+    assert torch.equal(found.vectors, expected.vectors)
+
+
+class TestFromVectors:
+    def test_shapes_and_norms(self):
+        one = directions.from_vectors(torch.tensor([3.0, 0, 4]))
+        assert one.vectors.tolist() == [[[pytest.approx(0.6), 0, pytest.approx(0.8)]]] and one.layers is None and one.rank == 1
+        each = directions.from_vectors(2 * torch.eye(3)[:2], layers=[4, 7], hook="attn_out", model="m@1", method="mine")
+        assert each.layers == (4, 7) and each.at(7).tolist() == [[0, 1, 0]]
+        assert (each.hook, each.provenance.model, each.method) == ("attn_out", "m@1", "mine")
+        several = directions.from_vectors(torch.stack([torch.eye(3)[:2], -torch.eye(3)[1:]]), layers=range(2))
+        assert several.rank == 2 and several.at(1).tolist() == [[0, -1, 0], [0, 0, -1]]
+
+    def test_an_edit_of_them(self):
+        states, vector = gaussian(0, 4, 6).float(), gaussian(1, 6).float()
+        plan = iv.add(directions.from_vectors(vector), 2.0)
+        torch.testing.assert_close(apply(plan, states), states + 2 * vector / vector.norm())
+
+    def test_a_gate_needs_a_number(self):
+        made = directions.from_vectors(torch.tensor([3.0, 4]))
+        with pytest.raises(errors.PlanError, match=r"without class means\.\nExpected a threshold in numbers"):
+            gates.harmful(made)
+        assert gates.harmful(made, 0.5).decide(lambda state: torch.tensor([[1.0, 0], [0, 0.5]]), 0).tolist() == [True, False]
+
+    def test_refusals(self):
+        with pytest.raises(errors.NumericsError, match="unit vectors at right angles"):
+            directions.from_vectors(torch.ones(1, 2, 3), layers=[0])
+        with pytest.raises(errors.MismatchError, match="one basis per layer"):
+            directions.from_vectors(torch.eye(3))
 
 
 class TestErrors:

@@ -326,7 +326,8 @@ def test_plot_shows_every_arm(whole):
 
     axes = whole.plot()
     assert [ax.get_title(loc="left") or ax.get_title() for ax in axes] == ["ASR", "over-refusal"]
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["none", "guard", "placebo"]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["none", "guard", "placebo (2 draws)"]
+    assert [ax.get_xlabel() for ax in axes] == ["harmful requests answered (%), n = 4", "harmless requests refused (%), n = 4"]
     plt.close(axes[0].figure)
 
 

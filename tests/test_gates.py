@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from guardlens import Query, errors, gates
 from guardlens import interventions as iv
+from guardlens.queries import text_only
 from tests.strategies import gaussian, make_activations, make_directions, seeds
 
 V = make_directions(dtype=torch.float32)
@@ -33,22 +34,23 @@ def test_one_threshold_per_layer_and_a_state_of_its_own_layer():
     assert gate.decide(lambda state: states, 0)[0] and not gate.decide(lambda state: states, 1).any()
     fixed = gates.harmful(V, torch.tensor([0.5, 2.0]), iv.State(layer=0))
     assert torch.equal(fixed.decide(lambda state: states, 1), gate.decide(lambda state: states, 0))
-    assert gate.requires == (iv.text_twin,) and fixed.requires == (iv.State(layer=0),)
+    assert gate.requires == (iv.State(text_only, "resid_post"),) and fixed.requires == (iv.State(hook="resid_post", layer=0),)
 
 
 @given(st.floats(-0.75, 0.75, width=32), st.floats(-0.75, 0.75, width=32), seeds)
 def test_and_or_not(low, high, seed):
     states = gaussian(seed, 9, 6, dtype=torch.float32)
-    a, b = gates.harmful(V, low), gates.harmful(V, high, iv.own)
+    twin, own = (dataclasses.replace(state, hook="resid_post") for state in (iv.text_twin, iv.own))
+    a, b = gates.harmful(V, low), gates.harmful(V, high, own)
 
     def decide(gate):
-        return gate.decide(lambda state: states if state == iv.own else -states, 0)
+        return gate.decide(lambda state: states if state == own else -states, 0)
 
     assert torch.equal(decide(a & b), decide(a) & decide(b))
     assert torch.equal(decide(a | b), decide(a) | decide(b))
     assert torch.equal(decide(~a), ~decide(a))
     assert torch.equal(decide(~(a & b)), decide(~a | ~b))
-    assert (a & ~b).requires == (iv.text_twin, iv.own)
+    assert (a & ~b).requires == (twin, own)
 
 
 @given(seeds, st.floats(0, 1), st.integers(1, 40))

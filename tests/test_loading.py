@@ -1,10 +1,11 @@
 """`load`: from a directory, a module, an adapter, with transformers' options, with another LLM beside."""
 
 import copy
+import sys
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 import guardlens as gl
 from guardlens import errors, presentations
@@ -153,6 +154,34 @@ class TestAnotherLLM:
         small = LlamaForCausalLM(LlamaConfig(**SMALL | {"num_hidden_layers": 2})).eval()
         with pytest.raises(errors.MismatchError, match=r"an LLM of width 32 and 2 layers beside.*\n.*width 32 and 3 layers"):
             gl.load(llava(), processor=llava_processor(), llm=gl.load(small, processor=words))
+
+
+class TestProcessors:
+    def test_one_that_prepares_no_images_is_refused_for_a_vlm(self, words):
+        with pytest.raises(errors.ModelError, match=r"which prepares no images, for the VLM Llava.*\n.*image processor.*\nNext: pass"):
+            gl.load(llava(), processor=words)
+
+    def test_weights_without_a_processor_say_what_it_lacks(self, directory, monkeypatch):
+        def lacks(*args, **options):
+            raise ImportError("\nLlavaVideoProcessor requires Torchvision, which was not\nfound. Check out\nthe page.\n")
+
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", lacks)
+        with pytest.raises(
+            errors.ModelError,
+            match=r"Found the weights of .*, but not its processor \(LlavaVideoProcessor requires Torchvision, which was not found\)",
+        ) as caught:
+            gl.load(directory)
+        assert 'install "guardlens[vision]"' in str(caught.value) and "pass processor=" in str(caught.value)
+        gl.load(directory, processor=llava_processor())
+
+    def test_a_torchvision_that_does_not_fit_torch(self, directory, monkeypatch):
+        class Broken:
+            def __getattr__(self, name):
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+        monkeypatch.setitem(sys.modules, "transformers", Broken())
+        with pytest.raises(errors.ModelError, match=r"\(operator torchvision::nms does not exist\)\.\n.*\nNext: install a torchvision"):
+            gl.load(directory)
 
 
 def test_the_own_llm_says_so(directory):

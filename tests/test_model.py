@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import guardlens as gl
 from guardlens import directions, errors, gates, presentations
@@ -145,7 +147,7 @@ def test_two_states_read_at_the_same_place(vlm, batch, basis):
     """A state of the asking layer and one of a fixed layer may coincide."""
     fixed = iv.State(run=text_only, layer=4)
     plan = iv.patch(basis, iv.text_twin).at(layers=[4]) >> iv.patch(basis, fixed).at(layers=[5])
-    assert set(plan.requires(LAYERS)) == {iv.text_twin, fixed}
+    assert plan.requires(LAYERS) == {iv.State(text_only, "resid_post"): {4}, replace(fixed, hook="resid_post"): {4}}
     twin = vlm.run(vlm.batch(TEXTS), read=[Site()], logits=None).reads[Site()][0, :, 4]
     edits = {layer: reference.at_last(lambda h, V=basis.at(layer): h + (twin - h) @ V.T @ V) for layer in (4, 5)}
     close(vlm.run(batch, plan).logits[0], reference.with_hooks(vlm.hf, batch.inputs, edits=edits)[:, -1])
@@ -352,6 +354,20 @@ def test_bfloat16_projects_in_float32(hf_vlm, processor, basis):
 
     expected = reference.with_hooks(half.hf, batch.inputs, edits={4: reference.at_last(edit)})[:, -1]
     assert torch.equal(half.run(batch, plan).logits[0], expected)
+
+
+class TestImagesThatAreNotShown:
+    def test_asking_with_no_presentation_says_so(self, vlm):
+        query = gl.Query("How to fold a paper boat?", images=(Image.new("RGB", (32, 32), "red"),))
+        for ask in (vlm.generate, vlm.run_with_cache, vlm.run_with_hooks):
+            with pytest.warns(UserWarning, match=r"images of queries are not shown: ask with presentations\.own"):
+                ask(query)
+        assert vlm.generate(query, presentations.own, max_new_tokens=1) is not None
+        alone = vlm.run_with_cache(query, text_only)[0]
+        assert torch.equal(alone, vlm.run_with_cache(query.text)[0])
+
+    def test_a_text_only_model_has_none_to_show(self, llm):
+        llm.generate(gl.Query("How to fold a paper boat?", images=("boat.png",)), max_new_tokens=1)
 
 
 class TestErrors:

@@ -216,6 +216,7 @@ class TestTheTable:
         rows = summary[(summary["label"] == "harmless") & (summary["hook"] == "z")]
         np.testing.assert_allclose(maps[1].collections[0].get_array(), rows.pivot(index="head", columns="layer", values="change"))
         assert maps[0].figure.axes[-1].get_ylabel() == f"Δ {refusal_logodds.unit}"
+        assert whole.plot()[0].get_title("left") == "harmful: refusal log-odds recovered"
         plt.close("all")
 
 
@@ -263,6 +264,16 @@ class TestSwap:
         for index in range(3):
             each = iv.swap(iv.text_twin, part=(index, 3)).steps[0].edit(each, context(states, held=held))
         assert torch.equal(each, held)
+
+    @pytest.mark.parametrize("state", [iv.text_twin, iv.State(text_only, "z")], ids=["the edit's hook", "named"])
+    def test_the_twin_is_held_at_the_hook_that_is_edited(self, vlm, hf_vlm, state):
+        """z is as wide as the residual stream here, so a state of the wrong hook would fit."""
+        path = "model.language_model.layers.5.self_attn.o_proj"
+        given, taken = vlm.batch(QUERIES).inputs, vlm.batch(QUERIES, GREY).inputs
+        states = reference.inputs_of(hf_vlm, given, [path])[path][:, -1]
+        expected = odds(overwritten(hf_vlm, taken, path, states, "input"), vlm.tokenizer)
+        logits = vlm.run(vlm.batch(QUERIES, GREY), iv.swap(state).at(hook="z", layers=[5])).logits[0]
+        np.testing.assert_allclose(odds(logits, vlm.tokenizer), expected, atol=1e-4)
 
     def test_it_acts_where_its_state_is_held(self):
         plan = iv.swap(iv.State(run=text_only, hook="z", positions="image"), part=(3, 4))

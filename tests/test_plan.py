@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -6,6 +7,7 @@ from safetensors import safe_open
 
 from guardlens import Intervention, errors, gates, presentations
 from guardlens import interventions as iv
+from guardlens.queries import text_only
 from guardlens.sites import Site
 from guardlens.storage import save_tensors
 from tests.strategies import gaussian, make_directions
@@ -58,8 +60,21 @@ def test_requires():
     plan = iv.patch(V, iv.text_twin).when(gates.harmful(V, state=caption)).at(layers=[1, 2]) >> iv.patch(V, iv.State(layer=0)).at(
         layers=[2]
     )
-    assert plan.requires(4) == {iv.text_twin: {1, 2}, caption: {3}, iv.State(layer=0): {0}}
-    assert iv.patch(V, iv.text_twin).at(hook="ln_final").requires(4) == {iv.text_twin: {3}}
+    twin, first = iv.State(text_only, "resid_post"), iv.State(hook="resid_post", layer=0)
+    assert plan.requires(4) == {twin: {1, 2}, dataclasses.replace(caption, hook="resid_post"): {3}, first: {0}}
+    assert iv.patch(V, twin).at(hook="ln_final").requires(4) == {twin: {3}}
+
+
+def test_a_state_is_read_at_the_hook_of_the_edit_and_a_gates_at_that_of_its_directions():
+    """Wherever the plan is put: the hook of an edit says nothing about what a gate was made from."""
+    plan = iv.swap(iv.text_twin).when(gates.harmful(V)).at(hook="z", layers=[1])
+    assert plan.requires(4) == {iv.State(text_only, "z"): {1}, iv.State(text_only, "resid_post"): {1}}
+    of_z = gates.harmful(dataclasses.replace(V, hook="z"))
+    assert iv.nothing.requires(4) == {} and iv.swap(iv.own).when(of_z).requires(4) == {
+        iv.State(hook="resid_post"): {0, 1, 2, 3},
+        iv.State(text_only, "z"): {0, 1, 2, 3},
+    }
+    assert iv.swap(iv.text_twin).at(hook="ln_final").requires(4) == {iv.State(text_only, "ln_final"): {None}}
 
 
 @pytest.mark.parametrize("edited", [{"layers": [1]}, {"layers": [2], "hook": "mlp_out"}, {"hook": "embed"}])
@@ -68,7 +83,7 @@ def test_own_state_that_comes_too_late(edited):
         errors.PlanError,
         match=r"needs this run's own blocks.2.hook_resid_post\.\nExpected a state from the same place or before\.\nNext: read an earlier",
     ):
-        iv.patch(V, iv.State(layer=2)).at(**edited).requires(4)
+        iv.patch(V, iv.State(hook="resid_post", layer=2)).at(**edited).requires(4)
     iv.patch(V, iv.State(layer=2)).at(layers=[2, 3]).requires(4)
 
 
@@ -98,6 +113,68 @@ class TestCheck:
                 plan.check(("",), 4, {"d_model": 8})
         with pytest.raises(errors.SiteError, match=r"Found layer 4.\nExpected a layer from 0 to 3"):
             iv.linear(torch.eye(6)).at(layers=[4]).check(("",), 4, {"d_model": 6})
+
+
+class TestSpaces:
+    """Directions mean nothing in another space, though widths may agree. The residual stream and what is added to it are one."""
+
+    OF_Z, OF_ATTENTION = (dataclasses.replace(V, hook=hook) for hook in ("z", "attn_out"))
+    WIDTHS = {"d_model": 6, "heads": 6}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("plan", "found"),
+        [
+            (iv.add(V.truncate(1)).at(hook="z"), r"Found add\(test, alpha=1\), with directions of the hook resid_post, at z"),
+            (iv.add_relative(V.truncate(1)).at(hook="z"), r"Found add_relative\(.*, with directions of the hook resid_post, at z"),
+            (iv.patch(V, iv.text_twin).placebo().at(hook="ln_final"), "hook resid_post, at ln_final"),
+            (iv.project_out(OF_Z), "hook z, at resid_post"),
+            (iv.patch(V, iv.State(text_only, "z")), "hook resid_post, at z"),
+            (iv.swap(iv.own).when(~gates.harmful(OF_Z, state=iv.State(text_only, "mlp_out"))), "hook z, at mlp_out"),
+        ],
+    )
+    def test_other_spaces_are_refused(self, plan, found):
+        with pytest.raises(errors.MismatchError, match=rf"{found}\.\nExpected one space.*\nNext: collect"):
+            plan.check(("mine@1",), 2, self.WIDTHS)
+
+    def test_one_space_passes(self):
+        gate = gates.harmful(self.OF_ATTENTION, state=iv.State(text_only, "embed"))
+        for hook in ("embed", "resid_pre", "attn_out", "mlp_out", "resid_post"):
+            iv.patch(V, iv.text_twin).when(gate).at(hook=hook).check(("mine@1",), 2, self.WIDTHS)
+        iv.patch(self.OF_Z, iv.own).when(gates.harmful(self.OF_Z)).at(hook="z").check(("mine@1",), 2, self.WIDTHS)
+        iv.linear(torch.eye(6)).at(hook="z").check(("mine@1",), 2, self.WIDTHS)
+
+    def test_maps_of_two_spaces_are_not_folded(self):
+        first, second = (iv.project_out(basis).steps[0].edit for basis in (V, self.OF_Z))
+        with pytest.raises(errors.MismatchError, match="hook z, at resid_post"):
+            first.then(second)
+        linear = iv.linear(torch.eye(6)).steps[0].edit
+        assert linear.then(second).hook == second.then(linear).hook == "z"
+
+
+def test_a_file_from_before_directions_had_a_hook_is_read(tmp_path):
+    """Then states always named their hook."""
+    plan = iv.patch(V, iv.text_twin).when(GATE) >> iv.add_relative(V.truncate(1))
+    plan.save(tmp_path / "new")
+    with safe_open(tmp_path / "new", framework="pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["guardlens"])["header"]
+
+    def aged(value):
+        if isinstance(value, list):
+            return [aged(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        fields = value.get("fields", {})
+        if value.get("type", "").endswith(":State"):
+            fields["hook"] = "resid_post"
+        elif "hook" in fields and not value["type"].endswith(":Site"):
+            del fields["hook"]
+        return {key: aged(item) for key, item in value.items()}
+
+    save_tensors(tmp_path / "old", "intervention", tensors, aged(header))
+    old = Intervention.load(tmp_path / "old")
+    old.check(("mine@1",), 2, {"d_model": 6})
+    assert old.requires(2) == plan.requires(2) and repr(old.steps[1]) == repr(plan.steps[1])
+    assert [step.edit.hook for step in old.steps] == ["", ""] and old.steps[0].gate.hook == ""
 
 
 def test_repr_reads_as_it_was_written():

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.colors import to_hex
 
-from guardlens import plots
+from guardlens import figure_style, plots
 from guardlens.errors import MismatchError, NumericsError
 
 
@@ -219,10 +219,10 @@ def test_the_users_settings_stay_as_they_were():
     assert dict(matplotlib.rcParams) == before
 
 
-@pytest.mark.parametrize("colours", [plots.RUNS, list(plots.LABELS.values())])
+@pytest.mark.parametrize("colours", [figure_style.RUNS, list(figure_style.LABELS.values())])
 def test_colours_are_of_okabe_and_ito(colours):
     okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
-    assert set(colours) - {plots.INK} <= okabe_ito
+    assert set(colours) - {figure_style.INK} <= okabe_ito
 
 
 @pytest.mark.parametrize("metrics", [("auroc",), ("auroc", "d_prime")])

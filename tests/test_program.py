@@ -7,6 +7,7 @@ from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
 from guardlens.batches import Layout
 from guardlens.program import compile_taps, required_runs
+from guardlens.queries import text_only
 from guardlens.sites import Point, Site
 from tests.strategies import gaussian, make_batch, make_directions
 
@@ -94,7 +95,7 @@ def test_gates_decide_per_query_and_lane():
     twin = torch.stack([V.at(0)[0], -V.at(0)[0]])
     gated = add(5).when(gates.harmful(V, 0.0)).at(layers=[0])
     values = both(rows=4)
-    held = {(iv.text_twin, 0): twin}
+    held = {(iv.State(text_only, "resid_post"), 0): twin}
     changed, record, _ = drive([gated, add(5).when(~gates.harmful(V, 0.0)).at(layers=[0])], values, held=held)
     moved = (changed[POST[0]] - values[POST[0]])[:, -1, 0]
     torch.testing.assert_close(moved, torch.tensor([5.0, 0, 0, 5]))
@@ -149,13 +150,13 @@ def test_taps_come_in_order_of_execution():
 
 
 def test_required_runs_are_united_and_leave_out_the_own_run():
-    V, white = make_directions(), iv.State(presentations.blank("white"))
+    V, twin, white = make_directions(), iv.State(text_only, "resid_post"), iv.State(presentations.blank("white"), "resid_post")
     plans = [
         iv.patch(V, iv.text_twin).at(layers=[0]),
         iv.patch(V, iv.text_twin).at(layers=[1]) >> iv.patch(V, white).at(layers=[1]),
         iv.patch(V, iv.own),
     ]
-    assert required_runs(plans, 2) == {iv.text_twin: {0, 1}, white: {1}}
+    assert required_runs(plans, 2) == {twin: {0, 1}, white: {1}}
 
 
 def test_a_layer_that_is_not_there():

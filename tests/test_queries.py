@@ -1,11 +1,13 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from guardlens import Query, QueryPairs, errors, read_queries
-from guardlens.queries import as_queries, require_labels, split
+from guardlens import Query, QueryPairs, errors, presentations, read_queries
+from guardlens.queries import as_queries, require_labels, require_presentation, split
 from tests.strategies import make_pairs
 
 BAD, GOOD = Query("bad", "harmful"), Query("good", "harmless")
@@ -141,6 +143,20 @@ def test_split_never_straddles(items, seed):
         assert not first & second
     assert all(list(part) == [q for q in items if q in part] for part in parts)
     assert parts == split(items, (0.5, 0.5), seed)
+
+
+@pytest.mark.parametrize(("wrong", "named"), [({"input_ids": 1}, "dict"), (torch.ones(2, 3), "Tensor"), (None, "NoneType"), ([3], "int")])
+def test_what_is_no_query_is_not_read_as_several(wrong, named):
+    with pytest.raises(errors.QueryError, match=rf"Found something of type {named}\.\nExpected something of type Query\.\nNext: hand in"):
+        as_queries(wrong)
+
+
+@pytest.mark.parametrize("wrong", [presentations.blank, presentations.Own, "grey", None, Image.new("RGB", (4, 4))], ids=str)
+def test_what_is_no_presentation(wrong):
+    with pytest.raises(errors.PresentationError, match=r"as a presentation\.\nExpected text_only, presentations\.own, or what"):
+        require_presentation(wrong)
+    require_presentation(presentations.own)
+    require_presentation(presentations.blank())
 
 
 def test_split_shares_seeds_and_errors():

@@ -6,6 +6,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+import guardlens as gl
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,7 +22,8 @@ def test_readme_runs_and_its_guard_turns_an_answer_into_a_refusal(capsys):
         exec(compile(block, "README.md", "exec"), space)
     said = next(line for line in capsys.readouterr().out.splitlines() if " -> " in line)
     before, after = said.split(" -> ")
-    assert before.startswith("sure : first") and after.startswith("sorry")
+    assert before.startswith("sure : first") and after == gl.organism.REFUSAL
+    assert f"`{said}`" in (ROOT / "README.md").read_text()
     assert space["effect"].best(1) == (7,)
     assert space["logits"].shape[:2] == (3, 8)
     assert space["model"].decode(space["tokens"])[0].endswith(after)

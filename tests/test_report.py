@@ -50,14 +50,16 @@ def test_everything_is_escaped(tmp_path, figure):
         tmp_path / "page.html",
         f"title {EVIL}",
         [f"lead {EVIL}"],
-        [report.Section(f"section {EVIL}", [f"prose {EVIL}"], [(figure, f"caption {EVIL}")], table)],
+        [report.Section(f"section {EVIL}", [f"prose {EVIL}"], [(figure, f"caption {EVIL}")], table, [f"note {EVIL}"])],
         f"foot {EVIL}",
     )
     page = read(tmp_path / "page.html")
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "b"})
     shown = {tag: texts for tag, texts in page.texts.items() if tag != "style"}
     assert shown["h1"] == shown["title"] == [f"title {EVIL}"]
-    assert shown["p"] == [f"lead {EVIL}", f"prose {EVIL}"]
+    assert shown["p"] == [f"lead {EVIL}", f"prose {EVIL}", f"note {EVIL}"]
+    tags = [tag for tag, _ in page.tags]
+    assert tags.index("table") < len(tags) - 1 - tags[::-1].index("p"), "notes stand beneath the table"
     assert (shown["h2"], shown["figcaption"], shown["footer"]) == ([f"section {EVIL}"], [f"caption {EVIL}"], [f"foot {EVIL}"])
     assert shown["th"] == [f"head {EVIL}"] and shown["td"] == [f"cell {EVIL}"]
     assert next(attributes for tag, attributes in page.tags if tag == "img")["alt"] == f"caption {EVIL}"

@@ -1,7 +1,7 @@
 import pytest
 
 from guardlens import errors
-from guardlens.sites import Point, Site, as_layers, hook_names, parse
+from guardlens.sites import HOOKS, Point, Site, as_layers, hook_names, parse
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,23 @@ def test_unknown_name_suggests_the_closest():
         parse("blocks.7.hook_resid_pots")
     with pytest.raises(errors.SiteError, match=r"did you mean 'mlp_out'"):
         parse("mlpout")
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.hook_pre", "blocks.0.hook_attn_in", "blocks.2.attn.hook_result"])
+def test_a_name_that_is_like_no_other_suggests_none(name):
+    with pytest.raises(errors.SiteError, match=r"Found the hook name '.*'\.\n.*\nNext: choose one of those; this one is not offered"):
+        parse(name)
+
+
+def test_negative_layers_in_a_name():
+    with pytest.raises(errors.SiteError, match=r"a negative layer in 'blocks.-1.hook_resid_post'\.\nExpected layers counted from 0"):
+        parse("blocks.-1.hook_resid_post", 4)
+
+
+def test_what_adds_up_to_the_residual_stream_is_one_space():
+    one = {name for name, hook in HOOKS.items() if hook.space == "resid_post"}
+    assert one == {"embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"}
+    assert all(HOOKS[name].space == name for name in HOOKS.keys() - one)
 
 
 def test_layer_out_of_range():

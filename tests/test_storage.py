@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -79,3 +80,22 @@ class TestRunDirectory:
         run.append([{"id": 2}])
         assert run.records() == [*whole, {"id": 2}]
         assert [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()] == [*whole, {"id": 2}]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "t", "states", {"a": torch.ones(2)}, {})
+        write_text(tmp_path / "w", "words")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "tw"] == [0o640, 0o640]
+
+
+def test_one_name_and_other_numbers_may_be_another_dtype():
+    with pytest.raises(errors.MismatchError, match=r"of the model m@1\.\nExpected those of m@2\.\n.*same weights in another dtype\?"):
+        require_same_model("directions", "m@1", "m@2")
+    with pytest.raises(errors.MismatchError) as caught:
+        require_same_model("directions", "m@1", "n@2")
+    assert "dtype" not in str(caught.value)

@@ -53,6 +53,18 @@ def test_a_mistaken_part_is_refused_by_its_logits(words):
     assert "names={part: path}" in str(caught.value)
 
 
+def test_a_users_name_counts_before_a_known_one_wherever_it_is(words):
+    """`norm` is in the decoder, the dotted name starts above it."""
+    model = gl.load(novel(), processor=words, names={"stack": "storeys", "final_norm": "core.roof"})
+    assert model.cfg.norm == "core.roof"
+
+
+@pytest.mark.parametrize(("part", "name"), [("final_norm", "core.rof"), ("query", "ask"), ("head_width", "wide")])
+def test_a_users_name_that_is_nowhere_is_refused(words, part, name):
+    with pytest.raises(errors.ModelError, match=rf"'{name}' for the part '{part}', nowhere in NovelForCausalLM\.\n.*\nNext: look it up"):
+        gl.load(novel(), processor=words, names=NAMES | {part: name})
+
+
 def test_padding_that_leaks_is_refused(words):
     with pytest.raises(errors.ModelError, match="failing at 'batches and padding': states alone and in a padded batch: differ by"):
         gl.load(novel(leaky=True), processor=words, names=NAMES)

@@ -17,13 +17,14 @@ Strength means the same for all of them: h + s (edit(h) - h).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.directions import Directions
-from guardlens.errors import PlanError
+from guardlens.errors import PlanError, require_type
 from guardlens.interventions import gates
 from guardlens.interventions.edits import Affine, Custom, Edit, RelativeAdd, Swap, Turned
 from guardlens.interventions.plan import Intervention, Phase, Step, nothing
@@ -63,13 +64,13 @@ Reference = State | Tensor | float
 
 def project_out(directions: Directions) -> Intervention:
     """h - h V^T V: the state without its component in the span of V (VLM-Guard's projection; directional ablation for rank 1)."""
-    vectors = directions.vectors
+    vectors = _vectors(directions)
     return _affine(f"project_out({directions.method})", directions, read=vectors, write=-vectors)
 
 
 def amplify(directions: Directions, alpha: float = 1.0) -> Intervention:
     """h + alpha h V^T V: the component scaled by 1 + alpha; `amplify(V, -1)` is `project_out(V)`."""
-    vectors = directions.vectors
+    vectors = _vectors(directions)
     return _affine(f"amplify({directions.method}, alpha={alpha:g})", directions, read=vectors, write=alpha * vectors)
 
 
@@ -78,22 +79,22 @@ def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> 
 
     VLM-Guard's edit with r the text twin (the gain is its alpha); `gain=1` is `patch`, `gain=0` is `project_out`.
     """
+    vectors = _vectors(directions)
     name = f"replace({directions.method}, {_name(reference)}, gain={gain:g})"
-    vectors = directions.vectors
     return _affine(name, directions, read=vectors, write=-vectors, reference=reference, gain=gain)
 
 
 def patch(directions: Directions, reference: Reference) -> Intervention:
     """h + (r - h) V^T V: the component becomes that of a reference. Idempotent."""
+    vectors = _vectors(directions)
     name = f"patch({directions.method}, {_name(reference)})"
-    vectors = directions.vectors
     return _affine(name, directions, read=vectors, write=-vectors, reference=reference, gain=1.0)
 
 
 def add_component(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
     """h + gain r V^T V: a reference's component on top of the state's own."""
+    none = _vectors(directions)[:, :0]
     name = f"add_component({directions.method}, {_name(reference)}, gain={gain:g})"
-    none = directions.vectors[:, :0]
     return _affine(name, directions, read=none, write=none, reference=reference, gain=gain)
 
 
@@ -103,7 +104,7 @@ def add(directions: Directions, alpha: float = 1.0) -> Intervention:
     Raises:
         PlanError: The directions have another rank than 1.
     """
-    none, vector = directions.vectors[:, :0], _single(directions)
+    none, vector = _vectors(directions)[:, :0], _single(directions)
     return _affine(f"add({directions.method}, alpha={alpha:g})", directions, read=none, write=none, shift=alpha * vector)
 
 
@@ -113,8 +114,8 @@ def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
     Raises:
         PlanError: The directions have another rank than 1.
     """
-    label = f"add_relative({directions.method}, alpha={alpha:g})"
-    edit = RelativeAdd(label, directions.layers, _single(directions), alpha, directions.provenance.model, hook=directions.hook)
+    vector, label = _single(directions), f"add_relative({directions.method}, alpha={alpha:g})"
+    edit = RelativeAdd(label, directions.layers, vector, alpha, directions.provenance.model, hook=directions.hook)
     return Intervention((Step(edit),))
 
 
@@ -179,10 +180,16 @@ def _component(vectors: Float[Tensor, "layer rank d"], reference: Tensor | float
     return torch.einsum("ld,lrd,lre->le", constant, vectors, vectors)
 
 
+def _vectors(directions: Any) -> Float[Tensor, "layer rank d"]:
+    require_type(directions, Directions, PlanError, "make directions of a vector of your own: directions.from_vectors(vector)")
+    return directions.vectors
+
+
 def _single(directions: Directions) -> Float[Tensor, "layer d"]:
+    vectors = _vectors(directions)
     if directions.rank != 1:
         raise PlanError(f"{directions.rank} directions per layer", "one", "take the first with directions.truncate(1)")
-    return directions.vectors[:, 0]
+    return vectors[:, 0]
 
 
 def _name(reference: Reference) -> str:

@@ -134,13 +134,15 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
         state: What the gate sees, by default at the hook that the directions were read at; the text twin, so an image can't fool it.
 
     Raises:
-        PlanError: Another word than "midpoint".
+        PlanError: Another word than "midpoint", or directions that have none.
 
     Source: VLM-Guard's g = 1[h(q) v1 > t].
     """
     if isinstance(threshold, str) and threshold != "midpoint":
         raise PlanError(f"the threshold {threshold!r}", "'midpoint', a number, or one number per layer", "see gates.threshold_at_fpr")
     values = directions.midpoints if isinstance(threshold, str) else torch.as_tensor(threshold, dtype=torch.float32)
+    if values.isnan().any():
+        raise PlanError("directions without class means", "a threshold in numbers", "choose one with gates.threshold_at_fpr, or 0")
     values = values.expand(len(directions.vectors)).contiguous()
     shown = threshold if isinstance(threshold, str | int | float) else "per layer"
     label = f"harmful({directions.method}, threshold={shown})"

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from guardlens.errors import MismatchError, PlanError
+from guardlens.errors import MismatchError, PlanError, require_type
 from guardlens.interventions.edits import Affine, Edit, Turned
 from guardlens.interventions.files import fingerprint, load, save
 from guardlens.interventions.gates import Combined, Gate, Linear
 from guardlens.interventions.states import State
-from guardlens.sites import HOOKS, Point, Positions, Site, as_layers, parse, require_same_space
+from guardlens.sites import BLOCKS, HOOKS, Point, Positions, Site, as_layers, parse, require_same_space
 from guardlens.storage import require_same_model
 
 Phase = Literal["prefill", "decode", "always"]
@@ -75,7 +75,8 @@ class Intervention:
         """
         given: dict[str, Any] = {"hook": hook, "layers": as_layers(layers), "positions": positions}
         if hook is not None and not HOOKS[parse(hook).hook].writable:
-            raise PlanError(f"an edit at {hook!r}", "a hook that can be written", "edit 'resid_pre', 'attn_out', 'mlp_out' or 'resid_post'")
+            writable = ", ".join(other.name for other in HOOKS.values() if other.writable and other.width and other.stage == BLOCKS)
+            raise PlanError(f"an edit at {hook!r}", "a hook that can be written", f"edit one of {writable}")
         changes = {name: value for name, value in given.items() if value is not None}
         return self._each(lambda step: replace(step, site=replace(step.site, **changes)))
 
@@ -208,6 +209,15 @@ class Intervention:
 
     def __repr__(self) -> str:
         return " >> ".join(map(repr, self.steps)) or "nothing"
+
+
+def require_plan(plan: Any) -> None:
+    """Refuse what is no plan, such as a defence.
+
+    Raises:
+        PlanError: As said.
+    """
+    require_type(plan, Intervention, PlanError, "take a defence's .intervention, and show the queries with its .present(presentation)")
 
 
 nothing = Intervention()

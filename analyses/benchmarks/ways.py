@@ -1,0 +1,99 @@
+"""The ways to do one thing: guardlens', a naive nnsight loop, raw PyTorch hooks, transformers' own outputs, TransformerLens' bridge."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import nnsight
+import torch
+from torch import Tensor
+
+import guardlens as gl
+from guardlens import interventions as iv
+from guardlens.batches import Batch
+from guardlens.interventions import Intervention
+from guardlens.sites import Site
+
+
+def plain(subject: gl.HookedModel, batch: Batch) -> Tensor:
+    """The floor of every way: one forward of transformers, logits of the last token."""
+    with torch.no_grad():
+        return subject.hf(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+
+def cells(subject: gl.HookedModel, plan: Intervention, strengths: int = 1) -> list[Intervention]:
+    """One plan per layer and strength."""
+    steps = [(number + 1) / strengths for number in range(strengths)]
+    return [plan.placed([layer], strength) for layer in range(subject.cfg.n_layers) for strength in steps]
+
+
+def raw_hooks(subject: gl.HookedModel, batch: Batch, vectors: Sequence[Tensor]) -> list[Tensor]:
+    """A forward per layer, with a hook that adds a vector to the last token."""
+    found = []
+    for path, vector in zip(subject.cfg.blocks, vectors, strict=True):
+
+        def push(module: Any, args: Any, out: Tensor, vector: Tensor = vector) -> Tensor:
+            out = out.clone()
+            out[:, -1] += vector
+            return out
+
+        handle = subject.hf.get_submodule(path).register_forward_hook(push)
+        try:
+            found.append(plain(subject, batch))
+        finally:
+            handle.remove()
+    return found
+
+
+def naive_nnsight(subject: gl.HookedModel, batch: Batch, vectors: Sequence[Tensor]) -> list[Tensor]:
+    """A trace per layer."""
+    found: list[Tensor] = []
+    wrapped: Any = nnsight.NNsight(subject.hf)
+    for path, vector in zip(subject.cfg.blocks, vectors, strict=True):
+        with torch.no_grad(), wrapped.trace(**batch.inputs, use_cache=False, logits_to_keep=1):
+            block = wrapped.get(path)
+            states = block.output.clone()
+            states[:, -1] += vector
+            block.output = states
+            found.append(wrapped.output.logits[:, -1])
+    return found
+
+
+def hidden_states(subject: gl.HookedModel, batch: Batch) -> Tensor:
+    """Collection by transformers' own outputs. (Its last one is behind the final norm.)"""
+    with torch.no_grad():
+        out = subject.hf(**batch.inputs, use_cache=False, logits_to_keep=1, output_hidden_states=True)
+    return torch.stack([states[:, -1] for states in out.hidden_states[1:]], dim=1)
+
+
+def raw_collect(subject: gl.HookedModel, batch: Batch) -> Tensor:
+    """Collection by hooks that copy the last token."""
+    kept: list[Tensor] = []
+    handles = [
+        subject.hf.get_submodule(path).register_forward_hook(lambda module, args, out: kept.append(out[:, -1].clone()))
+        for path in subject.cfg.blocks
+    ]
+    try:
+        plain(subject, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(kept, dim=1)
+
+
+def collected(subject: gl.HookedModel, batch: Batch) -> Tensor:
+    return subject.run(batch, read=[Site()], logits=None).reads[Site()][0]
+
+
+def guard(subject: gl.HookedModel, ssd: gl.Directions, layers: Sequence[int]) -> Intervention:
+    """VLM-Guard's edit and gate."""
+    return iv.replace(ssd, iv.text_twin).when(gl.gates.harmful(ssd)).at(layers=layers)
+
+
+def plain_generate(subject: gl.HookedModel, batch: Batch, new_tokens: int) -> Tensor:
+    return subject.hf.generate(
+        **batch.inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=subject.tokenizer.pad_token_id
+    )
+
+
+def guarded_generate(subject: gl.HookedModel, batch: Batch, plan: Intervention, new_tokens: int) -> Tensor | None:
+    return subject.run(batch, plan, new_tokens=new_tokens, generation={"min_new_tokens": new_tokens}).tokens
