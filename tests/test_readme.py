@@ -32,6 +32,14 @@ def test_readme_runs_and_its_guard_turns_an_answer_into_a_refusal(capsys):
     assert gap["midpoint_accuracy", "LLM, text", 7] > gap["midpoint_accuracy", "VLM, blank grey", 7] + 0.05
 
 
+@pytest.mark.parametrize("page", ["docs/api/model.md", "docs/api/sweep.md"])
+def test_examples_of_the_reference_run(page):
+    space = {}
+    for block in blocks(page):
+        exec(compile(block, page, "exec"), space)
+    assert space["model"].name == "organism"
+
+
 def test_the_first_page_shows_the_same_example():
     assert blocks("docs/index.md") == blocks("README.md")[:1]
 
