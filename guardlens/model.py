@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -13,17 +13,18 @@ from torch import Tensor
 
 from guardlens.activations import ActivationCache
 from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprint
-from guardlens.batches import Batch, Layout
+from guardlens.batches import Batch
 from guardlens.engine import Engine
-from guardlens.errors import GuardlensError, MismatchError, PlanError, QueryError, SiteError, require_type
-from guardlens.interventions import Context, Custom, Intervention, Step, nothing
+from guardlens.errors import MismatchError, PlanError, QueryError, SiteError, require_type
+from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.plan import require_plan
-from guardlens.prefixes import Prefill, Prefix, prefill, prefill_after, prefix_of
-from guardlens.program import Held, compile_taps, required_runs, site_of
+from guardlens.lanes import Trials, followed, run_branches, run_suffixes, run_tiles, unbranchable
+from guardlens.prefixes import Prefill, Prefix
+from guardlens.program import Held, required_runs, site_of
 from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise
 from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
-from guardlens.runs import Run, agree, at_last, reads_of
-from guardlens.sites import Positions, Site
+from guardlens.runs import Run
+from guardlens.sites import Site
 from guardlens.storage import Provenance, digest
 from guardlens.verbs import HookFunction, NamesFilter, cache_taps, hook_taps
 
@@ -176,12 +177,15 @@ class HookedModel:
             kept = kept or self.prefill(batch, prefix)
             why = kept.flaw
             if not why:
-                return self._run_branches(kept, lanes, read, logits)
+                return run_branches(self._engine, kept, lanes, read, logits, self._held(batch, lanes, kept.held))
         if layout == "branch":
             raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the last token", 'choose layout="auto"')
-        if len(lanes) == 1 and not new_tokens and (shared := self._follows(prefix, batch, lanes[0], read, logits)) is not None:
-            return self._run_suffixes(shared, batch, lanes[0], read, logits)
-        return replace(self._run_tiles(batch, lanes, read, logits, new_tokens, seed, generation), why=why)
+        held = self._held(batch, lanes)
+        if len(lanes) == 1 and not new_tokens and (shared := followed(self.cfg, prefix, batch, lanes[0], read, logits)) is not None:
+            return run_suffixes(self._engine, shared, batch, lanes[0], read, logits, held)
+        options = {"pad_token_id": self._pad_token_id, **generation}
+        run = run_tiles(self._engine, batch, lanes, read, logits, held, new_tokens=new_tokens, seed=seed, generation=options)
+        return replace(run, why=why)
 
     def prefill(self, batch: Batch, prefix: Prefix | None = None) -> Prefill:
         """Run prompts unedited and keep their keys and values, so that whatever is asked of their last token costs that token alone.
@@ -193,13 +197,14 @@ class HookedModel:
             batch: The prompts.
             prefix: What `share` gave for prompts that begin alike; it is used if these do.
         """
-        shared = prefix.begins(batch) if prefix is not None else None
-        made = self._tried("branches", partial(self._prefilled, batch, shared))
-        if made is None:
-            plain = self._run_tiles(batch, [nothing], (), "last").logits
-            assert plain is not None
-            made = Prefill(batch, None, {}, batch.mask.new_zeros(1, len(batch.queries), 1).long(), plain[0], flaw=self._flaws["branches"])
-        return made
+        made = self._trials.prefilled(batch, None if prefix is None else prefix.begins(batch))
+        if made is not None:
+            return made
+        plain = run_tiles(self._engine, batch, [nothing], (), "last", {}).logits
+        assert plain is not None
+        return Prefill(
+            batch, None, {}, batch.mask.new_zeros(1, len(batch.queries), 1).long(), plain[0], flaw=self._trials.flaws["branches"]
+        )
 
     def share(self, batch: Batch) -> Prefix | None:
         """What the prompts of a batch begin with alike, computed once; None where it would not save `WORTH` tokens.
@@ -209,97 +214,8 @@ class HookedModel:
         length = 0 if batch.padded_right else batch.common_start
         if (len(batch.queries) - 1) * length < WORTH:
             return None
-        return self._tried("prefixes", partial(self._prefix, batch, length))
-
-    def _prefilled(self, batch: Batch, prefix: Prefix | None) -> Prefill:
-        engine = self._engine
-        if prefix is None:
-            made = prefill(engine.decoder, engine.config, batch, engine.last_logits)
-        else:
-            made = prefill_after(prefix, engine.config, batch, self.hf.dtype, lambda inputs, at: engine.continued(inputs, (), batch, at=at))
-        unedited = self._run_branches(made, [nothing, nothing], (), "last").logits
-        _require_agreement(unedited, made.logits, "branches without an edit differ from the plain run")
-        if "branches" not in self._flaws:
-            edited = self._run_branches(made, [_PUSH, nothing, _PUSH], (), "last").logits
-            whole = self._run_tiles(batch, [_PUSH], (), "last").logits
-            assert edited is not None and whole is not None
-            _require_agreement(edited[::2], whole[0], "an edited branch differs from an edited run")
-            _require_agreement(edited[1:2], made.logits, "an edited branch changes the one beside it")
-        return made
-
-    def _prefix(self, batch: Batch, length: int) -> Prefix:
         first = self.batch(batch.queries[:1], batch.presentation)
-        prefix = prefix_of(self._engine.decoder, first, length, self._engine.last_logits)
-        if "prefixes" not in self._flaws:
-            two, site = self.batch(batch.queries[:2], batch.presentation), Site()
-            shared = prefix.begins(two)
-            assert shared is not None
-            mine = self._run_suffixes(shared, two, nothing, [site], None).reads[site]
-            whole = self._run_tiles(two, [nothing], [site], None).reads[site]
-            _require_agreement(mine, whole[0], "prompts that continue from a common beginning have other states than on their own")
-        return prefix
-
-    def _tried(self, what: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, or None if it once gave something wrong, or failed, on this model; why is noted."""
-        if self._flaws.get(what):
-            return None
-        try:
-            made = make()
-        except (GuardlensError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a foreign model or cache may fail in any way, and the table must say so
-            self._flaws[what] = str(error) if isinstance(error, _Disagreement) else f"{type(error).__name__}: {error}".splitlines()[0]
-            return None
-        self._flaws.setdefault(what, "")
-        return made
-
-    @cached_property
-    def _flaws(self) -> dict[str, str]:
-        """What was found out when the model first ran branches, or prompts from a common prefix."""
-        return {}
-
-    def _run_tiles(
-        self,
-        batch: Batch,
-        lanes: Sequence[Intervention],
-        read: Sequence[Site],
-        logits: str | None,
-        new_tokens: int = 0,
-        seed: int | None = None,
-        generation: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Run:
-        layout = Layout.tile(len(batch.queries), batch.mask.shape[1], len(lanes), batch.mask.device)
-        taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, self._held(batch, lanes))
-        run, tokens, by_lane = replace(batch, inputs=layout.spread(batch.inputs, self.cfg.packed)), None, None
-        if new_tokens:
-            options = {"pad_token_id": self._pad_token_id, **generation}
-            tokens = self._engine.generate(run, taps, new_tokens, seed, options).unflatten(0, (len(lanes), -1))
-        else:
-            # On the left, every row ends in its last token, and the unembedding of all others can be skipped.
-            raw = self._engine.forward(run, taps, None if logits is None else int(logits == "last" and not batch.padded_right))
-            by_lane = None if raw is None else raw.unflatten(0, (len(lanes), -1))
-        reads = reads_of(record, read, batch, self.cfg.n_layers)
-        by_lane = at_last(by_lane, batch) if by_lane is not None and logits == "last" else by_lane
-        return Run(reads, by_lane, tokens, record.verdicts, layout.name)
-
-    def _run_branches(self, kept: Prefill, lanes: Sequence[Intervention], read: Sequence[Site], logits: str | None) -> Run:
-        batch = kept.batch
-        layout = Layout.branch(len(batch.queries), batch.mask.shape[1], len(lanes), batch.mask.device)
-        taps, record = compile_taps(lanes, read, layout, batch, self.cfg.n_layers, self._held(batch, lanes, kept.held))
-        with kept.kept():
-            raw = self._engine.continued(kept.branches(len(lanes), self.hf.dtype), taps, batch, logits=logits is not None)
-        reads = reads_of(record, read, batch, self.cfg.n_layers)
-        by_lane = at_last(raw.transpose(0, 1)[:, :, None], batch) if logits else None
-        return Run(reads, by_lane, None, record.verdicts, layout.name)
-
-    def _run_suffixes(self, prefix: Prefix, batch: Batch, plan: Intervention, read: Sequence[Site], logits: str | None) -> Run:
-        layout = Layout.suffix(batch.mask, len(prefix))
-        taps, record = compile_taps([plan], read, layout, batch, self.cfg.n_layers, self._held(batch, [plan]))
-        at = (layout.lane == 0).sum(1) - 1
-        raw = self._engine.continued(prefix.continued(batch, layout), taps, batch, at=at, logits=logits is not None)
-        reads = reads_of(record, read, batch, self.cfg.n_layers)
-        by_lane = at_last(raw[None, :, None], batch) if logits else None
-        return Run(reads, by_lane, None, record.verdicts, layout.name)
+        return self._trials.prefix(first, length, lambda: self.batch(batch.queries[:2], batch.presentation))
 
     def unbranchable(
         self,
@@ -311,37 +227,11 @@ class HookedModel:
     ) -> str:
         """Why a run of these plans can't share all but the last token of its prompts; empty if it can."""
         flaw, batch = (batch.flaw, batch.batch) if isinstance(batch, Prefill) else ("", batch)
-        elsewhere = next((positions for positions in _positions(plans, read) if positions != "last"), None)
-        reasons = {
-            **self._behind_a_cache(batch, plans, read, logits, new_tokens),
-            f"the positions {elsewhere!r} are edited or read": elsewhere is not None,
-        }
-        return next((reason for reason, holds in reasons.items() if holds), flaw)
+        return unbranchable(self.cfg, batch, plans, read, logits, new_tokens) or flaw
 
-    def _behind_a_cache(
-        self, batch: Batch, plans: Sequence[Intervention], read: Sequence[Site], logits: str | None, new_tokens: int
-    ) -> dict[str, bool]:
-        """What a run of the decoder behind a cache can't do -> whether it is asked for."""
-        sites = [*(step.site for plan in plans for step in plan.steps), *read]
-        within = f"{self.cfg.decoder}."
-        paths = [(site.hook, self.cfg.locate(point).path) for site in sites for point in site.points(self.cfg.n_layers)[:1]]
-        outside = next((hook for hook, path in paths if hook != "unembed" and not path.startswith(within)), None)
-        return {
-            "answers are generated": new_tokens > 0,
-            "logits of all tokens are asked for": logits == "all",
-            "the batch is padded on the right": batch.padded_right,
-            f"the hook {outside} is outside of the decoder": outside is not None,
-        }
-
-    def _follows(self, prefix: Prefix | None, batch: Batch, plan: Intervention, read: Sequence[Site], logits: str | None) -> Prefix | None:
-        """As much of a prefix as this run can continue from: what it edits and reads must come after that."""
-        shared = prefix.begins(batch) if prefix is not None else None
-        if shared is None or any(self._behind_a_cache(batch, [plan], read, logits, 0).values()):
-            return None
-        if any(site.hook == "unembed" for site in (*(step.site for step in plan.steps), *read)):
-            return None
-        layout = Layout.suffix(batch.mask, len(shared))
-        return shared if all(layout.covers(batch.select(positions)) for positions in _positions([plan], read)) else None
+    @cached_property
+    def _trials(self) -> Trials:
+        return Trials(self._engine)
 
     def run_with_cache(
         self, queries: Queries | Batch, presentation: Presentation | None = None, *, names_filter: NamesFilter = None
@@ -483,32 +373,6 @@ class HookedModel:
     def _needs_positions(self) -> bool:
         """Learned positions would count padding; VLMs work theirs out themselves (2-D ones would break M-RoPE)."""
         return not self.sees_images and "position_ids" in self._engine.parameters
-
-
-class _Disagreement(Exception):
-    """A cheaper way to compute something gave something else."""
-
-
-def _require_agreement(mine: Tensor | None, expected: Tensor, what: str) -> None:
-    if mine is None or not agree(mine, expected):
-        raise _Disagreement(what)
-
-
-def _positions(plans: Sequence[Intervention], read: Sequence[Site]) -> list[Positions]:
-    """Where a run's edits write in the prompt, and where its reads and own states look."""
-    steps = [step for plan in plans for step in plan.steps if step.phase != "decode"]
-    own = [state.positions for step in steps for state in step.requires if state.run is None]
-    return [*(step.site.positions for step in steps), *(site.positions for site in read), *own]
-
-
-def _pushed(states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
-    direction = torch.ones_like(states)
-    direction[:, ::2] = -1
-    return states + states.norm(dim=-1, keepdim=True) * direction / states.shape[-1] ** 0.5
-
-
-_PUSH = Intervention((Step(Custom(_pushed), Site(layers=(0,))),))
-"""What shows whether an edited branch gives what an edited run gives: a push as long as the state itself."""
 
 
 def _described(image: Any) -> tuple[bytes, bytes]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guardlens.errors import MismatchError, PlanError
 from guardlens.intervals import mean_difference
-from guardlens.interventions.plan import Intervention
+from guardlens.interventions.plan import Intervention, require_plan
 from guardlens.keeping import Kept, over_prompts, shown
 from guardlens.model import HookedModel, Queries
 from guardlens.prefixes import Prefill
@@ -149,7 +149,9 @@ def sweep(
         QueryError: No queries.
     """
     items, presentation = shown(queries, presentation)
-    named = {"edit": plans} if isinstance(plans, Intervention) else dict(plans)
+    named = dict(plans) if isinstance(plans, Mapping) else {"edit": plans}
+    for plan in named.values():
+        require_plan(plan)
     bound = next((name for name, plan in named.items() if not plan.free), None)
     if bound is not None:
         raise PlanError(

@@ -6,6 +6,7 @@ import torch
 import guardlens as gl
 from guardlens import directions, errors, gates, presentations
 from guardlens import interventions as iv
+from guardlens import model as engine
 from guardlens.batches import Layout
 from guardlens.queries import text_only
 from guardlens.scores import kl, refusal_logodds
@@ -169,13 +170,13 @@ def organism():
 
 class TestKept:
     def test_the_text_twin_runs_once_however_many_plans_ask(self, vlm, batch, gated, basis, monkeypatch):
-        runs, real = [], type(vlm)._run_tiles
+        runs, real = [], engine.run_tiles
 
-        def note(self, batch, *rest, **options):
+        def note(of, batch, *rest, **options):
             runs.append(batch.presentation.name)
-            return real(self, batch, *rest, **options)
+            return real(of, batch, *rest, **options)
 
-        monkeypatch.setattr(type(vlm), "_run_tiles", note)
+        monkeypatch.setattr(engine, "run_tiles", note)
         kept = vlm.prefill(batch)
         runs.clear()
         for layer in range(8):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import guardlens as gl
-from guardlens import errors, presentations
+from guardlens import errors, lanes, presentations
 from guardlens import interventions as iv
 from guardlens import model as engine
 from guardlens.batches import Batch, Layout
@@ -41,7 +41,7 @@ class TestEveryFamily:
         batch = model.batch(TEXTS, presentation)
         prefix = model.share(batch)
         if prefix is None:
-            assert family.lacks("branches") or model._flaws.get("prefixes") or batch.common_start == 0
+            assert family.lacks("branches") or model._trials.flaws.get("prefixes") or batch.common_start == 0
             return
         assert 0 < len(prefix) <= batch.common_start
         push = iv.custom(lambda states, context: states + 1.0).at(layers=[1], positions="instruction")
@@ -169,9 +169,9 @@ class TestWhenItIsUsed:
 
     def test_never_where_the_self_check_fails(self, vlm, eager_to_share, monkeypatch):
         batch = vlm.batch(WORDS, GREY)
-        monkeypatch.setitem(vlm.__dict__, "_flaws", {})
-        monkeypatch.setattr(engine, "agree", lambda mine, expected: False)
+        monkeypatch.setitem(vlm.__dict__, "_trials", lanes.Trials(vlm._engine))
+        monkeypatch.setattr(lanes, "agree", lambda mine, expected: False)
         assert vlm.share(batch) is None
-        assert vlm._flaws["prefixes"] == "prompts that continue from a common beginning have other states than on their own"
+        assert vlm._trials.flaws["prefixes"] == "prompts that continue from a common beginning have other states than on their own"
         run = vlm.run(batch, [iv.nothing, iv.nothing])
         assert (run.layout, run.why) == ("tile", "branches without an edit differ from the plain run")

@@ -151,7 +151,11 @@ def test_what_is_no_query_is_not_read_as_several(wrong, named):
         as_queries(wrong)
 
 
-@pytest.mark.parametrize("wrong", [presentations.blank, presentations.Own, "grey", None, Image.new("RGB", (4, 4))], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [presentations.blank, presentations.Own, "grey", None, Image.new("RGB", (4, 4))],
+    ids=["factory", "class", "name", "none", "image"],
+)
 def test_what_is_no_presentation(wrong):
     with pytest.raises(errors.PresentationError, match=r"as a presentation\.\nExpected text_only, presentations\.own, or what"):
         require_presentation(wrong)
