@@ -135,10 +135,17 @@ class Trials:
     Attributes:
         engine: The model.
         flaws: What was found: why branches (or prefixes) don't hold on this model; empty where they do.
+        seen: Numbers of cached columns behind which branches have been compared.
     """
 
     engine: Engine
     flaws: dict[str, str] = field(default_factory=dict)
+    seen: list[int] = field(default_factory=list)
+
+    @property
+    def widest(self) -> int:
+        """The longest prompts that branches have been compared on."""
+        return max(self.seen, default=0)
 
     def prefilled(self, batch: Batch, prefix: Prefix | None) -> Prefill | None:
         """The prompts up to their last token; None where branches of them differ from whole runs, edited or unedited."""
@@ -169,8 +176,10 @@ class Trials:
             made = prefill_after(
                 prefix, engine.config, batch, engine.hf.dtype, lambda inputs, at: engine.continued(inputs, (), batch, at=at)
             )
-        unedited = run_branches(engine, made, [nothing, nothing], (), "last", {}).logits
-        _require_agreement(unedited, made.logits, "branches without an edit differ from the plain run")
+        if made.width > self.widest:  # a window or a chunk shows only in prompts that are longer than it
+            unedited = run_branches(engine, made, [nothing, nothing], (), "last", {}).logits
+            _require_agreement(unedited, made.logits, "branches without an edit differ from the plain run")
+            self.seen.append(made.width)
         if "branches" not in self.flaws:
             edited = run_branches(engine, made, [_PUSH, nothing, _PUSH], (), "last", {}).logits
             whole = run_tiles(engine, batch, [_PUSH], (), "last", {}).logits

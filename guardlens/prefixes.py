@@ -58,9 +58,12 @@ class Prefix:
 
     def continued(self, batch: Batch, layout: Layout) -> dict[str, Any]:
         """What the decoder takes for the rest of a batch's prompts. The prefix itself stays as it is."""
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(len(batch.queries))
         rows, width = layout.column.shape
+        cache = copy.deepcopy(self.cache)
+        for layer in cache.layers:
+            if layer.is_initialized:  # those that share another layer's keys never are
+                # Views: what follows is joined to them in new tensors anyway.
+                layer.keys, layer.values = (kept.expand(rows, *kept.shape[1:]) for kept in (layer.keys, layer.values))
         here = torch.arange(width, device=self.positions.device)
         position = self.positions[..., -1:] + here
         return {
@@ -96,6 +99,11 @@ class Prefill:
 
     def __len__(self) -> int:
         return len(self.batch.queries)
+
+    @property
+    def width(self) -> int:
+        """How many columns are cached."""
+        return next(iter(self.seen.values())).shape[-1] if isinstance(self.seen, dict) else self.seen.shape[-1]
 
     @property
     def bytes(self) -> int:
