@@ -55,7 +55,7 @@ def drive(
         return result[0]
 
     every = [(tap, wrapped.get(part.path), part) for tap in taps for part in [cfg.locate(tap.point, beside_image)]]
-    every.sort(key=lambda placed: cfg.points.index(placed[0].point))  # nnsight's order is that of execution in this model
+    every.sort(key=lambda placed: cfg.rank[placed[0].point])  # nnsight's order is that of execution in this model
     later, rows = [placed for placed in every if placed[0].decode], len(inputs["input_ids"])
     with warnings.catch_warnings():
         # A bounded iteration over decode steps may end early, at the end-of-sequence token.

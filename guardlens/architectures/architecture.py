@@ -66,6 +66,11 @@ class Architecture:
         """All points of the model, in order of execution."""
         return sorted(self.parts, key=self._order)
 
+    @cached_property
+    def rank(self) -> dict[Point, int]:
+        """Point -> its place in the order of execution."""
+        return {point: place for place, point in enumerate(self.points)}
+
     def _order(self, point: Point) -> tuple[int | float, ...]:
         """The eye before the embedding where blocks see the image by cross-attention; patterns last of an attention that is read inside."""
         pattern = self.parts.get(Point("pattern", point.layer))
