@@ -82,13 +82,13 @@ def prefixes(plan: Plan) -> Iterator[Row]:
     ssd, grey, asked = subjects.directions(subject), subjects.blank(plan.size), subjects.queries(plan.queries)
     batch, edit = subject.batch(asked, grey), iv.add(ssd, 2.0)
     plans, vectors = ways.cells(subject, edit), list(ssd.vectors[:, 0])
-
-    def shared() -> None:
-        prefix = subject.share(batch)
-        assert prefix is not None
-        subject.run(subject.prefill(batch, prefix), plans)
-
-    seconds = timing.alternate({"shared": shared, "naive": lambda: ways.raw_hooks(subject, batch, vectors)}, max(3, plan.repeats // 2))
+    seconds = timing.alternate(
+        {
+            "shared": lambda: subject.run(subject.prefill(batch, subject.share(batch)), plans),
+            "naive": lambda: ways.raw_hooks(subject, batch, vectors),
+        },
+        max(3, plan.repeats // 2),
+    )
     found = timing.ratio(seconds, "naive", "shared")
     yield row(
         "shared_prefix_speedup", "guardlens against raw hooks, a forward of the batch per layer", found, ">= 70", {"queries": len(asked)}
