@@ -96,8 +96,12 @@ def _parts(model: HookedModel) -> tuple[bool, str]:
 def _logits(model: HookedModel) -> tuple[bool, str]:
     batch = _prompts(model)
     logits, cache = model.run_with_cache(batch)
-    mine = model.to_logits(cache["resid_post", -1])
-    return _near(mine[batch.mask], logits[batch.mask], "the last residual stream through norm and unembed")
+    mine, expected = model.to_logits(cache["resid_post", -1])[batch.mask], logits[batch.mask]
+    works, detail = _near(mine, expected, "the last residual stream through norm and unembed")
+    times = float((mine * expected).sum() / mine.square().sum())
+    if not works and _near(times * mine, expected, "")[0]:
+        detail += f"; the model's own are {times:.3g} times these, a scale that guardlens/architectures/names.py does not know"
+    return works, detail
 
 
 def _residual(model: HookedModel) -> tuple[bool | None, str]:
@@ -178,11 +182,28 @@ def _image(model: HookedModel) -> tuple[bool | None, str]:
     if model.cfg.image_layers:
         one, other = (model.run(batch).logits for batch in batches)
         return bool((one != other).any()), f"{tokens[0]} image token, seen through cross-attention in {sorted(model.cfg.image_layers)}"
-    one, other = (model.run_with_cache(batch, names_filter=hook)[1][hook] for batch in batches)
+    caches = [model.run_with_cache(batch, names_filter=[hook, *_projector(model)])[1] for batch in batches]
+    one, other = (cache[hook] for cache in caches)
     changed, image = (one != other).any(-1) & batches[0].mask, batches[0].image
     seen = int((changed & image)[0].sum())  # some families end rows of patches with a learnt token, the same for any image
     works = bool((image | ~changed).all()) and 2 * seen > tokens[0]
-    return works, f"{tokens[0]} image tokens: another image changes the embeddings of {seen} of them, and of no other token"
+    detail = f"{tokens[0]} image tokens: another image changes the embeddings of {seen} of them, and of no other token"
+    return works, detail + _entering(one[changed & image], *(caches[0][name] for name in _projector(model)))
+
+
+def _projector(model: HookedModel) -> list[str]:
+    return [point.name for point in model.cfg.parts if point.hook == "projector"]
+
+
+def _entering(embeddings: torch.Tensor, projected: torch.Tensor | None = None) -> str:
+    """Whether the hook of the projector has what enters the first block, up to order and scale; it is another module's if not."""
+    if projected is None or projected.shape[-1] != embeddings.shape[-1]:
+        return "; no projector was found whose output they are" if projected is None else "; projector.hook_out has another width"
+    rows = torch.nn.functional.normalize(projected.flatten(0, -2).float(), dim=-1).to(embeddings.device)
+    nearest = (torch.nn.functional.normalize(embeddings.float(), dim=-1) @ rows.T).amax(1)
+    return (
+        "" if bool((nearest > 0.99).all()) else "; projector.hook_out is not what they are made of: another module, or something is added"
+    )
 
 
 def _twin(model: HookedModel) -> tuple[bool | None, str]:

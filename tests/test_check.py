@@ -77,6 +77,19 @@ def test_logits_that_do_not_follow_from_the_residual_stream_are_found(broken):
     assert found["residual stream adds up"].works is True
 
 
+def test_logits_that_are_a_multiple_are_called_that(broken):
+    replace_forward(broken.hf, lambda out: type(out)({**out, "logits": out.logits * 4}))
+    found = by_name(broken)["logits reproduced"]
+    assert found.works is False and "the model's own are 4 times these, a scale that" in found.detail
+
+
+def test_a_projector_whose_output_does_not_enter_is_named(hf_vlm, processor):
+    """Another module of the right width."""
+    model = gl.load(hf_vlm, processor=processor, names={"projector": "multi_modal_projector.linear_1"})
+    found = by_name(model)["images"]
+    assert found.works is True and "projector.hook_out is not what they are made of: another module" in found.detail
+
+
 def test_an_edit_that_does_nothing_is_found(vlm, monkeypatch):
     """As if nnsight lost a write."""
     run = type(vlm).run
