@@ -82,7 +82,6 @@ class TestRunDirectory:
         assert [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()] == [*whole, {"id": 2}]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
 def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
     before = os.umask(0o027)
     try:
