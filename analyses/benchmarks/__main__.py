@@ -82,7 +82,7 @@ def page(frame: pd.DataFrame, facts: dict[str, Any]) -> str:
             "",
             "What the time beyond a plain forward goes into, by profile: transformers' cache copies keys and values as it grows, which",
             "costs some percent of a forward, once when prompts are kept and once behind them; behind a shared prefix every prompt of a",
-            "batch gets a copy of it; the same picture is preprocessed anew for every query; and nnsight looks at every step of a generation.",
+            "batch gets a copy of it; the same picture is preprocessed anew for every query; and nnsight looks at every decode step.",
             "",
         ]
     )
