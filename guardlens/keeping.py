@@ -87,42 +87,51 @@ def over_batches(
 ) -> list[Result]:
     """What `work` gives for batches of queries, in their order, under a bar; each comes with what its prompts begin with.
 
-    A batch that does not fit in memory is halved, as often as needed.
+    A batch that does not fit in memory is halved, as often as needed, and those after it are as small.
 
     Raises:
         ModelError: A single prompt does not fit.
     """
+    results: list[Result] = []
     prefix: Prefix | None = None
 
-    def one(part: Sequence[Query]) -> Result:
+    def fits(part: Sequence[Query]) -> bool:
         nonlocal prefix
-        batch = model.batch(part, presentation)
-        if prefix is None or prefix.begins(batch) is None:
-            prefix = model.share(batch)
-        return work(batch, prefix)
+        try:
+            batch = model.batch(part, presentation)
+            if prefix is None or prefix.begins(batch) is None:
+                prefix = model.share(batch)
+            results.append(work(batch, prefix))
+            return True
+        except RuntimeError as error:
+            _require_out_of_memory(error, part)
+            return False
 
-    parts = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
-    return [result for part in track(parts, len(queries), what, progress) for result in _halved(part, one)]
+    def done() -> Iterator[Sequence[Query]]:
+        start, size = 0, batch_size
+        while start < len(queries):
+            part = queries[start : start + size]
+            if fits(part):
+                start += len(part)
+                yield part
+            else:
+                size = len(part) // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    for _ in track(done(), len(queries), what, progress):
+        pass
+    return results
 
 
-def _halved(part: Sequence[Query], work: Callable[[Sequence[Query]], Result]) -> Iterator[Result]:
-    try:
-        yield work(part)
-        return
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        if len(part) == 1:
-            raise ModelError(
-                f"the prompt of query {part[0].id!r}, which alone does not fit in memory",
-                "room for one prompt",
-                "load in bfloat16 or 4 bits",
-            ) from None
-    # Outside of the handler, whose traceback would hold what is to be given back.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    for half in (part[: len(part) // 2], part[len(part) // 2 :]):
-        yield from _halved(half, work)
+def _require_out_of_memory(error: RuntimeError, part: Sequence[Query]) -> None:
+    """Raise what is no lack of memory, and one that no smaller batch can mend."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        raise error
+    if len(part) == 1:
+        raise ModelError(
+            f"the prompt of query {part[0].id!r}, which alone does not fit in memory", "room for one prompt", "load in bfloat16 or 4 bits"
+        ) from None
 
 
 def over_prompts(

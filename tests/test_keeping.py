@@ -26,7 +26,7 @@ def test_a_batch_that_does_not_fit_is_halved(vlm, monkeypatch, error, presentati
 
     monkeypatch.setattr(type(vlm), "run", cramped)
     found = gl.collect(vlm, TEXTS, presentation, batch_size=9, progress=False)
-    assert sizes == [9, 4, 2, 2, 5, 2, 3]
+    assert sizes == [9, 4, 2, 2, 2, 2, 1]
     assert [query.text for query in found.queries] == TEXTS
     torch.testing.assert_close(found.states, expected.states, atol=1e-4, rtol=0)
 
