@@ -1,6 +1,7 @@
 """`attach`: a guard leaves the lab. Its taps run under plain torch hooks, in whatever code calls a Hugging Face model, without nnsight."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Attachment:
         self._names = tuple(inspect.signature(type(self._inner).forward).parameters)[1:]  # of the class: wrappers replace the bound one
         self._run: _Run | None = None
         self._seen = 0
+        self._cache: Callable[[], Any] = lambda: None
         self._forward: _Forward | None = None
         self._handles: list[Any] = []
 
@@ -111,7 +113,8 @@ class Attachment:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._forward is None or self._forward.module is not module:
             return None
-        keep = self._forward.keep
+        keep, cache = self._forward.keep, getattr(output, "past_key_values", None)
+        self._cache = weakref.ref(cache) if cache is not None else lambda: None
         self._close()
         if output is not None and (isinstance(keep, Tensor) or keep):
             output.logits = output.logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
@@ -141,7 +144,7 @@ class Attachment:
         past = 0 if cache is None else int(cache.get_seq_length())
         run = self._run
         if past:
-            run = self._require_next(ids, past)
+            run = self._require_next(ids, past, cache)
         elif cache is not None or run is None or not run.goes_on(ids, self._seen):
             self._run = None  # so that no later step belongs to the run before, should this one fail to begin
             self._run = run = self._begin(inputs)
@@ -149,12 +152,12 @@ class Attachment:
         self._seen += 1
         return run, self._seen - run.batch.mask.shape[1], not past
 
-    def _require_next(self, ids: Int[Tensor, "row new"], past: int) -> _Run:
+    def _require_next(self, ids: Int[Tensor, "row new"], past: int, cache: Any) -> _Run:
         rows = 0 if self._run is None else len(self._run.batch.mask)
-        if self._run is None or past != self._seen or ids.shape != (rows, 1):
+        if self._run is None or past != self._seen or ids.shape != (rows, 1) or self._cache() is not cache:
             raise ModelError(
                 f"{ids.shape[1]} tokens in {len(ids)} rows beside a KV cache of {past}, where {self._seen} in {rows} rows have been seen",
-                "whole prompts with an empty cache, then one token per row and step",
+                "whole prompts with an empty cache, then one token per row and step behind the cache that they filled",
                 "leave out past_key_values, prefill_chunk_size and assistant models, and prompts begun before the guard was attached",
             )
         return self._run

@@ -44,6 +44,13 @@ class Engine:
         """Whether its attention computes patterns."""
         return self.config._attn_implementation == "eager"
 
+    @property
+    def stretches(self) -> bool:
+        """Whether what a token's position means depends on how long its prompt is, so that prompts of other lengths can't share keys."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+        return not {"dynamic", "longrope"}.isdisjoint(kind.get("rope_type") for kind in kinds)
+
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """What the model's forward takes."""
@@ -59,7 +66,7 @@ class Engine:
         """Logits of a forward: at all tokens (`keep` 0), at the last (1), or none (None; the unembedding is then skipped)."""
         trunk = self.inner.base_model
         inputs = {**batch.inputs, "use_cache": False}
-        if keep is None and trunk is not self.inner:
+        if keep is None and trunk is not self.inner and not any(tap.point.hook == "unembed" for tap in taps):
             self._drive(trunk, inputs, taps, batch)
             return None
         if "logits_to_keep" in self.parameters:

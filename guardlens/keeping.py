@@ -25,13 +25,13 @@ class Kept:
     Attributes:
         queries: What is asked.
         presentation: How it is shown.
-        model: The model that computed them.
+        models: The model that computed them, and the LLM beside it. Its weights and adapters must stay as they were.
         parts: Batches of them.
     """
 
     queries: tuple[Query, ...]
     presentation: Presentation
-    model: str
+    models: tuple[str, str]
     parts: tuple[Prefill, ...]
 
     @property
@@ -73,7 +73,7 @@ def keep(
     """
     items = as_queries(queries)
     parts = over_prompts(model, items, presentation, lambda kept: kept, batch_size, f"keep, {presentation.name}", progress)
-    return Kept(items, presentation, model.id, tuple(parts))
+    return Kept(items, presentation, model.ids, tuple(parts))
 
 
 def over_batches(
@@ -152,8 +152,8 @@ def over_prompts(
         return over_batches(
             model, queries, presentation, lambda batch, prefix: work(model.prefill(batch, prefix)), batch_size, what, progress
         )
-    if queries.model != model.id:
-        raise MismatchError(f"prompts kept by {queries.model}", f"those of {model.id}", "keep them anew with this model")
+    if queries.models != model.ids:
+        raise MismatchError(f"prompts kept by {queries.models}", f"those of {model.ids}", "keep them anew with this model")
     return [work(part) for part in track(queries.parts, len(queries), what, progress)]
 
 

@@ -120,7 +120,7 @@ def _behind_a_cache(
 def _positions(plans: Sequence[Intervention], read: Sequence[Site]) -> list[Positions]:
     """Where a run's edits write in the prompt, and where its reads and own states look."""
     steps = [step for plan in plans for step in plan.steps if step.phase != "decode"]
-    own = [state.positions for step in steps for state in step.requires if state.run is None]
+    own = [state.positions for plan in plans for step in plan.steps for state in step.requires if state.run is None]
     return [*(step.site.positions for step in steps), *(site.positions for site in read), *own]
 
 
@@ -134,28 +134,23 @@ class Trials:
 
     Attributes:
         engine: The model.
-        flaws: What was found: why branches (or prefixes) don't hold on this model; empty where they do.
-        seen: Numbers of cached columns behind which branches have been compared.
+        flaws: What was found, of prompts with and without images apart: why branches (or prefixes) don't hold; empty where they do.
+        widest: The most cached columns behind which branches have been compared, of either kind of prompt.
     """
 
     engine: Engine
-    flaws: dict[str, str] = field(default_factory=dict)
-    seen: list[int] = field(default_factory=list)
-
-    @property
-    def widest(self) -> int:
-        """The longest prompts that branches have been compared on."""
-        return max(self.seen, default=0)
+    flaws: dict[tuple[str, bool], str] = field(default_factory=dict)
+    widest: dict[bool, int] = field(default_factory=dict)
 
     def prefilled(self, batch: Batch, prefix: Prefix | None) -> Prefill | None:
         """The prompts up to their last token; None where branches of them differ from whole runs, edited or unedited."""
-        return self._tried("branches", lambda: self._prefilled(batch, prefix))
+        return self._tried(("branches", batch.beside_image), lambda: self._prefilled(batch, prefix))
 
     def prefix(self, first: Batch, length: int, two: Callable[[], Batch]) -> Prefix | None:
         """The first tokens of one prompt; None where prompts that continue from it (`two`) have other states than on their own."""
-        return self._tried("prefixes", lambda: self._prefix(first, length, two))
+        return self._tried(("prefixes", first.beside_image), lambda: self._prefix(first, length, two))
 
-    def _tried(self, what: str, make: Callable[[], Made]) -> Made | None:
+    def _tried(self, what: tuple[str, bool], make: Callable[[], Made]) -> Made | None:
         if self.flaws.get(what):
             return None
         try:
@@ -176,11 +171,11 @@ class Trials:
             made = prefill_after(
                 prefix, engine.config, batch, engine.hf.dtype, lambda inputs, at: engine.continued(inputs, (), batch, at=at)
             )
-        if made.width > self.widest:  # a window or a chunk shows only in prompts that are longer than it
+        if made.width > self.widest.get(batch.beside_image, 0):  # a window or a chunk shows only in prompts that are longer than it
             unedited = run_branches(engine, made, [nothing, nothing], (), "last", {}).logits
             _require_agreement(unedited, made.logits, "branches without an edit differ from the plain run")
-            self.seen.append(made.width)
-        if "branches" not in self.flaws:
+            self.widest[batch.beside_image] = made.width
+        if ("branches", batch.beside_image) not in self.flaws:
             edited = run_branches(engine, made, [_PUSH, nothing, _PUSH], (), "last", {}).logits
             whole = run_tiles(engine, batch, [_PUSH], (), "last", {}).logits
             assert edited is not None and whole is not None
@@ -190,7 +185,7 @@ class Trials:
 
     def _prefix(self, first: Batch, length: int, two: Callable[[], Batch]) -> Prefix:
         made = prefix_of(self.engine.decoder, first, length, self.engine.last_logits)
-        if "prefixes" not in self.flaws:
+        if ("prefixes", first.beside_image) not in self.flaws:
             pair, site = two(), Site()
             shared = made.begins(pair)
             assert shared is not None

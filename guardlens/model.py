@@ -90,6 +90,11 @@ class HookedModel:
         return f"{self.name}@{fingerprint(self.hf)}"
 
     @property
+    def ids(self) -> tuple[str, str]:
+        """Of this model and of the LLM beside it, which is the same one if no other was given."""
+        return self.id, self.llm.id
+
+    @property
     def hook_names(self) -> list[str]:
         """Full TransformerLens names of everything that can be read, in order of execution."""
         return [point.name for point in self.cfg.points]
@@ -151,7 +156,7 @@ class HookedModel:
             read: Sites to read, after all edits there.
             logits: At the prompt's last token, at all tokens, or none (the unembedding is then skipped).
             new_tokens: Generate up to so many tokens; `logits` are then not returned.
-            seed: Of the draws, where `generation` asks for sampling.
+            seed: Of the draws, where `generation` asks for sampling; several lanes draw in turn, so each has its own.
             generation: Options of transformers' `generate`; greedy without any.
             layout: How several plans share a forward: as branches of the last token, as tiles (a copy of the batch each), or as branches
                 where they can.
@@ -164,12 +169,14 @@ class HookedModel:
         """
         lanes: list[Intervention] = list(plans) if isinstance(plans, Sequence) else [plans]
         kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
+        if kept and kept.models != self.ids:
+            raise MismatchError(f"prompts kept by {kept.models}", f"those of {self.ids}", "keep them anew with this model")
         require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
         for site in read:
             require_type(site, Site, SiteError, "say Site('resid_post')")
         for plan in lanes:
             require_plan(plan)
-            plan.check((self.id, self.llm.id), self.cfg.n_layers, self.cfg.widths)
+            plan.check(self.ids, self.cfg.n_layers, self.cfg.widths)
             self._check_sites(plan, read)
         lanes = [plan.to(self.hf.device) for plan in lanes]
         why = self.unbranchable(kept or batch, lanes, read, logits, new_tokens) if layout != "tile" else "tiles were asked for"
@@ -199,19 +206,18 @@ class HookedModel:
         """
         made = self._trials.prefilled(batch, None if prefix is None else prefix.begins(batch))
         if made is not None:
-            return made
+            return replace(made, models=self.ids)
         plain = run_tiles(self._engine, batch, [nothing], (), "last", {}).logits
         assert plain is not None
-        return Prefill(
-            batch, None, {}, batch.mask.new_zeros(1, len(batch.queries), 1).long(), plain[0], flaw=self._trials.flaws["branches"]
-        )
+        flaw, nowhere = self._trials.flaws["branches", batch.beside_image], batch.mask.new_zeros(1, len(batch.queries), 1).long()
+        return Prefill(batch, None, {}, nowhere, plain[0], flaw=flaw, models=self.ids)
 
     def share(self, batch: Batch) -> Prefix | None:
         """What the prompts of a batch begin with alike, computed once; None where it would not save `WORTH` tokens.
 
         The first one of a model is checked: prompts that continue from it must have the states that they have on their own.
         """
-        length = 0 if batch.padded_right else batch.common_start
+        length = 0 if batch.padded_right or self._engine.stretches else batch.common_start
         if (len(batch.queries) - 1) * length < WORTH:
             return None
         first = self.batch(batch.queries[:1], batch.presentation)

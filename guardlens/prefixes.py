@@ -87,6 +87,7 @@ class Prefill:
         logits: The unedited run's, at the last token.
         held: States of other presentations' runs that have been asked for.
         flaw: Why branches can't continue from here; empty if they can.
+        models: The model that computed them, and the LLM beside it.
     """
 
     batch: Batch
@@ -96,6 +97,7 @@ class Prefill:
     logits: Float[Tensor, "query vocab"]
     held: dict[Any, Tensor] = field(default_factory=dict)
     flaw: str = ""
+    models: tuple[str, str] = ("", "")
 
     def __len__(self) -> int:
         return len(self.batch.queries)

@@ -216,7 +216,7 @@ def scored(
     runs: Iterable[Float[Tensor, "query vocab"]], base: Float[Tensor, "query vocab"], scores: Sequence[Score], tokenizer: Any
 ) -> Float[np.ndarray, "score run query"]:
     """The scores of several runs, each against the unedited one."""
-    found = [torch.stack([score(logits, base, tokenizer) for score in scores]) for logits in runs]
+    found = [torch.stack([score(logits.clone(), base.clone(), tokenizer) for score in scores]) for logits in runs]
     return torch.stack(found, dim=1).double().cpu().numpy()
 
 

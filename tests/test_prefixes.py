@@ -41,7 +41,7 @@ class TestEveryFamily:
         batch = model.batch(TEXTS, presentation)
         prefix = model.share(batch)
         if prefix is None:
-            assert family.lacks("branches") or model._trials.flaws.get("prefixes") or batch.common_start == 0
+            assert family.lacks("branches") or model._trials.flaws.get(("prefixes", batch.beside_image)) or batch.common_start == 0
             return
         assert 0 < len(prefix) <= batch.common_start
         push = iv.custom(lambda states, context: states + 1.0).at(layers=[1], positions="instruction")
@@ -172,6 +172,6 @@ class TestWhenItIsUsed:
         monkeypatch.setitem(vlm.__dict__, "_trials", lanes.Trials(vlm._engine))
         monkeypatch.setattr(lanes, "agree", lambda mine, expected: False)
         assert vlm.share(batch) is None
-        assert vlm._trials.flaws["prefixes"] == "prompts that continue from a common beginning have other states than on their own"
+        assert vlm._trials.flaws["prefixes", True] == "prompts that continue from a common beginning have other states than on their own"
         run = vlm.run(batch, [iv.nothing, iv.nothing])
         assert (run.layout, run.why) == ("tile", "branches without an edit differ from the plain run")

@@ -214,7 +214,7 @@ class Custom:
     model: str = ""
 
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
-        return self.fn(states, context)
+        return self.fn(states.clone(), context)  # a function that works in place must not change what the edit is compared with
 
     def __repr__(self) -> str:
         return f"custom({getattr(self.fn, '__name__', self.fn)})"
