@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from guardlens.architectures import Architecture, find, fingerprint
+from guardlens.architectures import Architecture, find, fingerprint, unwrapped
 from guardlens.batches import Batch, Layout
 from guardlens.errors import ModelError, PlanError, require_type
 from guardlens.interventions.plan import Intervention, nothing, require_plan
@@ -62,7 +62,7 @@ class Attachment:
     def __init__(self, plan: Intervention, hf: Any, cfg: Architecture, twin: Callable[[Inputs], Inputs] | None) -> None:
         self.plan = plan
         self._hf, self._cfg, self._twin = hf, cfg, twin
-        self._inner = _inner(hf)
+        self._inner = unwrapped(hf)
         # Taps count columns from the left, so they must meet all tokens, also where the caller wants the logits of the last alone.
         self._wide = self._cfg.narrows or any(step.site.hook == "unembed" for step in plan.steps)
         self._names = tuple(inspect.signature(type(self._inner).forward).parameters)[1:]  # of the class: wrappers replace the bound one
@@ -241,7 +241,7 @@ def attach(plan: Intervention, hf: Any, processor: Any = None, *, twin: Callable
 
 
 def _require_alone(hf: Any) -> None:
-    owners = [getattr(hook, "__self__", None) for hook in _inner(hf)._forward_pre_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in unwrapped(hf)._forward_pre_hooks.values()]
     there = next((owner for owner in owners if isinstance(owner, Attachment)), None)
     if there is not None:
         raise PlanError(
@@ -263,11 +263,6 @@ def _require_known(plan: Intervention, n_layers: int) -> None:
                 f"the positions {positions!r}, which tokens alone do not tell", "'last', 'all', 'image' or (start, stop)",
                 "choose these with .at(positions=...), or run this plan with a HookedModel",
             )  # fmt: skip
-
-
-def _inner(hf: Any) -> Any:
-    """The model itself, where an adapter (PEFT) is around it."""
-    return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
 
 
 def _batch(inputs: Inputs, cfg: Architecture) -> Batch:

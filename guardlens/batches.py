@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class Batch:
         """Whether some row ends in padding."""
         return not bool(self.mask[:, -1].all())
 
-    @property
+    @cached_property
     def common_start(self) -> int:
         """How many first tokens all prompts share, images included; one token of each is left at least.
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from guardlens.architectures import Architecture
+from guardlens.architectures import Architecture, unwrapped
 from guardlens.batches import Batch
 from guardlens.errors import PlanError
 from guardlens.program import Tap
@@ -27,7 +27,7 @@ class Engine:
     @cached_property
     def inner(self) -> Any:
         """The model itself, where an adapter (PEFT) is around it."""
-        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+        return unwrapped(self.hf)
 
     @property
     def config(self) -> Any:

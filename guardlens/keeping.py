@@ -20,18 +20,17 @@ Result = TypeVar("Result")
 class Kept:
     """Prompts whose keys and values are kept. Hand it to `sweep` or `activation_patching` in place of queries.
 
-    What other presentations' runs gave (the text twin's states) is kept with them as soon as a plan has asked for it.
+    What other presentations' runs gave (the text twin's states) is kept with them as soon as a plan has asked for it. They belong to the
+    model that computed them and the LLM beside it, whose weights and adapters must stay as they were.
 
     Attributes:
         queries: What is asked.
         presentation: How it is shown.
-        models: The model that computed them, and the LLM beside it. Its weights and adapters must stay as they were.
         parts: Batches of them.
     """
 
     queries: tuple[Query, ...]
     presentation: Presentation
-    models: tuple[str, str]
     parts: tuple[Prefill, ...]
 
     @property
@@ -73,7 +72,7 @@ def keep(
     """
     items = as_queries(queries)
     parts = over_prompts(model, items, presentation, lambda kept: kept, batch_size, f"keep, {presentation.name}", progress)
-    return Kept(items, presentation, model.ids, tuple(parts))
+    return Kept(items, presentation, tuple(parts))
 
 
 def over_batches(
@@ -99,9 +98,10 @@ def over_batches(
         nonlocal prefix
         try:
             batch = model.batch(part, presentation)
-            if prefix is None or prefix.begins(batch) is None:
-                prefix = model.share(batch)
-            results.append(work(batch, prefix))
+            begun = prefix.begins(batch) if prefix is not None else None
+            if begun is None:
+                prefix = begun = model.share(batch)
+            results.append(work(batch, begun))
             return True
         except RuntimeError as error:
             _require_out_of_memory(error, part)
@@ -152,8 +152,8 @@ def over_prompts(
         return over_batches(
             model, queries, presentation, lambda batch, prefix: work(model.prefill(batch, prefix)), batch_size, what, progress
         )
-    if queries.models != model.ids:
-        raise MismatchError(f"prompts kept by {queries.models}", f"those of {model.ids}", "keep them anew with this model")
+    for part in queries.parts:
+        model.require_own(part)
     return [work(part) for part in track(queries.parts, len(queries), what, progress)]
 
 

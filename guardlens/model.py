@@ -21,7 +21,7 @@ from guardlens.interventions.plan import require_plan
 from guardlens.lanes import Trials, followed, run_branches, run_suffixes, run_tiles, unbranchable
 from guardlens.prefixes import Prefill, Prefix
 from guardlens.program import Held, required_runs, site_of
-from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise
+from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise, words_of
 from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
 from guardlens.runs import Run
 from guardlens.sites import Site
@@ -77,7 +77,7 @@ class HookedModel:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer."""
-        return getattr(self.processor, "tokenizer", self.processor)
+        return words_of(self.processor)
 
     @property
     def sees_images(self) -> bool:
@@ -169,8 +169,8 @@ class HookedModel:
         """
         lanes: list[Intervention] = list(plans) if isinstance(plans, Sequence) else [plans]
         kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
-        if kept and kept.models != self.ids:
-            raise MismatchError(f"prompts kept by {kept.models}", f"those of {self.ids}", "keep them anew with this model")
+        if kept:
+            self.require_own(kept)
         require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
         for site in read:
             require_type(site, Site, SiteError, "say Site('resid_post')")
@@ -179,12 +179,14 @@ class HookedModel:
             plan.check(self.ids, self.cfg.n_layers, self.cfg.widths)
             self._check_sites(plan, read)
         lanes = [plan.to(self.hf.device) for plan in lanes]
-        why = self.unbranchable(kept or batch, lanes, read, logits, new_tokens) if layout != "tile" else "tiles were asked for"
-        if not why and (kept or len(lanes) > 1 or layout == "branch"):
-            kept = kept or self.prefill(batch, prefix)
-            why = kept.flaw
+        why = ""
+        if kept or len(lanes) > 1 or layout == "branch":
+            why = "tiles were asked for" if layout == "tile" else self.unbranchable(kept or batch, lanes, read, logits, new_tokens)
             if not why:
-                return run_branches(self._engine, kept, lanes, read, logits, self._held(batch, lanes, kept.held))
+                start = kept or self.prefill(batch, prefix)
+                why = start.flaw
+                if not why:
+                    return run_branches(self._engine, start, lanes, read, logits, self._held(batch, lanes, start.held))
         if layout == "branch":
             raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the last token", 'choose layout="auto"')
         held = self._held(batch, lanes)
@@ -211,6 +213,15 @@ class HookedModel:
         assert plain is not None
         flaw, nowhere = self._trials.flaws["branches", batch.beside_image], batch.mask.new_zeros(1, len(batch.queries), 1).long()
         return Prefill(batch, None, {}, nowhere, plain[0], flaw=flaw, models=self.ids)
+
+    def require_own(self, kept: Prefill) -> None:
+        """Refuse prompts that another model has computed, or that another LLM stood beside.
+
+        Raises:
+            MismatchError: As said.
+        """
+        if kept.models != self.ids:
+            raise MismatchError(f"prompts kept by {kept.models}", f"those of {self.ids}", "keep them anew with this model")
 
     def share(self, batch: Batch) -> Prefix | None:
         """What the prompts of a batch begin with alike, computed once; None where it would not save `WORTH` tokens.

@@ -11,6 +11,11 @@ from guardlens.errors import ModelError, PresentationError, QueryError
 from guardlens.queries import Presentation, Prompt, Query
 
 
+def words_of(processor: Any) -> Any:
+    """The tokenizer of a processor, which a text-only model's is itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def require_showable(
     queries: Sequence[Query], prompts: Sequence[Prompt], presentation: Presentation, processor: Any, sees_images: bool
 ) -> None:
@@ -58,8 +63,7 @@ def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_
             raise
         raise needs_image(type(processor).__name__, str(error)) from None
     for prompt, text, ids, mask in zip(prompts, texts, inputs["input_ids"], inputs["attention_mask"], strict=True):
-        words = getattr(processor, "tokenizer", processor)(text, add_special_tokens=special)["input_ids"]
-        if prompt.prefill and words[-1] != ids[mask.bool()][-1]:
+        if prompt.prefill and words_of(processor)(text, add_special_tokens=special)["input_ids"][-1] != ids[mask.bool()][-1]:
             raise PresentationError(
                 f"the prefill {prompt.prefill!r}, after which {type(processor).__name__} adds more",
                 "a processor that leaves the end of a prompt alone",
@@ -114,7 +118,7 @@ def instruction_mask(
     Nothing is marked where the tokenizer gives no offsets, or where the template or the processor changes the text.
     """
     chosen = torch.zeros_like(ids, dtype=torch.bool)
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = words_of(processor)
     for row, prompt in enumerate(prompts if tokenizer.is_fast else ()):
         text = render(processor, prompt, sees_images)
         start = text.rfind(prompt.text.strip(), 0, len(text) - len(prompt.prefill))
@@ -134,7 +138,7 @@ def _last_occurrence(part: list[int], whole: list[int]) -> int:
 
 def _begins_with_bos(processor: Any, text: str) -> bool:
     """Whether the template wrote the first special token itself, so that the tokenizer must not add another."""
-    bos = getattr(processor, "tokenizer", processor).bos_token
+    bos = words_of(processor).bos_token
     return bos is not None and text.startswith(bos)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from guardlens.errors import ModelError
-from guardlens.prompts import tokenise
+from guardlens.prompts import tokenise, words_of
 from guardlens.queries import Prompt
 
 PROBES = ("How to fold a paper boat?", "Please plant a tulip.")
@@ -45,7 +45,7 @@ class Cutter:
         Raises:
             ModelError: The processor takes no prompt without an image, or cutting the images out of the probes does not give it.
         """
-        words = _words(processor)
+        words = words_of(processor)
         mark = words.convert_ids_to_tokens(image_token_id)
         try:
             probes = [_probe(processor, PROBES[0]), *(_probe(processor, PROBES[0], size) for size in SIZES)]
@@ -75,7 +75,7 @@ class Cutter:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         rows = [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)]
         texts = [_text(self.processor, row, f"row {number}") for number, row in enumerate(rows)]
-        mark = _words(self.processor).convert_ids_to_tokens(self.image_token_id)
+        mark = words_of(self.processor).convert_ids_to_tokens(self.image_token_id)
         cut = [self.cut(text) for text in texts]
         left = next((number for number, text in enumerate(cut) if mark in text), None)
         if left is not None:
@@ -106,13 +106,9 @@ def _probe(processor: Any, text: str, size: tuple[int, int] | None = None) -> In
     return tokenise(processor, [Prompt(text, images)], "left", sees_images=True)["input_ids"]
 
 
-def _words(processor: Any) -> Any:
-    return getattr(processor, "tokenizer", processor)
-
-
 def _text(processor: Any, ids: list[int], what: str) -> str:
     """The text that these are the tokens of."""
-    words = _words(processor)
+    words = words_of(processor)
     added = words.added_tokens_decoder.keys()
     stretches = groupby(ids, key=lambda token: token if token in added else None)
     # Where the tokenizer puts a space of its own before each stretch of plain text, only decoding stretch by stretch takes it away again.

@@ -239,8 +239,6 @@ def test_z_is_what_the_attention_output_is_made_of(family, model):
     if family.lacks("attention heads"):
         assert not layers
         return
-    if family.lacks("attention and MLP apart"):
-        return
     found = {}
     model.run_with_hooks(
         batch,
@@ -299,7 +297,7 @@ def test_edits_equal_raw_hooks(family, model, positions):
 
 def test_edits_of_what_is_added_equal_edits_of_the_stream(family, model):
     batch, push, final = batch_of(family, model), a_push(model), model.cfg.n_layers - 1
-    if family.lacks("attention and MLP apart") or "rest" in family.adds:
+    if "rest" in family.adds:
         return
     there = model.run(batch, pushing(push).at(hook="mlp_out", layers=[final])).logits
     here = model.run(batch, pushing(push * model.cfg.residual_scale).at(layers=[final])).logits

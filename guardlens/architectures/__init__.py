@@ -5,5 +5,6 @@ from guardlens.architectures.find import find, require_named
 from guardlens.architectures.fingerprint import fingerprint
 from guardlens.architectures.names import KNOWN, Names
 from guardlens.architectures.parts import Part
+from guardlens.architectures.search import unwrapped
 
-__all__ = ["KNOWN", "Architecture", "Names", "Part", "find", "fingerprint", "require_named"]
+__all__ = ["KNOWN", "Architecture", "Names", "Part", "find", "fingerprint", "require_named", "unwrapped"]

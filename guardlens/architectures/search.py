@@ -24,6 +24,11 @@ def first(module: nn.Module, candidates: Iterable[str]) -> Any:
     return within(module, first_name(module, candidates))
 
 
+def unwrapped(hf: Any) -> Any:
+    """The model itself, where an adapter (PEFT) is around it."""
+    return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+
+
 def first_number(owner: Any, candidates: Iterable[str], default: Any) -> Any:
     """The first candidate that the owner has and that is not None."""
     return next((value for name in candidates if (value := getattr(owner, name, None)) is not None), default)

@@ -17,7 +17,6 @@ CAPABILITIES = {
     "attention heads": "`hook_q`, `hook_z` and `hook_pattern` of every layer with softmax attention",
     "keys and values": "`hook_k` and `hook_v`",
     "values as mixed": "`hook_pattern` times `hook_v` is `hook_z`, so that attribution can split heads by source",
-    "attention and MLP apart": "`hook_attn_out` and `hook_mlp_out` are what is added to the residual stream",
     "generation without a cache": "the same tokens with `use_cache=False`",
     "branches": "several plans for the last token ride in one forward (`Run.layout`), exact to 1e-5; elsewhere as copies of the batch",
     "projector": "one module whose output enters the language model, at `projector.hook_out`",
