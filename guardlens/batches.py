@@ -1,7 +1,7 @@
 """A batch of prompts as tensors, and how lanes (variants of a run) lie on its rows. Index algebra only: no model, no edits."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ class Batch:
         image: Tokens whose embedding comes from an image.
         instruction: Tokens of the query's own text.
         pictures: Digest of each prompt's images, by which prompts beside the same picture are known; empty where nobody asked.
+        answered: How many of the last columns are an answer that is put into the model's mouth, behind the prompts.
     """
 
     queries: tuple[Query, ...]
@@ -35,6 +36,19 @@ class Batch:
     image: Bool[Tensor, "query seq"]
     instruction: Bool[Tensor, "query seq"]
     pictures: tuple[str, ...] = ()
+    answered: int = 0
+
+    @cached_property
+    def prompt(self) -> Bool[Tensor, "query seq"]:
+        """Tokens of the prompts: neither padding nor an answer."""
+        prompt = self.mask.clone()
+        prompt[:, prompt.shape[1] - self.answered :] = False
+        return prompt
+
+    @property
+    def answer(self) -> Bool[Tensor, "query seq"]:
+        """Tokens of the answers."""
+        return self.mask & ~self.prompt
 
     @property
     def beside_image(self) -> bool:
@@ -43,8 +57,8 @@ class Batch:
 
     @property
     def padded_right(self) -> bool:
-        """Whether some row ends in padding."""
-        return not bool(self.mask[:, -1].all())
+        """Whether some prompt ends in padding."""
+        return not bool(self.mask[:, -1 - self.answered].all())
 
     @cached_property
     def common_start(self) -> int:
@@ -62,13 +76,34 @@ class Batch:
         alike = len(set(self.pictures)) == 1 and not image[:, shared:].any()
         return shared if alike or not image.any() else min(shared, int(image.any(0).long().argmax()))
 
+    def answering(self, tokens: Int[Tensor, "query new"]) -> "Batch":
+        """The same prompts with an answer behind each, as if the model had given it. Rows of unlike length may end in any token.
+
+        Raises:
+            PlanError: A batch padded on the right.
+        """
+        if self.padded_right:
+            raise PlanError("a batch padded on the right", "padding on the left for answers", "make it with padding_side='left'")
+        (rows, width), new = self.mask.shape, tokens.shape[1]
+        blank = self.mask.new_zeros(rows, new)
+        added = {"input_ids": tokens.to(self.mask.device), "attention_mask": blank.long() + 1}
+        inputs = {name: value for name, value in self.inputs.items()}
+        for name, value in self.inputs.items():
+            if value.shape[-1:] == (width,) and value.shape[-2:-1] == (rows,):
+                more = added[name] if name in added else blank.long()
+                if name == "position_ids":
+                    more = value[..., -1:] + 1 + torch.arange(new, device=value.device)
+                inputs[name] = torch.cat([value, more.to(value)], dim=-1)
+        masks = {name: torch.cat([getattr(self, name), blank], dim=1) for name in ("image", "instruction")}
+        return replace(self, inputs=inputs, mask=torch.cat([self.mask, ~blank], dim=1), answered=self.answered + new, **masks)
+
     def select(self, positions: Positions) -> Bool[Tensor, "query seq"]:
         """The tokens that `positions` names, padding never among them.
 
         Raises:
             SiteError: A query has no token there.
         """
-        chosen = self._chosen(positions) & self.mask
+        chosen = self._chosen(positions) & self.prompt
         empty = (~chosen.any(dim=1)).nonzero().flatten().tolist()
         if empty:
             raise SiteError(
@@ -79,12 +114,11 @@ class Batch:
         return chosen
 
     def _chosen(self, positions: Positions) -> Bool[Tensor, "query seq"]:
-        from_right = self.mask.flip(1).cumsum(1).flip(1)
         match positions:
             case "last":
-                return from_right == 1
+                return self.prompt.flip(1).cumsum(1).flip(1) == 1
             case "all":
-                return self.mask
+                return self.prompt
             case "image":
                 return self.image
             case "instruction":
@@ -92,7 +126,7 @@ class Batch:
             case "post_instruction":
                 return ~self.instruction.flip(1).cumsum(1).flip(1).bool() & self.instruction.cumsum(1).bool()
             case (start, stop):
-                index, length = self.mask.cumsum(1) - 1, self.mask.sum(1, keepdim=True)
+                index, length = self.prompt.cumsum(1) - 1, self.prompt.sum(1, keepdim=True)
                 low = 0 if start is None else start if start >= 0 else length + start
                 high = length if stop is None else stop if stop >= 0 else length + stop
                 return (index >= low) & (index < high)
@@ -119,45 +153,53 @@ class Placement(NamedTuple):
 class Layout:
     """Which query, column and lane each physical token is: how several plans share one forward.
 
-    A lane is one plan. A plain run has one lane; a tile repeats the batch, lane by lane; branches repeat the last token alone, lane by lane
-    within each row, behind what is cached of the prompts.
+    A lane is one plan. A plain run has one lane; a tile repeats the batch, lane by lane; branches repeat the ends of the prompts alone,
+    behind what is cached of the prompts.
 
     Attributes:
         name: `"plain"`, `"tile"` or `"branch"`: what a result says about how it was computed.
         lanes: How many plans ride.
-        query: The query of each row.
-        column: The column of the batch that each physical token is a copy of.
-        lane: The lane that each physical token belongs to.
+        query: The query of each physical token.
+        column: The column of the batch that it is a copy of.
+        lane: The lane that it belongs to.
     """
 
     name: str
     lanes: int
-    query: Int[Tensor, "row"]
+    query: Int[Tensor, "row width"]
     column: Int[Tensor, "row width"]
     lane: Int[Tensor, "row width"]
 
     @classmethod
-    def tile(cls, queries: int, width: int, lanes: int, device: torch.device | str = "cpu") -> "Layout":
-        """`lanes` full copies of the batch below each other; a single lane is the plain layout."""
-        query = torch.arange(queries, device=device).repeat(lanes)
-        column = torch.arange(width, device=device).expand(queries * lanes, width)
-        lane = torch.arange(lanes, device=device).repeat_interleave(queries)[:, None].expand(-1, width)
-        return cls("plain" if lanes == 1 else "tile", lanes, query, column, lane)
+    def tile(cls, queries: int, width: int, lanes: int, device: torch.device | str = "cpu", start: int = 0) -> "Layout":
+        """`lanes` copies of the batch, from a column on, below each other; a single lane is the plain layout."""
+        rows, columns = torch.arange(queries * lanes, device=device)[:, None], torch.arange(start, width, device=device)
+        shape = len(rows), len(columns)
+        name = "plain" if lanes == 1 else "tile"
+        return cls(name, lanes, (rows % queries).expand(shape), columns.expand(shape), (rows // queries).expand(shape))
 
     @classmethod
-    def branch(cls, queries: int, width: int, lanes: int, device: torch.device | str = "cpu") -> "Layout":
-        """Copies of each prompt's last token beside each other, a lane each; the tokens before it are not there (they are cached)."""
-        column = torch.full((queries, lanes), width - 1, device=device)
-        return cls("branch", lanes, torch.arange(queries, device=device), column, torch.arange(lanes, device=device).expand(queries, -1))
+    def tails(cls, tail: Bool[Tensor, "query seq"], row: Int[Tensor, "query"], lanes: int) -> "Layout":
+        """`lanes` copies of the prompts' ends, beside each other; what comes before them is cached.
 
-    @classmethod
-    def suffix(cls, mask: Bool[Tensor, "query seq"], start: int) -> "Layout":
-        """What follows the first `start` tokens, which are cached, of prompts padded on the left. Here the holes are on the right."""
-        lengths = mask.sum(1) - start
-        here = torch.arange(int(lengths.max()), device=mask.device).expand(len(mask), -1)
-        column = (here + mask.shape[1] - lengths[:, None]).clamp_max(mask.shape[1] - 1)
-        lane = torch.where(here < lengths[:, None], 0, HOLE)
-        return cls("plain", 1, torch.arange(len(mask), device=mask.device), column, lane)
+        Args:
+            tail: The tokens of the ends.
+            row: The row of the cache in which each query's beginning is, and so its end.
+            lanes: How many copies.
+        """
+        (query, column), device = tail.nonzero(as_tuple=True), tail.device
+        lane = torch.arange(lanes, device=device).repeat_interleave(len(query))
+        query, column = query.repeat(lanes), column.repeat(lanes)
+        order = row[query].argsort(stable=True)
+        rows, sizes = row[query][order], torch.bincount(row[query], minlength=int(row.max()) + 1)
+        places = torch.arange(len(order), device=device) - (sizes.cumsum(0) - sizes)[rows]
+
+        def placed(values: Int[Tensor, "token"], elsewhere: int) -> Int[Tensor, "row width"]:
+            blank = torch.full((len(sizes), int(sizes.max())), elsewhere, device=device)
+            return blank.index_put((rows, places), values[order])
+
+        last = tail.shape[1] - 1
+        return cls("plain" if lanes == 1 else "branch", lanes, placed(query, 0), placed(column, last), placed(lane, HOLE))
 
     def covers(self, chosen: Bool[Tensor, "query seq"]) -> bool:
         """Whether every chosen token is there in lane 0."""
@@ -165,7 +207,7 @@ class Layout:
 
     def gather(self, values: Shaped[Tensor, "query seq"]) -> Shaped[Tensor, "row width"]:
         """The batch's values at the physical tokens."""
-        return values[self.query[:, None], self.column]
+        return values[self.query, self.column]
 
     def spread(self, inputs: Mapping[str, Tensor], packed: Collection[str] = ()) -> dict[str, Tensor]:
         """The batch's inputs for all rows; those that are `packed` lie side by side in their last axis. One lane leaves them untouched."""
@@ -187,10 +229,10 @@ class Layout:
                 "tokens that are all computed",
                 'choose layout="tile"',
             )
-        return Placement(rows, columns, self.query[rows])
+        return Placement(rows, columns, self.query[rows, columns])
 
     def decoding(self, lane: int, new: int = 1) -> Placement:
         """Where lane `lane` has its `new` newest tokens during decoding: the last columns, ordered by query, then column."""
         rows = (self.lane[:, 0] == lane).nonzero().flatten().repeat_interleave(new)
         columns = torch.arange(-new, 0, device=rows.device).repeat(len(rows) // new)
-        return Placement(rows, columns, self.query[rows])
+        return Placement(rows, columns, self.query[rows, 0])

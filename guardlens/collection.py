@@ -1,4 +1,10 @@
-"""`collect`: the hidden states of many queries, one per query and layer."""
+"""`collect`: the hidden states of many queries, one per query and layer, in memory or streamed to a file that is mapped into it."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -6,11 +12,16 @@ from torch import Tensor
 from guardlens.activations import Activations
 from guardlens.batches import Batch
 from guardlens.interventions.plan import Intervention, nothing
-from guardlens.keeping import over_batches
 from guardlens.model import HookedModel, Queries
+from guardlens.portions import joined, over_batches
 from guardlens.prefixes import Prefix
-from guardlens.queries import Presentation, as_queries, text_only
+from guardlens.progress import track
+from guardlens.queries import Presentation, Query, as_queries, text_only
 from guardlens.sites import Site
+from guardlens.stores import StateStore
+
+LARGEST = 32
+"""Queries per forward where neither the user nor memory asks for fewer."""
 
 
 def collect(
@@ -20,7 +31,9 @@ def collect(
     intervention: Intervention = nothing,
     *,
     site: Site = Site(),  # noqa: B008  (frozen)
-    batch_size: int = 32,
+    out: str | Path | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Activations:
     """Read one state per query and layer.
@@ -33,24 +46,81 @@ def collect(
         presentation: How they are shown. `text_only` is what the LLM sees.
         intervention: What to change in the run; states are read after all edits.
         site: Hook, layers and positions; by default the residual stream after every block at the prompt's last token.
-        batch_size: Queries per forward; halved where memory runs out.
+        out: A directory to stream to, for more states than memory holds. Each batch is on the disk before the next one runs, and what is
+            returned is mapped into memory from there, as it is by `Activations.load(out)`. The same call again resumes; another model,
+            presentation, plan or site, other queries or another dtype are refused.
+        dtype: What states are kept in. `"bfloat16"` takes half the room, and loses nothing of a model that runs in it, unless several
+            positions are averaged.
+        batch_size: Queries per forward; by default as many as free memory holds, at most 32. Halved where memory runs out. Queries of like
+            length share a forward; the result is in their own order.
         progress: Show a bar.
 
     Returns:
-        Activations of shape `query layer d_model`, in float32 on the CPU. A hook without layers counts as layer -1.
+        Activations of shape `query layer d_model` on the CPU. A hook without layers counts as layer -1.
 
     Raises:
         QueryError: No queries.
         NumericsError: NaN or infinity; layer and query are named.
+        MismatchError: `out` was made by another call; the first difference is named.
+        StorageError: No room on the disk, or a plan with custom functions and `out`: nothing could tell it from another one.
 
-    Example:
-        `collect(model, pairs)` and `collect(model, pairs, presentations.blank("grey"))` are the LLM's and the VLM's view.
+    Examples:
+        >>> beside = gl.collect(model, pairs, grey)  # the VLM's view; the LLM's is gl.collect(model.llm, pairs)
+        >>> beside
+        Activations(resid_post at 'last', 'blank grey', 200 queries, 8 layers, d_model 128)
+        >>> heads = gl.collect(model, pairs, grey, site=gl.Site("z", layers=[5]))
+        >>> heads.states.shape  # query, layer, heads x d_head
+        torch.Size([200, 1, 128])
     """
     items = as_queries(queries)
+    layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
+    about = (layers, items, site.hook, site.positions, presentation.name, model.provenance)
+    store = None if out is None else StateStore(out, _configuration(model, items, presentation, intervention, site), len(items), dtype)
+    todo = range(len(items)) if store is None else store.missing
 
     def states(batch: Batch, prefix: Prefix | None) -> Tensor:
-        return model.run(batch, intervention, read=[site], logits=None, prefix=prefix).reads[site][0].float().cpu()
+        run = model.run(batch, intervention, read=[site], logits=None, prefix=prefix)
+        return on_host(run.reads[site][0]).to(getattr(torch, dtype))
 
-    found = over_batches(model, items, presentation, states, batch_size, f"collect, {presentation.name}", progress)
-    layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
-    return Activations(torch.cat(found), layers, items, site.hook, site.positions, presentation.name, model.provenance)
+    portions = over_batches(model, [items[place] for place in todo], presentation, states, batch_size, most=LARGEST)
+    portions = track(portions, len(todo), f"collect, {presentation.name}", progress)
+    if store is None:
+        return Activations(joined(portions, len(items)), *about, checked=True)
+    header = Activations(torch.empty(len(items), len(layers), 0), *about).header
+    for portion in portions:
+        store.write([todo[place] for place in portion.places], portion.result, header)
+    return replace(Activations.load(store.finish()), queries=items, checked=True)
+
+
+def on_host(states: Tensor) -> Tensor:
+    """The same on the CPU. A GPU copies it in one piece, to memory that is pinned for it, and is waited for once."""
+    if not states.is_cuda:
+        return states.cpu()
+    pinned = torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states, non_blocking=True)
+    torch.cuda.current_stream(states.device).synchronize()
+    return pinned
+
+
+def _configuration(
+    model: HookedModel, queries: Sequence[Query], presentation: Presentation, intervention: Intervention, site: Site
+) -> dict[str, Any]:
+    """What states depend on, of which no two calls that give others have the same."""
+    return {
+        "model": model.id,
+        "llm": model.llm.id,
+        "template": model.provenance.template,
+        "presentation": repr(presentation),
+        "plan": intervention.fingerprint,
+        "site": repr(site),
+        "queries": _digest(queries),
+    }
+
+
+def _digest(queries: Sequence[Query]) -> str:
+    found = hashlib.sha256()
+    for query in queries:
+        found.update(repr((query, [image if isinstance(image, str | Path) else image.size for image in query.images])).encode())
+        for image in query.images:
+            if not isinstance(image, str | Path):
+                found.update(image.tobytes())
+    return found.hexdigest()[:12]

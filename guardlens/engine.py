@@ -1,20 +1,25 @@
 """The ways to call a Hugging Face model with taps in place: a forward, generation, and the decoder alone behind what is cached."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from guardlens.architectures import Architecture, unwrapped
 from guardlens.batches import Batch
 from guardlens.errors import PlanError
 from guardlens.program import Tap
+from guardlens.sites import Point
 from guardlens.trace_driver import drive, wrap
+
+Places = tuple[Int[Tensor, "state"], Int[Tensor, "state"]]
+"""Rows and columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +43,11 @@ class Engine:
     def decoder(self) -> Any:
         """The language model's stack of blocks."""
         return self.hf.get_submodule(self.cfg.decoder)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its blocks."""
+        return [self.hf.get_submodule(path) for path in self.cfg.blocks]
 
     @property
     def eager(self) -> bool:
@@ -80,17 +90,41 @@ class Engine:
         with torch.no_grad():
             return self.inner(**inputs, **only).logits[:, -1]
 
-    def continued(
-        self, inputs: Mapping[str, Any], taps: Sequence[Tap], batch: Batch, *, at: Int[Tensor, "row"] | None = None, logits: bool = True
-    ) -> Any:
-        """The decoder alone, on tokens behind a cache: logits of all its columns, or of the column `at` in each row; or none."""
+    def continued(self, inputs: Mapping[str, Any], taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
+        """The decoder alone, on tokens behind a cache: the logits of those `at` rows and columns; none without any."""
+        return self._drive(lambda **inputs: self._logits(self.decoder(**inputs)[0], taps, at), dict(inputs), taps, batch)
 
-        def call(**inputs: Any) -> Any:
-            states = self.decoder(**inputs)[0]
-            states = states if at is None else states[torch.arange(len(at), device=states.device), at.to(states.device)]
-            return self.cfg.finish(self.hf.get_submodule(self.cfg.unembed)(states)) if logits else None
+    def trunk(self, batch: Batch, layers: Collection[int]) -> "Trunk":
+        """An unedited run, of which it is kept what goes into the decoder, and into these blocks."""
+        trunk = Trunk({}, {}, {})
+        taps = [Tap(Point("resid_pre", layer), partial(trunk.note, layer)) for layer in sorted(layers)]
+        handles = [self.decoder.register_forward_pre_hook(trunk.enter, with_kwargs=True)]
+        handles += [block.register_forward_hook(trunk.leave) for block in self.blocks]
+        try:
+            self.forward(batch, taps, None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return trunk
 
-        return self._drive(call, dict(inputs), taps, batch)
+    def forked(self, trunk: "Trunk", start: int, taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
+        """The decoder from a block on, as it went on in the `trunk`: the logits of those `at` rows and columns; none without any."""
+
+        def call(input_ids: Tensor) -> Any:
+            return self._logits(self.decoder(**trunk.inputs)[0], taps, at)
+
+        begin = Tap(Point("resid_pre", start), lambda states, step: trunk.states[start])
+        with trunk.skipping(self.blocks[:start]):
+            return self._drive(call, {"input_ids": batch.inputs["input_ids"]}, [begin, *taps], batch)
+
+    def _logits(self, states: Float[Tensor, "row width d"], taps: Sequence[Tap], at: Places | None) -> Any:
+        if at is None and not any(tap.point.hook == "unembed" for tap in taps):
+            return None
+        unembed, places = self.hf.get_submodule(self.cfg.unembed), None if at is None else tuple(index.to(states.device) for index in at)
+        if any(tap.point.hook == "unembed" for tap in taps):  # taps count on all tokens
+            logits = self.cfg.finish(unembed(states))
+            return None if places is None else logits[places]
+        return self.cfg.finish(unembed(states[places]))
 
     def generate(
         self, batch: Batch, taps: Sequence[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any]
@@ -125,3 +159,51 @@ class Engine:
     @cached_property
     def _wrapped(self) -> Any:
         return wrap(self.hf)
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """What an unedited run leaves for runs that fork from it.
+
+    Attributes:
+        inputs: What the decoder was called with.
+        states: What went into some blocks, by layer.
+        whole: For each block, whether it gives a tuple.
+    """
+
+    inputs: dict[str, Any]
+    states: dict[int, Float[Tensor, "row width d"]]
+    whole: dict[nn.Module, bool]
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the decoder is called with."""
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.inputs.update(dict(zip(names, args, strict=False)) | kwargs)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note what a block gives."""
+        self.whole[module] = isinstance(output, tuple)
+
+    def note(self, layer: int, states: Float[Tensor, "row width d"], step: int) -> None:
+        """Note what goes into a block."""
+        self.states[layer] = states.clone()
+
+    @contextmanager
+    def skipping(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Inside, these blocks hand on what they get."""
+        before = [block.__dict__.get("forward") for block in blocks]
+        try:
+            for block in blocks:
+                block.forward = partial(_handed_on, self.whole[block])
+            yield
+        finally:
+            for block, forward in zip(blocks, before, strict=True):
+                if forward is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.forward = forward
+
+
+def _handed_on(whole: bool, *args: Any, **kwargs: Any) -> Any:
+    states = args[0] if args else kwargs["hidden_states"]
+    return (states,) if whole else states

@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
-from guardlens.batches import Batch
-from guardlens.errors import MismatchError, ModelError
+from guardlens.errors import MismatchError
 from guardlens.model import HookedModel, Queries
-from guardlens.prefixes import Prefill, Prefix
+from guardlens.notebooks import captioned, facts
+from guardlens.portions import Portion, over_batches
+from guardlens.prefixes import Prefill
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, as_queries, text_only
+from guardlens.queries import Presentation, Query, as_queries, counted, text_only
 
 Result = TypeVar("Result")
 
@@ -26,17 +25,22 @@ class Kept:
     Attributes:
         queries: What is asked.
         presentation: How it is shown.
-        parts: Batches of them.
+        parts: Batches of them, of prompts of like length.
+
+    Examples:
+        >>> prompts = gl.keep(model, queries, grey)
+        >>> len(prompts), prompts.bytes > 0
+        (36, True)
     """
 
     queries: tuple[Query, ...]
     presentation: Presentation
-    parts: tuple[Prefill, ...]
+    parts: tuple[Portion[Prefill], ...]
 
     @property
     def bytes(self) -> int:
         """What the keys and values take, in memory of the model's device."""
-        return sum(part.bytes for part in self.parts)
+        return sum(part.result.bytes for part in self.parts)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -44,13 +48,17 @@ class Kept:
     def __repr__(self) -> str:
         return f"Kept({len(self)} prompts, {self.presentation.name!r}, {self.bytes / 2**20:.1f} MiB)"
 
+    def _repr_html_(self) -> str:
+        named = {"prompts": counted(self.queries), "presentation": repr(self.presentation)}
+        return captioned(repr(self), facts(named | {"keys and values": f"{self.bytes:,} bytes"}))
+
 
 def keep(
     model: HookedModel,
     queries: Queries,
     presentation: Presentation = text_only,
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Kept:
     """Run prompts once, unedited, and keep their keys and values.
@@ -59,79 +67,22 @@ def keep(
         model: The model.
         queries: What to ask.
         presentation: How to show it.
-        batch_size: Prompts per forward.
+        batch_size: Prompts per forward; chosen from free memory without it.
         progress: Show a bar.
 
     Raises:
         QueryError: No queries.
         ModelError: A single prompt does not fit in memory.
 
-    Example:
-        `prompts = gl.keep(model, queries, grey)`; then `gl.sweep(model, guard, prompts)` and `gl.sweep(model, other, prompts)` compute no
-        prompt again.
+    Examples:
+        >>> prompts = gl.keep(model, queries, grey)
+        >>> first = gl.sweep(model, guard, prompts, layers=[6, 7])
+        >>> other = gl.sweep(model, iv.add(ssd, 4.0), prompts)  # computes no prompt again
     """
     items = as_queries(queries)
-    parts = over_prompts(model, items, presentation, lambda kept: kept, batch_size, f"keep, {presentation.name}", progress)
+    parts = over_prompts(model, items, presentation, lambda kept: kept, batch_size)
+    parts = track(parts, len(items), f"keep, {presentation.name}", progress)
     return Kept(items, presentation, tuple(parts))
-
-
-def over_batches(
-    model: HookedModel,
-    queries: Sequence[Query],
-    presentation: Presentation,
-    work: Callable[[Batch, Prefix | None], Result],
-    batch_size: int,
-    what: str,
-    progress: bool,
-) -> list[Result]:
-    """What `work` gives for batches of queries, in their order, under a bar; each comes with what its prompts begin with.
-
-    A batch that does not fit in memory is halved, as often as needed, and those after it are as small.
-
-    Raises:
-        ModelError: A single prompt does not fit.
-    """
-    results: list[Result] = []
-    prefix: Prefix | None = None
-
-    def fits(part: Sequence[Query]) -> bool:
-        nonlocal prefix
-        try:
-            batch = model.batch(part, presentation)
-            begun = prefix.begins(batch) if prefix is not None else None
-            if begun is None:
-                prefix = begun = model.share(batch)
-            results.append(work(batch, begun))
-            return True
-        except RuntimeError as error:
-            _require_out_of_memory(error, part)
-            return False
-
-    def done() -> Iterator[Sequence[Query]]:
-        start, size = 0, batch_size
-        while start < len(queries):
-            part = queries[start : start + size]
-            if fits(part):
-                start += len(part)
-                yield part
-            else:
-                size = len(part) // 2
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-
-    for _ in track(done(), len(queries), what, progress):
-        pass
-    return results
-
-
-def _require_out_of_memory(error: RuntimeError, part: Sequence[Query]) -> None:
-    """Raise what is no lack of memory, and one that no smaller batch can mend."""
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        raise error
-    if len(part) == 1:
-        raise ModelError(
-            f"the prompt of query {part[0].id!r}, which alone does not fit in memory", "room for one prompt", "load in bfloat16 or 4 bits"
-        ) from None
 
 
 def over_prompts(
@@ -139,22 +90,20 @@ def over_prompts(
     queries: Sequence[Query] | Kept,
     presentation: Presentation,
     work: Callable[[Prefill], Result],
-    batch_size: int,
-    what: str,
-    progress: bool,
-) -> list[Result]:
+    batch_size: int | None = None,
+) -> Iterator[Portion[Result]]:
     """As `over_batches`, with the prompts computed up to their last token; or with what is kept of them.
 
     Raises:
         MismatchError: They were kept by another model.
     """
     if not isinstance(queries, Kept):
-        return over_batches(
-            model, queries, presentation, lambda batch, prefix: work(model.prefill(batch, prefix)), batch_size, what, progress
-        )
+        yield from over_batches(model, queries, presentation, lambda batch, prefix: work(model.prefill(batch, prefix)), batch_size)
+        return
     for part in queries.parts:
-        model.require_own(part)
-    return [work(part) for part in track(queries.parts, len(queries), what, progress)]
+        model.require_own(part.result)
+    for part in queries.parts:
+        yield Portion(part.places, work(part.result))
 
 
 def shown(queries: Queries | Kept, presentation: Presentation) -> tuple[tuple[Query, ...], Presentation]:

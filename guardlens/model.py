@@ -1,7 +1,7 @@
 """`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from guardlens.engine import Engine
 from guardlens.errors import MismatchError, PlanError, QueryError, SiteError, require_type
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.plan import require_plan
-from guardlens.lanes import Trials, followed, run_branches, run_suffixes, run_tiles, unbranchable
+from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
 from guardlens.prefixes import Prefill, Prefix
 from guardlens.program import Held, required_runs, site_of
 from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise, words_of
@@ -26,7 +26,9 @@ from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as
 from guardlens.runs import Run
 from guardlens.sites import Site
 from guardlens.storage import Provenance, digest
+from guardlens.trials import Trials
 from guardlens.verbs import HookFunction, NamesFilter, cache_taps, hook_taps
+from guardlens.ways import Asked, together
 
 Queries = str | Query | QueryPairs | Sequence[str | Query]
 
@@ -138,29 +140,29 @@ class HookedModel:
         plans: Intervention | Sequence[Intervention] = nothing,
         *,
         read: Sequence[Site] = (),
-        logits: Literal["last", "all"] | None = "last",
+        logits: Literal["last", "answer", "all"] | None = "last",
         new_tokens: int = 0,
         seed: int | None = None,
         generation: Mapping[str, Any] = MappingProxyType({}),
-        layout: Literal["auto", "branch", "tile"] = "auto",
+        layout: Literal["auto", "branch", "fork", "tile"] = "auto",
         prefix: Prefix | None = None,
     ) -> Run:
         """Run one or several plans over a batch; each plan is a lane.
 
-        Several plans that touch the last token alone ride as branches: the prompt is computed once, and each plan costs one token more.
-        `Run.layout` says what was done, and `Run.why` why not that.
+        Several plans share what they can: `Run.layout` says how they were computed, and `Run.why` why not as branches.
 
         Args:
             batch: The prompts, or what `prefill` kept of them.
             plans: What to change, one plan per lane.
             read: Sites to read, after all edits there.
-            logits: At the prompt's last token, at all tokens, or none (the unembedding is then skipped).
+            logits: At the prompt's last token, at each token that one of an answer follows (`Prefill.answering`), at all tokens, or none
+                (the unembedding is then skipped).
             new_tokens: Generate up to so many tokens; `logits` are then not returned.
             seed: Of the draws, where `generation` asks for sampling; several lanes draw in turn, so each has its own.
             generation: Options of transformers' `generate`; greedy without any.
-            layout: How several plans share a forward: as branches of the last token, as tiles (a copy of the batch each), or as branches
-                where they can.
-            prefix: What `share` gave for prompts that begin alike; a run of one plan that looks behind it continues from it.
+            layout: How several plans share a forward: as branches (copies of the prompts' ends), as forks (from the first block on that
+                they touch), as tiles (a copy of the batch each), or as is cheapest.
+            prefix: What `share` gave for prompts that begin alike; a run that looks behind it continues from it.
 
         Raises:
             MismatchError: A plan was made for another model.
@@ -171,48 +173,88 @@ class HookedModel:
         kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
         if kept:
             self.require_own(kept)
-        require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
-        for site in read:
-            require_type(site, Site, SiteError, "say Site('resid_post')")
-        for plan in lanes:
-            require_plan(plan)
-            plan.check(self.ids, self.cfg.n_layers, self.cfg.widths)
-            self._check_sites(plan, read)
+        if (logits == "answer" or batch.answered) and not (kept and batch.answered and not new_tokens):
+            raise PlanError("an answer behind no kept prompts", "kept prompts", "say model.prefill(batch).answering(tokens)")
+        self._require_runnable(batch, lanes, read)
+        if kept and batch.answered and kept.stem is None:
+            self._trials.require_answers(batch, kept.logits)
         lanes = [plan.to(self.hf.device) for plan in lanes]
+        asked = Asked(self.cfg, batch, lanes, read, logits, new_tokens)
+        if new_tokens:
+            return self._answered(asked, kept, prefix, seed, generation)
         why = ""
-        if kept or len(lanes) > 1 or layout == "branch":
-            why = "tiles were asked for" if layout == "tile" else self.unbranchable(kept or batch, lanes, read, logits, new_tokens)
+        if kept or len(lanes) > 1 or layout != "auto":
+            why = asked.unbranchable if layout == "auto" or layout == "branch" else f"{layout}s were asked for"
             if not why:
                 start = kept or self.prefill(batch, prefix)
                 why = start.flaw
-                if not why:
-                    return run_branches(self._engine, start, lanes, read, logits, self._held(batch, lanes, start.held))
+                if start.stem is not None:
+                    held = self._held(batch, lanes, start.held)
+                    return run_tails(self._engine, start.stem, asked.tail, lanes, read, logits, held)[0]
+            if layout == "fork" or (layout == "auto" and asked.forks and self._trials.forks(batch)):
+                return replace(run_forks(self._engine, batch, lanes, read, logits, self._held(batch, lanes)), why=why)
         if layout == "branch":
-            raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the last token", 'choose layout="auto"')
+            raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the prompts' ends", 'choose layout="auto"')
         held = self._held(batch, lanes)
-        if len(lanes) == 1 and not new_tokens and (shared := followed(self.cfg, prefix, batch, lanes[0], read, logits)) is not None:
-            return run_suffixes(self._engine, shared, batch, lanes[0], read, logits, held)
+        shared = None if prefix is None or len(lanes) > 1 else prefix.begins(batch)
+        if shared is not None and asked.follows(shared.rest(batch)):
+            return run_tails(self._engine, shared.stem(batch), shared.rest(batch), lanes, read, logits, held)[0]
+        return replace(run_tiles(self._engine, batch, lanes, read, logits, held), why=why)
+
+    def _answered(self, asked: Asked, kept: Prefill | None, prefix: Prefix | None, seed: int | None, generation: Mapping[str, Any]) -> Run:
+        """Answers: behind what is kept of the prompts, or what they begin with alike, where that can be."""
         options = {"pad_token_id": self._pad_token_id, **generation}
-        run = run_tiles(self._engine, batch, lanes, read, logits, held, new_tokens=new_tokens, seed=seed, generation=options)
+        shared = prefix.begins(asked.batch) if prefix is not None else None
+        if (kept or shared) and asked.answers() and options.get("use_cache", True):
+            start = kept or self.prefill(asked.batch, shared)
+            if start.stem is not None and self._trials.answers(start.stem):
+                held = self._held(asked.batch, asked.plans, start.held)
+                return run_answers(
+                    self._engine, start.stem, asked.plans, asked.read, held, new_tokens=asked.new_tokens, seed=seed, generation=options
+                )
+        held, why = self._held(asked.batch, asked.plans), "answers are generated" if len(asked.plans) > 1 else ""
+        run = run_tiles(
+            self._engine, asked.batch, asked.plans, asked.read, None, held, new_tokens=asked.new_tokens, seed=seed, generation=options
+        )
         return replace(run, why=why)
 
+    def _require_runnable(self, batch: Batch, plans: Sequence[Intervention], read: Sequence[Site]) -> None:
+        """Refuse what is no batch, no site or no plan, and plans and sites that this model has no place for."""
+        require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
+        for site in read:
+            require_type(site, Site, SiteError, "say Site('resid_post')")
+        for plan in plans:
+            require_plan(plan)
+            plan.check(self.ids, self.cfg.n_layers, self.cfg.widths)
+            for site in (*(step.site for step in plan.steps), *read):
+                for point in site.points(self.cfg.n_layers):
+                    self.cfg.locate(point)
+
     def prefill(self, batch: Batch, prefix: Prefix | None = None) -> Prefill:
-        """Run prompts unedited and keep their keys and values, so that whatever is asked of their last token costs that token alone.
+        """Run prompts unedited and keep their keys and values, so that whatever is asked of their ends costs those alone.
 
         The first one of a model is checked: two branches without an edit and one with an edit must give what whole runs give. Where they
-        don't (a recurrent layer, a prefix that looks ahead), `Prefill.flaw` says so, and plans run as tiles.
+        don't (a recurrent layer, a prefix that looks ahead), `Prefill.flaw` says so, and plans run otherwise.
 
         Args:
             batch: The prompts.
             prefix: What `share` gave for prompts that begin alike; it is used if these do.
+
+        Raises:
+            PlanError: Prompts with answers behind them.
         """
-        made = self._trials.prefilled(batch, None if prefix is None else prefix.begins(batch))
+        if batch.answered:
+            raise PlanError("prompts with answers", "prompts alone", "keep them first, then say kept.answering(tokens)")
+        made = self._trials.stem(batch, None if prefix is None else prefix.begins(batch))
         if made is not None:
-            return replace(made, models=self.ids)
+            return Prefill(batch, *made, models=self.ids)
         plain = run_tiles(self._engine, batch, [nothing], (), "last", {}).logits
         assert plain is not None
-        flaw, nowhere = self._trials.flaws["branches", batch.beside_image], batch.mask.new_zeros(1, len(batch.queries), 1).long()
-        return Prefill(batch, None, {}, nowhere, plain[0], flaw=flaw, models=self.ids)
+        return Prefill(batch, None, plain[0], flaw=self._trials.flaws["branches", batch.beside_image], models=self.ids)
+
+    def together(self, kept: Prefill, plans: Iterable[Intervention]) -> Iterator[list[Intervention]]:
+        """Plans in their order, as many at once as fit in a run on these prompts."""
+        return together(self.cfg, kept, plans)
 
     def require_own(self, kept: Prefill) -> None:
         """Refuse prompts that another model has computed, or that another LLM stood beside.
@@ -233,18 +275,6 @@ class HookedModel:
             return None
         first = self.batch(batch.queries[:1], batch.presentation)
         return self._trials.prefix(first, length, lambda: self.batch(batch.queries[:2], batch.presentation))
-
-    def unbranchable(
-        self,
-        batch: Batch | Prefill,
-        plans: Sequence[Intervention],
-        read: Sequence[Site] = (),
-        logits: str | None = "last",
-        new_tokens: int = 0,
-    ) -> str:
-        """Why a run of these plans can't share all but the last token of its prompts; empty if it can."""
-        flaw, batch = (batch.flaw, batch.batch) if isinstance(batch, Prefill) else ("", batch)
-        return unbranchable(self.cfg, batch, plans, read, logits, new_tokens) or flaw
 
     @cached_property
     def _trials(self) -> Trials:
@@ -372,14 +402,10 @@ class HookedModel:
     def source(self, batch: Batch, presentation: Presentation) -> "tuple[HookedModel, Batch]":
         """Where a held state of `presentation` is read: the model and its prompts. The text twin's are the same without their images."""
         if presentation == text_only:
-            same = self.llm is self and not batch.beside_image
+            same = self.llm is self and not batch.beside_image and not batch.answered
             return self.llm, batch if same else self.llm.batch(batch.queries, WithoutImages(batch.presentation))
-        return self, batch if presentation == batch.presentation else self.batch(batch.queries, presentation)
-
-    def _check_sites(self, plan: Intervention, read: Sequence[Site]) -> None:
-        for site in (*(step.site for step in plan.steps), *read):
-            for point in site.points(self.cfg.n_layers):
-                self.cfg.locate(point)
+        same = presentation == batch.presentation and not batch.answered
+        return self, batch if same else self.batch(batch.queries, presentation)
 
     @property
     def _pad_token_id(self) -> int | None:

@@ -6,18 +6,22 @@ from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
 from guardlens import interventions as iv
 from guardlens.errors import PlanError, QueryError
 from guardlens.intervals import per_gap, percentile, resample_counts
-from guardlens.interventions.plan import Intervention, nothing
+from guardlens.interventions.plan import Intervention
 from guardlens.keeping import Kept, over_prompts, shown
 from guardlens.model import HookedModel, Queries
+from guardlens.portions import joined
 from guardlens.prefixes import Prefill
+from guardlens.progress import track
 from guardlens.queries import Presentation, Query, text_only
-from guardlens.scores import Score, refusal_logodds
+from guardlens.scores import refusal_logodds
 from guardlens.sites import HOOKS, Point, parse
-from guardlens.sweeps import lanes, scored
+from guardlens.sweeps import AnyScore, scored
 from guardlens.tables import Frame, Table
 
 WHOLE = -1
@@ -45,6 +49,12 @@ class Patching(Table):
     """Scores of each query with one state of the source's run put in; `base` without that, `source` in the source's run itself.
 
     Columns: hook, layer, head (-1 where the whole state is patched), query, label, cluster, score, value, base, source.
+
+    Examples:
+        >>> patched = gl.activation_patching(model, queries, grey, hooks="z", layers=[5])
+        >>> patched.summary()["head"].unique().tolist()
+        [0, 1, 2, 3]
+        >>> panels = patched.plot("change")
     """
 
     kind: ClassVar[str] = "patching"
@@ -70,13 +80,13 @@ class Patching(Table):
                 rows.append(where | _recovery(cell.set_index("query").loc[queries["query"]], counts))
         return pd.DataFrame(rows)
 
-    def plot(self, value: str = "recovered", score: str | None = None, axes: Any = None) -> Any:
+    def plot(self, value: str = "recovered", score: str | None = None, ax: Any = None) -> Any:
         """A line over the layers for each hook, one panel per label; where heads were patched, heat maps of heads and layers.
 
         Args:
             value: `"recovered"`, or `"change"` in the score's unit.
             score: Its name; the first one without it.
-            axes: Where to draw, one per label (of heads: hook by hook); a new figure without it.
+            ax: Where to draw, one axes per label (of heads: hook by hook); a new figure without it.
         """
         from guardlens import component_plots, plots
 
@@ -85,12 +95,13 @@ class Patching(Table):
         rows = rows[rows["score"] == score]
         unit = self.facts.get("units", {}).get(score, score)
         shown = f"{unit.partition(' (')[0].replace('_', ' ')} recovered" if value == "recovered" else f"Δ {unit}"
-        if (heads := rows[rows["head"] != WHOLE]).size:
-            frame = heads.assign(panel=heads["hook"] + " · " + heads["label"], block=heads["layer"], value=heads[value])
-            return component_plots.head_maps(frame, unit=shown, axes=axes)
         low, high = ("recovered_low", "recovered_high") if value == "recovered" else ("low", "high")
-        frame = rows.assign(metric=rows["label"], run=rows["hook"], value=rows[value], low=rows[low], high=rows[high])
-        return plots.layer_curves(frame, axes=axes, titles={label: f"{label}: {shown}".removeprefix(": ") for label in set(rows["label"])})
+        rows = rows.assign(value=rows[value], low=rows[low], high=rows[high])
+        if (heads := rows[rows["head"] != WHOLE]).size:
+            frame = heads.assign(panel=heads["hook"] + " · " + heads["label"], block=heads["layer"])
+            return component_plots.head_maps(frame, unit=shown, axes=ax)
+        frame = rows.assign(metric=rows["label"], run=rows["hook"])
+        return plots.layer_curves(frame, axes=ax, titles={label: f"{label}: {shown}".removeprefix(": ") for label in set(rows["label"])})
 
     def __repr__(self) -> str:
         cells = set(zip(*(self.columns[name] for name in ("hook", "layer", "head")), strict=True))
@@ -105,8 +116,8 @@ def activation_patching(
     source: Presentation = text_only,
     hooks: str | Sequence[str] = "resid_post",
     layers: Sequence[int] | None = None,
-    scores: Sequence[Score] = (refusal_logodds,),
-    batch_size: int = 64,
+    scores: Sequence[AnyScore] = (refusal_logodds,),
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Patching:
     """Run the queries with one state at a time taken from another run of them, at the prompt's last token.
@@ -119,8 +130,8 @@ def activation_patching(
             as `model.llm` sees it. With `presentation` itself every patch changes nothing, which is the placebo of this experiment.
         hooks: What to patch: `"resid_post"` (all that the last token knows by then), `"attn_out"`, `"mlp_out"`, or `"z"`, head by head.
         layers: Which layers; None for all that have the hook.
-        scores: What to measure at the prompt's last token.
-        batch_size: Queries per forward; as many cells as fit ride along, as in `gl.sweep`.
+        scores: What to measure: at the prompt's last token, or along an answer.
+        batch_size: Queries per forward, chosen from free memory without it; as many cells as fit ride along, as in `gl.sweep`.
         progress: Show a bar.
 
     Raises:
@@ -130,8 +141,11 @@ def activation_patching(
 
     Source: activation patching as in Meng et al. 2022 (arXiv 2202.05262) and Zhang & Nanda 2024 (arXiv 2309.16042).
 
-    Example:
-        `activation_patching(model, pairs, presentations.blank("grey"), hooks=["resid_post", "attn_out", "mlp_out"]).plot()`
+    Examples:
+        >>> patched = gl.activation_patching(model, queries, grey, hooks=["resid_post", "attn_out"])
+        >>> harmful = patched.summary().query("label == 'harmful' and hook == 'resid_post'")
+        >>> [round(share) for share in harmful["recovered"]]  # by layer: how much of the lost refusal the text's state brings back
+        [0, 0, 0, 0, 0, 1, 1, 1]
     """
     items, presentation = shown(queries, presentation)
     if len({query.id for query in items}) < len(items):
@@ -142,7 +156,8 @@ def activation_patching(
     title = f"activation patching, {len(plans)} cells, {presentation.name}"
     prompts = queries if isinstance(queries, Kept) else items
     work = partial(_score_part, model, source, plans, scores, ran)
-    values = over_prompts(model, prompts, presentation, work, batch_size, title, progress)
+    parts = over_prompts(model, prompts, presentation, work, batch_size)
+    values = joined(track(parts, len(items), title, progress), len(items), axis=2).numpy()
     facts = {
         "presentation": presentation.name,
         "source": source.name,
@@ -150,7 +165,7 @@ def activation_patching(
         "source_model": (model.llm if source == text_only else model).id,
         "units": {score.name: score.unit for score in scores},
     }
-    return Patching(_columns(list(plans), items, scores, np.concatenate(values, axis=2)), facts, model.provenance)
+    return Patching(_columns(list(plans), items, scores, values), facts, model.provenance)
 
 
 def _cells(model: HookedModel, name: str, layers: Sequence[int] | None) -> list[Cell]:
@@ -168,17 +183,13 @@ def _cells(model: HookedModel, name: str, layers: Sequence[int] | None) -> list[
 
 
 def _score_part(
-    model: HookedModel, source: Presentation, plans: Mapping[Cell, Intervention], scores: Sequence[Score], ran: set[str], kept: Prefill
-) -> np.ndarray:
-    """Scores of all cells, then of the unpatched run, then of the source's: shape `score cell+2 query`."""
-    giver, given = model.source(kept.batch, source)
-    other = giver.run(given, nothing).logits
-    assert other is not None
-    runs = (*lanes(model, kept, list(plans.values()), ran), kept.logits, other[0].to(kept.logits.device))
-    return scored(runs, kept.logits, scores, model.tokenizer)
+    model: HookedModel, source: Presentation, plans: Mapping[Cell, Intervention], scores: Sequence[AnyScore], ran: set[str], kept: Prefill
+) -> Float[Tensor, "score run query"]:
+    """Scores of all cells, then of the unpatched run, then of the source's."""
+    return scored(model, kept, list(plans.values()), scores, ran, [model.source(kept.batch, source)])
 
 
-def _columns(cells: Sequence[Cell], queries: Sequence[Query], scores: Sequence[Score], values: np.ndarray) -> dict[str, np.ndarray]:
+def _columns(cells: Sequence[Cell], queries: Sequence[Query], scores: Sequence[AnyScore], values: np.ndarray) -> dict[str, np.ndarray]:
     """Tidy columns of `values` (score, cell + base + source, query)."""
     n_scores, n_cells, n = len(scores), len(cells), len(queries)
     per_cell = {name: [getattr(cell, name) for cell in cells] for name in ("hook", "layer", "head")}

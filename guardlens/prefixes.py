@@ -1,8 +1,9 @@
-"""Keys and values that are computed once: of what prompts have in common (`Prefix`), and of prompts up to their last token (`Prefill`).
+"""Keys and values that are computed once, and what goes on behind them: the one idea of every cheap run.
 
-Nothing that is done to a later token changes what came before it. So variants of a prompt's last token continue from one `Prefill`, as
-*branches*: tokens beside each other that stand at one position, of which each sees the prompt and itself. And prompts that begin alike, as
-all do beside one blank image, continue from one `Prefix`.
+Nothing that is done to a later token changes what came before it. So a `Stem` keeps the keys and values of prompts' tokens, and *tails*
+go on behind it: copies of the prompts' ends, one per plan, of which each sees what the model itself would let it see of its own prompt
+and of its own copy, and nothing of the others. Copies of the last token alone are *branches*. What many prompts begin with alike is a
+`Prefix`: there, the tails are all that differs. `Prefill` is prompts of which everything is kept.
 """
 
 import copy
@@ -15,10 +16,139 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from guardlens.batches import Batch, Layout
+from guardlens.batches import HOLE, Batch, Layout
 
-Seen = dict[str, Bool[Tensor, "query 1 1 column"]] | Bool[Tensor, "query 1 1 column"]
-"""Which columns of the cache the last token sees; by type of layer where a family has several."""
+Rule = dict[str, Bool[Tensor, "query new seq"]]
+"""Which tokens of its own prompt each of the newest tokens sees; by type of layer where a family has several, else under an empty name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stem:
+    """Tokens of a batch's prompts whose keys and values are kept.
+
+    Attributes:
+        batch: The prompts.
+        cache: Keys and values.
+        row: The row of the cache that each prompt is in: one for all, or one each.
+        keys: The column of the cache that each token's keys are in; `HOLE` where there are none.
+        positions: What the decoder is told of each token's position, in as many dimensions as the family counts.
+    """
+
+    batch: Batch
+    cache: Any
+    row: Int[Tensor, "query"]
+    keys: Int[Tensor, "query seq"]
+    positions: Num[Tensor, "*dimension query seq"]
+
+    @property
+    def bytes(self) -> int:
+        """What the keys and values take."""
+        tensors = [tensor for layer in getattr(self.cache, "layers", ()) for tensor in (layer.keys, layer.values) if tensor is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def answering(self, tokens: Int[Tensor, "query new"]) -> "Stem":
+        """The same tokens, of prompts with an answer behind each."""
+        new = torch.arange(1, tokens.shape[1] + 1, device=self.positions.device)
+        keys = torch.cat([self.keys, self.keys.new_full((len(self.keys), len(new)), HOLE)], dim=1)
+        positions = torch.cat([self.positions, self.positions[..., -1:] + new], dim=-1)
+        return Stem(self.batch.answering(tokens), self.cache, self.row, keys, positions)
+
+    def tails(self, tail: Bool[Tensor, "query seq"], lanes: int) -> Layout:
+        """Copies of these ends of the prompts, in the rows that their beginnings are in."""
+        return Layout.tails(tail, self.row, lanes)
+
+    def inputs(self, layout: Layout, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """What the decoder takes for tails."""
+        first = int(layout.column[layout.lane != HOLE].min())
+        rule = rule_of(config, self.batch.mask, self.batch.mask.shape[1] - first, dtype)
+        masks = {kind: _written(self._visible(layout, rows, first), dtype) for kind, rows in rule.items()}
+        return {
+            "input_ids": layout.gather(self.batch.inputs["input_ids"]),
+            "attention_mask": masks.get("", masks),
+            "position_ids": self.positions[..., layout.query, layout.column],
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+
+    def _visible(self, layout: Layout, rule: Bool[Tensor, "query new seq"], first: int) -> Bool[Tensor, "row width key"]:
+        """What each physical token sees of the cache and, behind that, of those beside it: what its original sees of its own prompt.
+
+        Of the cached tokens only those before the tails: the tails bring their own copies of the rest.
+        """
+        width = max(layer.get_seq_length() for layer in self.cache.layers)
+        seen = rule[layout.query, layout.column - first]
+        real = layout.lane != HOLE
+        begins = torch.full_like(self.row, self.keys.shape[1])
+        begins = begins.scatter_reduce(0, layout.query[real], layout.column[real], "amin")
+        columns = torch.arange(self.keys.shape[1], device=self.keys.device)
+        kept = torch.where(columns < begins[:, None], self.keys, HOLE)[layout.query] % (width + 1)  # holes go to a column more
+        cached = torch.zeros(*layout.lane.shape, width + 1, dtype=torch.bool, device=seen.device).scatter(2, kept, seen)[..., :width]
+        alike = (layout.query[:, :, None] == layout.query[:, None]) & (layout.lane[:, :, None] == layout.lane[:, None])
+        beside = seen.gather(2, layout.column[:, None].expand(-1, seen.shape[1], -1)) & alike & real[:, None]
+        return torch.cat([cached, beside], dim=2)
+
+    def grown(self, layout: Layout) -> "Stem":
+        """After a run of single tails, whose keys and values are in the cache now."""
+        behind = max(layer.get_seq_length() for layer in self.cache.layers) - layout.lane.shape[1]
+        rows, places = (layout.lane == 0).nonzero(as_tuple=True)
+        keys = self.keys.index_put((layout.query[rows, places], layout.column[rows, places]), behind + places)
+        return Stem(self.batch, self.cache, self.row, keys, self.positions)
+
+    def unpacked(self, queries: Int[Tensor, "row"]) -> Any:
+        """A cache of the model's own form, with a row for each of these queries and its keys in the prompt's columns but the last."""
+        kept = copy.copy(self.cache)
+        kept.layers = [copy.copy(layer) for layer in self.cache.layers]
+        rows, columns = self.row[queries][:, None], self.keys[queries, :-1].clamp_min(0)
+        for layer in kept.layers:
+            if layer.is_initialized:  # those that share another layer's keys never are
+                layer.keys, layer.values = (tensor.transpose(1, 2)[rows, columns].transpose(1, 2) for tensor in (layer.keys, layer.values))
+        return kept
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Leaves the keys and values as they were, whatever a run adds to them, also one that fails half way."""
+        lengths = [layer.get_seq_length() for layer in self.cache.layers]
+        try:
+            yield
+        finally:
+            for layer, length in zip(self.cache.layers, lengths, strict=True):
+                if layer.get_seq_length() > length:
+                    layer.crop(length - layer.get_seq_length())
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """Prompts whose keys and values are kept, so that what is asked of their last tokens costs those tokens alone.
+
+    Attributes:
+        batch: The prompts.
+        stem: Their keys and values; None where nothing can go on behind them.
+        logits: The unedited run's, at the last token.
+        held: States of other presentations' runs that have been asked for.
+        flaw: Why nothing can go on behind them; empty if it can.
+        models: The model that computed them, and the LLM beside it.
+    """
+
+    batch: Batch
+    stem: Stem | None
+    logits: Float[Tensor, "query vocab"]
+    held: dict[Any, Tensor] = field(default_factory=dict)
+    flaw: str = ""
+    models: tuple[str, str] = ("", "")
+
+    def __len__(self) -> int:
+        return len(self.batch.queries)
+
+    @property
+    def bytes(self) -> int:
+        """What the keys and values take."""
+        return 0 if self.stem is None else self.stem.bytes
+
+    def answering(self, tokens: Int[Tensor, "query new"]) -> "Prefill":
+        """The same prompts with an answer behind each, as if the model had given it; see `Batch.answering`."""
+        stem = None if self.stem is None else self.stem.answering(tokens)
+        batch = self.batch.answering(tokens) if stem is None else stem.batch
+        return Prefill(batch, stem, self.logits, self.held, self.flaw, self.models)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +159,7 @@ class Prefix:
         ids: Its tokens.
         picture: Digest of the images in it.
         cache: Keys and values, in one row.
-        positions: Of its tokens and of the one that follows, in as many dimensions as the family counts.
+        positions: Of its tokens and of the one that follows.
     """
 
     ids: Int[Tensor, "column"]
@@ -52,123 +182,53 @@ class Prefix:
 
     def cut(self, length: int) -> "Prefix":
         """Its first tokens."""
-        cache = copy.deepcopy(self.cache)
+        cache = self.own().cache
         cache.crop(length - len(self))
         return Prefix(self.ids[:length], self.picture, cache, self.positions[..., : length + 1])
 
-    def continued(self, batch: Batch, layout: Layout) -> dict[str, Any]:
-        """What the decoder takes for the rest of a batch's prompts. The prefix itself stays as it is."""
-        rows, width = layout.column.shape
-        cache = copy.deepcopy(self.cache)
-        for layer in cache.layers:
-            if layer.is_initialized:  # those that share another layer's keys never are
-                # Views: what follows is joined to them in new tensors anyway.
-                layer.keys, layer.values = (kept.expand(rows, *kept.shape[1:]) for kept in (layer.keys, layer.values))
-        here = torch.arange(width, device=self.positions.device)
-        position = self.positions[..., -1:] + here
-        return {
-            "input_ids": layout.gather(batch.inputs["input_ids"]),
-            "attention_mask": torch.cat([torch.ones_like(layout.lane[:, :1]).expand(-1, len(self)), (layout.lane == 0).long()], dim=1),
-            "position_ids": position.expand(*position.shape[:-2], rows, width),
-            "past_key_values": cache,
-            "use_cache": True,
-        }
+    def own(self) -> "Prefix":
+        """A copy whose keys and values may grow."""
+        return Prefix(self.ids, self.picture, copy.deepcopy(self.cache), self.positions)
+
+    def stem(self, batch: Batch) -> Stem:
+        """As the beginning of a batch's prompts, padded on the left: in one row, whatever their number."""
+        index = batch.mask.cumsum(1) - 1
+        keys = torch.where(batch.mask & (index < len(self)), index, HOLE)
+        known, beyond = index.clamp(0, len(self)), (index - len(self)).clamp_min(0)
+        positions = self.positions[..., 0, :][..., known] + beyond
+        return Stem(batch, self.cache, torch.zeros_like(index[:, 0]), keys, positions)
+
+    def rest(self, batch: Batch) -> Bool[Tensor, "query seq"]:
+        """What follows it in a batch's prompts."""
+        return batch.mask & (batch.mask.cumsum(1) > len(self))
 
 
-@dataclass(frozen=True, eq=False)
-class Prefill:
-    """Prompts whose keys and values are kept, so that anything asked of their last token costs that token alone.
-
-    Attributes:
-        batch: The prompts.
-        cache: Keys and values.
-        seen: Which of them the last token sees, besides itself.
-        position: Of the last token.
-        logits: The unedited run's, at the last token.
-        held: States of other presentations' runs that have been asked for.
-        flaw: Why branches can't continue from here; empty if they can.
-        models: The model that computed them, and the LLM beside it.
-    """
-
-    batch: Batch
-    cache: Any
-    seen: Seen
-    position: Num[Tensor, "*dimension query 1"]
-    logits: Float[Tensor, "query vocab"]
-    held: dict[Any, Tensor] = field(default_factory=dict)
-    flaw: str = ""
-    models: tuple[str, str] = ("", "")
-
-    def __len__(self) -> int:
-        return len(self.batch.queries)
-
-    @property
-    def width(self) -> int:
-        """How many columns are cached."""
-        return next(iter(self.seen.values())).shape[-1] if isinstance(self.seen, dict) else self.seen.shape[-1]
-
-    @property
-    def bytes(self) -> int:
-        """What the keys and values take."""
-        tensors = [tensor for layer in getattr(self.cache, "layers", ()) for tensor in (layer.keys, layer.values) if tensor is not None]
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def branches(self, number: int, dtype: torch.dtype) -> dict[str, Any]:
-        """What the decoder takes for so many copies of each prompt's last token, beside each other."""
-        last = self.batch.inputs["input_ids"][:, -1:]
-        masks = {
-            kind: _beside(seen, number, dtype) for kind, seen in (self.seen.items() if isinstance(self.seen, dict) else [("", self.seen)])
-        }
-        return {
-            "input_ids": last.expand(-1, number),
-            "attention_mask": masks if isinstance(self.seen, dict) else masks[""],
-            "position_ids": self.position.expand(*self.position.shape[:-1], number),
-            "past_key_values": self.cache,
-            "use_cache": True,
-        }
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Leaves the keys and values as they were, whatever a run adds to them, also one that fails half way."""
-        lengths = [layer.get_seq_length() for layer in self.cache.layers]
-        try:
-            yield
-        finally:
-            for layer, length in zip(self.cache.layers, lengths, strict=True):
-                layer.crop(length - layer.get_seq_length())
-
-
-def _beside(seen: Bool[Tensor, "query 1 1 column"], number: int, dtype: torch.dtype) -> Float[Tensor, "query 1 branch key"]:
-    """The mask of branches, in the form that every attention adds: 0 where a branch sees the prompt and itself."""
-    itself = torch.eye(number, dtype=torch.bool, device=seen.device).expand(len(seen), 1, number, number)
-    visible = torch.cat([seen.expand(-1, 1, number, -1), itself], dim=-1)
-    return torch.zeros(visible.shape, dtype=dtype, device=seen.device).masked_fill(~visible, torch.finfo(dtype).min)
-
-
-def last_row(config: Any, mask: Bool[Tensor, "query column"], cache: Any, new: int, at: Int[Tensor, "query"], dtype: torch.dtype) -> Seen:
-    """What the last token of each prompt sees of `mask`'s columns, by the model's own rules (windows, chunks), itself left out.
+def rule_of(config: Any, mask: Bool[Tensor, "query seq"], new: int, dtype: torch.dtype) -> Rule:
+    """What the newest tokens of prompts see of them, by the model's own rules (windows, chunks).
 
     Args:
         config: Of the language model.
-        mask: Real tokens among the cached columns and, behind them, the `new` ones.
-        cache: Keys and values of the columns before the new ones.
-        new: How many columns come with the forward that the last token is in.
-        at: Where the last token is among the new ones.
+        mask: Real tokens.
+        new: How many last columns are asked about.
         dtype: Of the model.
     """
+    from transformers import DynamicCache
     from transformers.masking_utils import create_masks_for_generate
 
     eager = copy.copy(config)
     eager._attn_implementation = "eager"  # the one attention whose masks are always written out
-    whole: Any = create_masks_for_generate(eager, torch.zeros(len(mask), new, 1, dtype=dtype, device=mask.device), mask.long(), cache)
-    rows = torch.arange(len(mask), device=mask.device)
-    itself = torch.zeros_like(mask)
-    itself[rows, mask.shape[1] - new + at] = True
+    before = DynamicCache()
+    if mask.shape[1] > new:
+        blank = torch.zeros(1, 1, mask.shape[1] - new, 1, device=mask.device)  # only its length counts
+        before.update(blank, blank, 0)
+    inputs = torch.zeros(len(mask), new, 1, dtype=dtype, device=mask.device)
+    whole: Any = create_masks_for_generate(eager, inputs, mask.long(), before)
+    return {kind: written[:, 0] == 0 for kind, written in (whole.items() if isinstance(whole, dict) else [("", whole)])}
 
-    def row(written: Tensor) -> Bool[Tensor, "query 1 1 column"]:
-        return (written[rows, :, at][:, :, None] == 0) & ~itself[:, None, None]
 
-    return {kind: row(written) for kind, written in whole.items()} if isinstance(whole, dict) else row(whole)
+def _written(visible: Bool[Tensor, "row width key"], dtype: torch.dtype) -> Float[Tensor, "row 1 width key"]:
+    """A mask in the form that every attention adds: 0 where a token is seen."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 @contextmanager
@@ -184,62 +244,27 @@ def positions(decoder: nn.Module) -> Iterator[dict[str, Any]]:
         handle.remove()
 
 
-def prefill(decoder: Any, config: Any, batch: Batch, call: Callable[[dict[str, Any]], Tensor]) -> Prefill:
-    """Run prompts, padded on the left, as they are, and keep their keys and values.
+def stem_of(decoder: Any, batch: Batch, call: Callable[[dict[str, Any]], Tensor]) -> tuple[Stem, Float[Tensor, "query vocab"]]:
+    """Run prompts, padded on the left, as they are, and keep their keys and values; also gives the logits at their last tokens.
 
     Args:
         decoder: The language model's stack of blocks.
-        config: Of the language model.
         batch: The prompts.
-        call: Runs the model on inputs and gives its logits at the last token, `query vocab`.
+        call: Runs the model on inputs and gives its logits at the last token.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache()  # without a config, so that layers with a window forget nothing
     with positions(decoder) as found:
         logits = call({**batch.inputs, "past_key_values": cache, "use_cache": True})
-    cache.crop(-1)
-    (queries, width), given = batch.mask.shape, found["given"]
-    position = torch.full((1, 1), width - 1, device=batch.mask.device) if given is None else given[..., -1:]
-    seen = last_row(config, batch.mask, cache, 1, torch.zeros_like(batch.mask[:, 0], dtype=torch.long), logits.dtype)
-    seen = {kind: row[..., :-1] for kind, row in seen.items()} if isinstance(seen, dict) else seen[..., :-1]
-    return Prefill(batch, cache, seen, position.expand(*position.shape[:-2], queries, 1), logits)
+    columns = torch.arange(batch.mask.shape[1], device=batch.mask.device).expand_as(batch.mask)
+    given = columns if found["given"] is None else found["given"]
+    at = given.expand(*given.shape[:-2], *batch.mask.shape)
+    return Stem(batch, cache, torch.arange(len(columns), device=columns.device), torch.where(batch.mask, columns, HOLE), at), logits
 
 
 def prefix_of(decoder: Any, batch: Batch, length: int, call: Callable[[dict[str, Any]], Tensor]) -> Prefix:
-    """The first tokens of one prompt, computed.
-
-    Args:
-        decoder: The language model's stack of blocks.
-        batch: The prompt.
-        length: How many tokens.
-        call: Runs the model on inputs.
-    """
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    with positions(decoder) as found:
-        call({**batch.inputs, "past_key_values": cache, "use_cache": True})
-    cache.crop(length - batch.mask.shape[1])
-    given = torch.arange(length + 1, device=batch.mask.device)[None] if found["given"] is None else found["given"]
-    return Prefix(batch.inputs["input_ids"][0, :length], batch.pictures[0], cache, given[..., :1, : length + 1])
-
-
-def prefill_after(
-    prefix: Prefix, config: Any, batch: Batch, dtype: torch.dtype, call: Callable[[dict[str, Any], Int[Tensor, "query"]], Tensor]
-) -> Prefill:
-    """As `prefill`, from a prefix on.
-
-    Args:
-        prefix: What all prompts begin with.
-        config: Of the language model.
-        batch: The prompts.
-        dtype: Of the model.
-        call: Runs the decoder on inputs and gives the logits of each row at a column, `query vocab`.
-    """
-    layout = Layout.suffix(batch.mask, len(prefix))
-    inputs, at = prefix.continued(batch, layout), (layout.lane == 0).sum(1) - 1
-    seen = last_row(config, inputs["attention_mask"].bool(), inputs["past_key_values"], layout.column.shape[1], at, dtype)
-    logits = call(inputs, at)
-    rows = torch.arange(len(at), device=at.device)
-    return Prefill(batch, inputs["past_key_values"], seen, inputs["position_ids"][..., rows, at][..., None], logits)
+    """The first tokens of one prompt, computed; arguments as those of `stem_of`."""
+    stem, _ = stem_of(decoder, batch, call)
+    stem.cache.crop(length - batch.mask.shape[1])
+    return Prefix(batch.inputs["input_ids"][0, :length], batch.pictures[0], stem.cache, stem.positions[..., :1, : length + 1])

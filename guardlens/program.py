@@ -185,7 +185,9 @@ def compile_taps(
 
 
 def _apply(step: Step, point: Point, lane: int, number: int, layout: Layout, batch: Batch, n_layers: int, record: Record) -> Tap:
-    prompt = layout.find(lane, batch.select(step.site.positions)) if step.phase != "decode" else None
+    chosen = batch.select(step.site.positions) if step.phase != "decode" else torch.zeros_like(batch.mask)
+    chosen = chosen | batch.answer if step.phase != "prefill" else chosen
+    prompt = layout.find(lane, chosen) if step.phase != "decode" or batch.answered else None
     return Tap(point, Apply(record, lane, number, step, point, n_layers, layout, prompt), step.phase != "prefill")
 
 

@@ -1,9 +1,15 @@
-"""One way to show how far long work has come, in terminals and notebooks."""
+"""One way to show how far long work has come: a line on stderr in terminals, a bar of HTML in notebooks (which needs no widgets)."""
 
-from collections.abc import Iterable, Iterator, Sized
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from html import escape
 from typing import TypeVar
 
 Item = TypeVar("Item", bound=Sized)
+Advance = Callable[[int], object]
 
 
 def track(parts: Iterable[Item], total: int, what: str, show: bool) -> Iterator[Item]:
@@ -13,15 +19,72 @@ def track(parts: Iterable[Item], total: int, what: str, show: bool) -> Iterator[
         parts: Sized pieces of work (batches of queries, groups of cells).
         total: How many things all parts hold together.
         what: Name of the work.
-        show: Without a bar if false.
+        show: Without a bar, and without a character of output, if false.
     """
     if not show:
         yield from parts
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task(what, total=total)
+    with _bar(what, total) as advance:
         for part in parts:
             yield part
-            progress.advance(task, len(part))
+            advance(len(part))
+
+
+def _bar(what: str, total: int) -> AbstractContextManager[Advance]:
+    return _notebook_bar(what, total) if _in_notebook() else _terminal_bar(what, total)
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel (Jupyter, VS Code, Colab) runs this code; IPython in a terminal has none."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+@contextmanager
+def _terminal_bar(what: str, total: int) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda number: progress.advance(task, number)
+
+
+@contextmanager
+def _notebook_bar(what: str, total: int) -> Iterator[Advance]:
+    from IPython.display import display
+
+    began, done = time.monotonic(), 0
+    shown = display(Bar(what, 0, total), display_id=True)
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        shown.update(Bar(what, done, total, (time.monotonic() - began) / max(done, 1) * (total - done)))
+
+    yield advance
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A moment of a work in a notebook.
+
+    Attributes:
+        what: Name of the work.
+        done: How many things are done.
+        total: Of how many.
+        left: Seconds to expect, at the speed so far.
+    """
+
+    what: str
+    done: int
+    total: int
+    left: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"{self.what} {self.done}/{self.total}{f', {self.left:.0f} s left' if self.done < self.total and self.left else ''}"
+
+    def _repr_html_(self) -> str:
+        bar = f'<progress value="{self.done}" max="{self.total}" style="vertical-align: middle"></progress>'
+        return f"<div>{bar} {escape(repr(self))}</div>"

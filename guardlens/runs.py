@@ -19,10 +19,10 @@ class Run:
 
     Attributes:
         reads: Site -> one vector per query and layer (averaged where the site has several positions).
-        logits: At the last token of the prompt, or at all; None where they were not asked for.
+        logits: At the prompt's last token, where an answer's tokens follow, or at all tokens; None where they were not asked for.
         tokens: The newly generated ids, padded; None without generation.
         verdicts: (lane, step, layer) -> which queries the gate opened for.
-        layout: How the lanes were computed: `"plain"`, `"tile"` or `"branch"`.
+        layout: How the lanes were computed: `"plain"`, `"tile"`, `"branch"` or `"fork"`.
         why: Why not as branches; empty if they were, or if there was one lane.
     """
 
@@ -50,16 +50,15 @@ def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int)
     return reads
 
 
-def at_last(logits: Float[Tensor, "lane query seq vocab"], batch: Batch) -> Float[Tensor, "lane query vocab"]:
-    """The logits at each prompt's last token.
+def checked(logits: Float[Tensor, "lane query *token vocab"], batch: Batch) -> Float[Tensor, "lane query *token vocab"]:
+    """The same.
 
     Raises:
         NumericsError: NaN or infinity; lane and query are named.
     """
-    last = batch.select("last").long().argmax(dim=1) if batch.padded_right else torch.full((len(batch.queries),), logits.shape[2] - 1)
-    chosen = logits[:, torch.arange(len(last)), last.to(logits.device)]
-    require_finite(chosen.transpose(0, 1), batch.queries, tuple(range(len(logits))), "the logits of lane")
-    return chosen
+    found = logits.transpose(0, 1).flatten(2)
+    require_finite(found, batch.queries, tuple(range(len(logits))), "the logits of lane")
+    return logits
 
 
 def agree(mine: Float[Tensor, "lane *shape"], expected: Float[Tensor, "*shape"]) -> bool:

@@ -1,9 +1,9 @@
 """`sweep`: plans at every layer and strength, scored for every query, with a placebo of equal norm beside them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import groupby, islice
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,23 +11,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from guardlens.batches import Batch
 from guardlens.errors import MismatchError, PlanError
-from guardlens.intervals import mean_difference
+from guardlens.intervals import percentile, resample_counts
 from guardlens.interventions.plan import Intervention, require_plan
 from guardlens.keeping import Kept, over_prompts, shown
 from guardlens.model import HookedModel, Queries
+from guardlens.portions import joined
 from guardlens.prefixes import Prefill
+from guardlens.progress import track
 from guardlens.queries import Presentation, text_only
-from guardlens.scores import Score, kl, refusal_logodds
+from guardlens.runs import Run
+from guardlens.scores import AnswerScore, Score, kl, refusal_logodds
 from guardlens.tables import Frame, Table
 
-ROWS = 256
-"""Prompts per forward where each plan needs a copy of the batch: lanes times queries."""
-
-LOGITS = 2**27
-"""Logits per forward where plans ride as branches: lanes times queries times vocabulary."""
-
-BASELINE = "unedited"
+AnyScore = Score | AnswerScore
 
 
 @dataclass(frozen=True)
@@ -48,23 +46,34 @@ class Cell:
 class Sweep(Table):
     """Scores per plan, arm (`"edit"`, `"placebo 0"`, ...), layers, strength and query; `base` is the unedited run's score.
 
-    Columns: plan, arm, layers, layer (the first of them), strength, query, label, score, value, base.
+    Columns: plan, arm, layers, layer (the first of them), strength, query, label, cluster, score, value, base.
+
+    Examples:
+        >>> effect = gl.sweep(model, guard, queries, grey, layers=[5, 7, (6, 7)])
+        >>> effect.summary()["layers"].unique().tolist()
+        ['5', '7', '6+7']
+        >>> panels = effect.plot("kl")
     """
 
     kind: ClassVar[str] = "sweep"
 
     def summary(self) -> Frame:
-        """Mean change of each cell for each label, with a 95 % bootstrap interval over queries; placebo draws taken together."""
+        """Mean change of each cell for each label, placebo draws taken together, with a 95 % interval.
+
+        The interval resamples clusters of queries (a pair, or the query itself, where no cluster is known), the same in every cell.
+        """
         return self._summary
 
     @cached_property
     def _summary(self) -> Frame:
-        frame = self.frame.assign(arm=self.frame["arm"].str.split().str[0])
+        frame = self.frame.assign(arm=self.frame["arm"].str.split().str[0], change=self.frame["value"] - self.frame["base"])
+        asked = {label: part.drop_duplicates("query") for label, part in frame.groupby("label", sort=False)}
+        resampled = {label: resample_counts(len(part), part["cluster"].to_numpy()) for label, part in asked.items()}
         keys = ["score", "plan", "arm", "layers", "layer", "strength", "label"]
         rows = []
         for key, part in frame.groupby(keys, sort=False):
-            per_query = part.groupby("query")[["base", "value"]].mean()
-            change = mean_difference(per_query["base"].to_numpy(), per_query["value"].to_numpy())
+            changes, counts = part.groupby("query")["change"].mean()[asked[key[-1]]["query"]].to_numpy(), resampled[key[-1]]
+            change = percentile(changes.mean(), counts @ changes / counts.sum(axis=1), len(changes))
             rows.append(dict(zip(keys, key, strict=True)) | {"change": change.value, "low": change.low, "high": change.high, "n": change.n})
         import pandas as pd
 
@@ -97,7 +106,7 @@ class Sweep(Table):
         ranked = sorted(merit.index, key=lambda layer: (merit[layer], layer), reverse=True)
         return tuple(sorted(int(layer) for layer in ranked[:k]))
 
-    def plot(self, score: str | None = None, axes: Any = None) -> Any:
+    def plot(self, score: str | None = None, ax: Any = None) -> Any:
         """Heat maps of the mean change, layer x strength, one per plan, arm and label."""
         from guardlens import plots
 
@@ -108,7 +117,7 @@ class Sweep(Table):
         names = summary["plan"] + ", " + summary["arm"] if several else summary["arm"].replace("edit", str(summary["plan"].iloc[0]))
         unit = self.facts.get("units", {}).get(score, score)
         frame = summary.assign(plan=names, value=summary["change"]).drop(columns=["arm"])
-        return plots.effect_maps(frame, unit=f"Δ {unit}", axes=axes)
+        return plots.effect_maps(frame, unit=f"Δ {unit}", axes=ax)
 
     def __repr__(self) -> str:
         return f"Sweep({len(set(self.columns['plan']))} plans, {len(set(self.columns['layers']))} layer sets, {len(self)} rows)"
@@ -120,11 +129,11 @@ def sweep(
     queries: Queries | Kept,
     presentation: Presentation = text_only,
     *,
-    scores: Sequence[Score] = (refusal_logodds, kl),
+    scores: Sequence[AnyScore] = (refusal_logodds, kl),
     strengths: Sequence[float] = (1.0,),
     layers: Sequence[int | Sequence[int]] | None = None,
     placebos: int = 1,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Sweep:
     """Score plans at every layer and strength.
@@ -136,17 +145,24 @@ def sweep(
         plans: One plan, or several by name (other gains, ranks, directions).
         queries: What to ask; labels are kept. Or prompts that `keep` has computed: asking about them again costs one token per cell.
         presentation: How to show it.
-        scores: What to measure at the prompt's last token.
+        scores: What to measure: at the prompt's last token, or along an answer (`AnswerLogProb`, `AnswerKL`).
         strengths: Strength 0 is always "untouched" (and left out: it is the baseline), 1 the edit itself.
         layers: Layers, or groups of layers that are edited together; None for every single layer.
         placebos: How many placebos of equal norm ride along each cell (`Intervention.placebo`); 0 for none.
-        batch_size: Queries per forward. Edits of the last token ride as branches beside each other, others as copies of the batch up to
-            `ROWS` prompts; `facts["layout"]` says what ran, and why not as branches.
+        batch_size: Queries per forward; chosen from free memory without it. Plans for the ends of the prompts ride beside each other as
+            branches, others as forks or as copies of the batch; `facts["layout"]` says what ran, and why not as branches.
         progress: Show a bar.
 
     Raises:
         PlanError: A plan has no free layer.
         QueryError: No queries.
+
+    Examples:
+        >>> effect = gl.sweep(model, guard, queries, grey, strengths=[0.5, 1.0])
+        >>> effect.best(2)
+        (6, 7)
+        >>> effect.facts["layout"]  # the prompts ran once, and each cell as a branch of their last token
+        ['branch']
     """
     items, presentation = shown(queries, presentation)
     named = dict(plans) if isinstance(plans, Mapping) else {"edit": plans}
@@ -164,7 +180,8 @@ def sweep(
     title = f"sweep, {len(grid)} cells, {presentation.name}"
     prompts = queries if isinstance(queries, Kept) else items
     work = partial(_score_part, model, grid, scores, ran)
-    values = over_prompts(model, prompts, presentation, work, batch_size, title, progress)
+    parts = over_prompts(model, prompts, presentation, work, batch_size)
+    values = joined(track(parts, len(items), title, progress), len(items), axis=2).numpy()
     facts = {
         "plans": {name: repr(plan) for name, plan in named.items()},
         "presentation": presentation.name,
@@ -172,7 +189,7 @@ def sweep(
         "layout": sorted(ran),
         "units": {score.name: score.unit for score in scores},
     }
-    return Sweep(_columns(list(grid), items, scores, np.concatenate(values, axis=2)), facts, model.provenance)
+    return Sweep(_columns(list(grid), items, scores, values), facts, model.provenance)
 
 
 def _grid(
@@ -189,38 +206,59 @@ def _grid(
     return cells
 
 
-def _score_part(model: HookedModel, grid: Mapping[Cell, Intervention], scores: Sequence[Score], ran: set[str], kept: Prefill) -> np.ndarray:
-    """Scores of all cells and, last, of the unedited run: shape `score cell+1 query`. What ran is noted in `ran`."""
-    return scored((*lanes(model, kept, list(grid.values()), ran), kept.logits), kept.logits, scores, model.tokenizer)
-
-
-def lanes(model: HookedModel, kept: Prefill, plans: Sequence[Intervention], ran: set[str]) -> Iterator[Float[Tensor, "query vocab"]]:
-    """Logits of each plan, as many at once as fit: branches until their logits are `LOGITS` numbers, else `ROWS` prompts."""
-    most = max(1, LOGITS // model.cfg.d_vocab)
-    for why, alike in groupby(plans, lambda plan: model.unbranchable(kept, [plan])):
-        for part in batched(alike, max(1, (ROWS if why else most) // len(kept))):
-            run = model.run(kept, part)
-            assert run.logits is not None
-            ran.add(f"{run.layout}: {run.why}" if run.why else run.layout)
-            yield from run.logits
-
-
-def batched(items: Iterable[Intervention], size: int) -> Iterator[list[Intervention]]:
-    """In lists of at most `size`."""
-    rest = iter(items)
-    while part := list(islice(rest, size)):
-        yield part
+def _score_part(
+    model: HookedModel, grid: Mapping[Cell, Intervention], scores: Sequence[AnyScore], ran: set[str], kept: Prefill
+) -> Float[Tensor, "score run query"]:
+    """Scores of all cells and, last, of the unedited run. What ran is noted in `ran`."""
+    return scored(model, kept, list(grid.values()), scores, ran)
 
 
 def scored(
-    runs: Iterable[Float[Tensor, "query vocab"]], base: Float[Tensor, "query vocab"], scores: Sequence[Score], tokenizer: Any
-) -> Float[np.ndarray, "score run query"]:
-    """The scores of several runs, each against the unedited one."""
-    found = [torch.stack([score(logits.clone(), base.clone(), tokenizer) for score in scores]) for logits in runs]
-    return torch.stack(found, dim=1).double().cpu().numpy()
+    model: HookedModel,
+    kept: Prefill,
+    plans: Sequence[Intervention],
+    scores: Sequence[AnyScore],
+    ran: set[str],
+    others: Sequence[tuple[HookedModel, Batch]] = (),
+) -> Float[Tensor, "score run query"]:
+    """The scores of each plan, then of the unedited run, then of unedited runs of other prompts, each against the unedited one.
+
+    Those of the next token share their runs, and each score of an answer has its own.
+    """
+    of_next = [score for score in scores if not isinstance(score, AnswerScore)]
+    found: dict[int, Tensor] = {}
+    if of_next:
+        base = kept.logits
+        runs = chain(_lanes(model, kept, plans, ran), [base], (_only(other.run(batch)).to(base.device) for other, batch in others))
+        each = torch.stack([torch.stack([score(run.clone(), base.clone(), model.tokenizer) for score in of_next]) for run in runs], dim=1)
+        found = {id(score): values for score, values in zip(of_next, each, strict=True)}
+    for score in scores:
+        if isinstance(score, AnswerScore):
+            answer = score.answer(model, kept)
+            asked = [(model, kept), *((other, other.prefill(batch)) for other, batch in others)]
+            prompts, *beside = [(giver, prefill.answering(answer.tokens)) for giver, prefill in asked]
+            base, *rest = [_only(giver.run(prefill, logits="answer")).to(kept.logits.device) for giver, prefill in (prompts, *beside)]
+            runs = chain(_lanes(*prompts, plans, ran), [base], rest)
+            found[id(score)] = torch.stack([score(run, base, answer) for run in runs])
+    return torch.stack([found[id(score)] for score in scores]).double().cpu()
 
 
-def _columns(cells: Sequence[Cell], queries: Sequence[Any], scores: Sequence[Score], values: np.ndarray) -> dict[str, np.ndarray]:
+def _lanes(model: HookedModel, kept: Prefill, plans: Sequence[Intervention], ran: set[str]) -> Iterator[Float[Tensor, "query ..."]]:
+    """Logits of each plan, as many at once as fit; what ran is noted in `ran`."""
+    for part in model.together(kept, plans):
+        run = model.run(kept, part, logits="answer" if kept.batch.answered else "last")
+        assert run.logits is not None
+        ran.add(f"{run.layout}: {run.why}" if run.why else run.layout)
+        yield from run.logits
+
+
+def _only(run: Run) -> Float[Tensor, "query ..."]:
+    """The logits of a run of one plan."""
+    assert run.logits is not None
+    return run.logits[0]
+
+
+def _columns(cells: Sequence[Cell], queries: Sequence[Any], scores: Sequence[AnyScore], values: np.ndarray) -> dict[str, np.ndarray]:
     """Tidy columns of `values` (score, cell + baseline, query)."""
     n_scores, n_cells, n = len(scores), len(cells), len(queries)
     per_cell = {
@@ -233,6 +271,7 @@ def _columns(cells: Sequence[Cell], queries: Sequence[Any], scores: Sequence[Sco
     columns = {name: np.tile(np.repeat(np.array(column), n), n_scores) for name, column in per_cell.items()}
     columns["query"] = np.tile(np.array([query.id for query in queries]), n_scores * n_cells)
     columns["label"] = np.tile(np.array([query.label or "" for query in queries]), n_scores * n_cells)
+    columns["cluster"] = np.tile(np.array([query.cluster or query.pair or query.id for query in queries]), n_scores * n_cells)
     columns["score"] = np.repeat(np.array([score.name for score in scores]), n_cells * n)
     columns["value"] = values[:, :-1].ravel()
     columns["base"] = np.repeat(values[:, -1:], n_cells, axis=1).ravel()

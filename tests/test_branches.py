@@ -49,6 +49,63 @@ class TestEveryFamily:
         close(branches.reads[site], tiles.reads[site])
         assert (tiles.logits[1:-1] - tiles.logits[0]).flatten(1).abs().amax(1).min() > 1e-3
 
+    def test_copies_of_longer_ends_equal_whole_runs(self, name):
+        """An edit of one token, of all from there on, and of none; the last block's state at both of two tokens."""
+        family, model = BY_NAME[name], loaded(name)
+        if family.lacks("branches"):
+            return
+        batch, site = batch_of(family, model), Site(layers=(model.cfg.n_layers - 1,), positions=(-2, None))
+        plans = [plan.at(positions=where) for plan in plans_of(model)[:4] for where in ((-3, -2), (-3, None))]
+        branches, tiles = (model.run(batch, plans, read=[site], layout=layout) for layout in ("branch", "tile"))
+        close(branches.logits, tiles.logits)
+        close(branches.reads[site], tiles.reads[site])
+
+    def test_forks_equal_whole_runs(self, name):
+        family, model = BY_NAME[name], loaded(name)
+        batch, site = batch_of(family, model), Site(layers=(model.cfg.n_layers - 1,))
+        plans = [plan.at(positions="all") for plan in plans_of(model)]
+        if family.lacks("forks"):
+            assert not model._trials.forks(batch)
+            return
+        forks, tiles = (model.run(batch, plans, read=[site], layout=layout) for layout in ("fork", "tile"))
+        assert (forks.layout, forks.why) == ("fork", "forks were asked for")
+        close(forks.logits, tiles.logits)
+        close(forks.reads[site], tiles.reads[site])
+
+    def test_answers_behind_kept_prompts_are_those_of_whole_prompts(self, name):
+        family, model = BY_NAME[name], loaded(name)
+        if family.lacks("branches"):
+            return
+        batch, site = batch_of(family, model), Site()
+        plans = [plan.during(phase) for plan in plans_of(model)[:3] for phase in ("always", "decode")]
+        kept = model.prefill(batch)
+        size = kept.bytes
+        behind, whole = (model.run(prompts, plans, new_tokens=6, read=[site]) for prompts in (kept, batch))
+        assert kept.bytes == size and torch.equal(behind.tokens, whole.tokens)
+        close(behind.reads[site], whole.reads[site])
+        assert bool(model._trials.flaws["answers", batch.beside_image]) == bool(family.lacks("answers"))
+
+    def test_answers_put_into_the_models_mouth(self, name):
+        """Behind what is kept, and as longer prompts, edited while it reads the answer too; forced answers are those it would give."""
+        family, model = BY_NAME[name], loaded(name)
+        batch, kept = batch_of(family, model), model.prefill(batch_of(family, model))
+        plans = [plan.during("always") for plan in plans_of(model)[:4]]
+        said = kept.answering(batch.inputs["input_ids"][:1, -5:].expand(len(kept), 5))
+        if family.lacks("forced answers"):
+            with pytest.raises(errors.ModelError, match="a model whose prompts see the answers behind them"):
+                model.run(said, plans, logits="answer")
+            return
+        mine, tiles = model.run(said, plans, logits="answer"), model.run(said, plans, logits="answer", layout="tile")
+        assert (mine.layout, tiles.layout) == ("tile" if family.lacks("branches") else "branch", "tile")
+        assert mine.logits.shape[:3] == (len(plans), len(kept), 5)
+        close(mine.logits, tiles.logits)
+        close(mine.logits[:, :, 0], model.run(batch, plans, layout="tile").logits)
+        special = torch.tensor([model._pad_token_id, -1 if model.cfg.image_token_id is None else model.cfg.image_token_id])
+        for plan, tokens in zip(plans[1:3], model.run(batch, plans[1:3], new_tokens=4).tokens, strict=True):
+            ended = torch.isin(tokens, special).cumsum(1) > 0
+            forced = model.run(kept.answering(tokens.masked_fill(ended, 0)), plan, logits="answer").logits[0].argmax(-1)
+            assert torch.equal(forced[~ended], tokens[~ended])
+
     def test_asking_again_costs_nothing_of_what_is_kept(self, name):
         family, model = BY_NAME[name], loaded(name)
         if family.lacks("branches"):
@@ -122,7 +179,6 @@ def test_attention_kernels_and_precisions(hf_vlm, processor, attention, dtype):
     [
         (lambda basis: iv.amplify(basis).at(positions="all"), {}, "the positions 'all' are edited or read"),
         (lambda basis: iv.amplify(basis).at(positions="image"), {}, "the positions 'image' are edited or read"),
-        (lambda basis: iv.patch(basis, iv.State(positions="instruction")), {}, "the positions 'instruction' are edited or read"),
         (lambda basis: iv.amplify(basis), {"read": [Site(positions=(0, 3))]}, "the positions (0, 3) are edited or read"),
         (lambda basis: iv.amplify(basis), {"logits": "all"}, "logits of all tokens are asked for"),
         (lambda basis: iv.amplify(basis), {"new_tokens": 2}, "answers are generated"),
@@ -155,12 +211,58 @@ def test_an_error_in_an_edit_leaves_what_is_kept_whole(vlm, batch, basis):
     assert torch.equal(vlm.run(kept, [iv.nothing, iv.amplify(basis)]).logits, expected)
 
 
-def test_a_layout_refuses_tokens_that_it_does_not_have():
-    batch = make_batch((3, 5))
-    branch = Layout.branch(2, 5, 3)
-    assert branch.find(1, batch.select("last")).columns.tolist() == [1, 1]
-    with pytest.raises(errors.PlanError, match=r"8 chosen tokens of which 2 are computed in the layout 'branch'"):
-        branch.find(0, batch.select("all"))
+@pytest.mark.parametrize("rows", [[0, 1], [0, 0], [1, 0]])
+def test_tails_lie_beside_each_other_in_the_rows_of_their_beginnings(rows):
+    batch = make_batch((3, 5, 4))
+    tail = batch.mask & (batch.mask.cumsum(1) > torch.tensor([2, 1, 3])[:, None])
+    layout = Layout.tails(tail, torch.tensor([*rows, 0]), 2)
+    assert (layout.name, layout.lanes, int((layout.lane >= 0).sum())) == ("branch", 2, 2 * (1 + 4 + 1))
+    ids = batch.inputs["input_ids"]
+    for lane in range(2):
+        places = layout.find(lane, tail)
+        assert sorted(places.queries.tolist()) == [0, 1, 1, 1, 1, 2]
+        assert (
+            layout.gather(ids)[places.rows, places.columns].tolist()
+            == ids[places.queries, layout.column[places.rows, places.columns]].tolist()
+        )
+        assert places.rows.tolist() == [[*rows, 0][query] for query in places.queries.tolist()]
+    with pytest.raises(errors.PlanError, match=r"12 chosen tokens of which 6 are computed in the layout 'branch'"):
+        layout.find(0, batch.select("all"))
+
+
+def test_forks_run_where_the_blocks_that_they_skip_make_up_for_one_run(vlm, batch, basis):
+    def ran(layers):
+        run = vlm.run(batch, [iv.amplify(basis).at(positions="all", layers=[layer]) for layer in layers])
+        return run.layout, run.why
+
+    why = "the positions 'all' are edited or read"
+    assert ran([3, 5]) == ("tile", why) and ran([3, 5, 1]) == ("fork", why) and ran([0] * 9) == ("tile", why)
+
+
+def test_a_block_that_was_skipped_is_whole_again(vlm, batch):
+    def fail(states, context):
+        raise RuntimeError("mine")
+
+    plain = vlm.run(batch).logits
+    with pytest.raises(RuntimeError, match="mine"):
+        vlm.run(batch, [iv.custom(fail).at(layers=[6], positions="all")] * 2, layout="fork")
+    assert torch.equal(vlm.run(batch).logits, plain)
+
+
+def test_answers_need_prompts_that_are_kept(vlm, batch):
+    tokens = torch.zeros(len(TEXTS), 2, dtype=torch.long)
+    for prompts, options in (
+        (batch, {"logits": "answer"}),
+        (batch.answering(tokens), {}),
+        (vlm.prefill(batch), {"logits": "answer"}),
+        (vlm.prefill(batch).answering(tokens), {"new_tokens": 2}),
+    ):
+        with pytest.raises(errors.PlanError, match="an answer behind no kept prompts"):
+            vlm.run(prompts, **options)
+    with pytest.raises(errors.PlanError, match="prompts with answers"):
+        vlm.prefill(batch.answering(tokens))
+    with pytest.raises(errors.PlanError, match="padded on the right"):
+        vlm.batch(TEXTS, padding_side="right").answering(tokens)
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ class TestLaws:
 
     def test_batches_and_lanes_do_not_matter(self, vlm, monkeypatch):
         whole = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2], progress=False)
-        monkeypatch.setattr("guardlens.sweeps.ROWS", 6)
+        monkeypatch.setattr("guardlens.ways.TOKENS", 6)
         parts = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2], batch_size=2, progress=False)
         assert parts.frame.drop(columns=["value", "base", "source"]).equals(whole.frame.drop(columns=["value", "base", "source"]))
         for column in ("value", "base", "source"):

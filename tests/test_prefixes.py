@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import guardlens as gl
-from guardlens import errors, lanes, presentations
 from guardlens import interventions as iv
 from guardlens import model as engine
-from guardlens.batches import Batch, Layout
+from guardlens import presentations, trials
+from guardlens.batches import Batch
 from guardlens.queries import Query, text_only
 from guardlens.sites import Site
 from tests.strategies import make_batch
@@ -74,7 +74,7 @@ def test_most_families_share_their_prefix(eager_to_share):
     without = {
         name for name, family in BY_NAME.items() if loaded(name).share(loaded(name).batch(TEXTS, shown(family, loaded(name)))) is None
     }
-    assert without == {name for name, family in BY_NAME.items() if family.lacks("branches")} - {"BLOOM"}
+    assert without == {name for name, family in BY_NAME.items() if family.lacks("branches")}
 
 
 def test_the_common_start_ends_before_what_differs():
@@ -95,14 +95,12 @@ def test_the_common_start_ends_before_what_differs():
         assert of([[1, 9, 9, 4], [1, 9, 9, 9]], image=(1, 2, 3), pictures=("a", "a"), side=side) == 1
 
 
-def test_holes_belong_to_no_lane():
-    batch = make_batch((3, 5))
-    layout = Layout.suffix(batch.mask, 2)
-    assert layout.gather(batch.mask & (batch.mask.cumsum(1) > 2)).tolist() == [[True, True, True], [True, True, True]]
-    assert (layout.lane == 0).tolist() == [[True, False, False], [True, True, True]]
-    assert layout.covers(batch.select("last")) and not layout.covers(batch.select("all"))
-    with pytest.raises(errors.PlanError, match="8 chosen tokens of which 4 are computed"):
-        layout.find(0, batch.select("all"))
+def test_what_is_kept_of_a_prefix_does_not_grow_with_the_prompts(vlm, eager_to_share):
+    batch = vlm.batch(WORDS, GREY)
+    prefix = vlm.share(batch)
+    apart, packed = vlm.prefill(batch), vlm.prefill(batch, prefix)
+    per_token = apart.bytes // batch.mask.numel()
+    assert packed.bytes == per_token * (len(prefix) + int(batch.mask.sum()) - len(WORDS) * len(prefix))
 
 
 class TestWhenItIsUsed:
@@ -128,8 +126,8 @@ class TestWhenItIsUsed:
         found = gl.collect(vlm, WORDS, GREY, batch_size=2, progress=False)
         close(found.states, plain)
         (first, *rest) = widths
-        assert first[0] == 1 and [rows for rows, _ in rest] == [2, 2]
-        assert all(tokens < whole / 2 for _, tokens in rest)
+        assert first[0] == 1 and [rows for rows, _ in rest] == [1, 1]
+        assert all(tokens < whole for _, tokens in rest)
 
     def test_not_where_the_image_is_read_or_edited(self, vlm, widths, basis):
         batch = vlm.batch(WORDS, GREY)
@@ -169,8 +167,8 @@ class TestWhenItIsUsed:
 
     def test_never_where_the_self_check_fails(self, vlm, eager_to_share, monkeypatch):
         batch = vlm.batch(WORDS, GREY)
-        monkeypatch.setitem(vlm.__dict__, "_trials", lanes.Trials(vlm._engine))
-        monkeypatch.setattr(lanes, "agree", lambda mine, expected: False)
+        monkeypatch.setitem(vlm.__dict__, "_trials", trials.Trials(vlm._engine))
+        monkeypatch.setattr(trials, "agree", lambda mine, expected: False)
         assert vlm.share(batch) is None
         assert vlm._trials.flaws["prefixes", True] == "prompts that continue from a common beginning have other states than on their own"
         run = vlm.run(batch, [iv.nothing, iv.nothing])

@@ -13,9 +13,11 @@ from scipy.special import log_softmax, rel_entr
 import guardlens as gl
 from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.scores import RefusalLogOdds, kl, refusal_logodds
+from guardlens.intervals import bootstrap
+from guardlens.scores import AnswerKL, AnswerLogProb, RefusalLogOdds, kl, refusal_logodds
 from guardlens.sites import Site
 from guardlens.sweeps import Sweep
+from tests import reference
 
 GREY = presentations.blank("grey", 32)
 QUERIES = (*gl.organism.queries("test")[:3], *gl.organism.queries("test")[-2:])
@@ -96,20 +98,58 @@ def test_placebos_move_as_much_elsewhere(swept):
 
 def test_columns_name_every_cell(swept):
     frame = swept.frame
-    assert list(frame.columns) == ["plan", "arm", "layers", "layer", "strength", "query", "label", "score", "value", "base"]
+    assert list(frame.columns) == ["plan", "arm", "layers", "layer", "strength", "query", "label", "cluster", "score", "value", "base"]
     assert not frame.duplicated(["plan", "arm", "layers", "strength", "query", "score"]).any()
     assert dict(zip(frame["query"], frame["label"], strict=True)) == {query.id: query.label for query in QUERIES}
     assert set(frame["strength"]) == {0.5, -1.0} and set(frame["plan"]) == {"edit"}
 
 
 def test_batch_size_lanes_and_progress_do_not_matter(vlm, plan, swept, capsys, monkeypatch):
-    monkeypatch.setattr("guardlens.sweeps.ROWS", 12)
+    monkeypatch.setattr("guardlens.ways.TOKENS", 12)
     again = gl.sweep(vlm, plan, QUERIES, GREY, layers=[2, 6], strengths=STRENGTHS, batch_size=5, progress=True)
-    assert "sweep, 8 cells, blank grey" in capsys.readouterr().out
+    assert "sweep, 8 cells, blank grey" in capsys.readouterr().err
     for layer in (2, 6):
         for score in ("kl", "refusal_logodds"):
             where = {"arm": "placebo 0", "layer": layer, "strength": 0.5, "score": score}
             np.testing.assert_allclose(cell(again, **where), cell(swept, **where), atol=1e-4)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "always"])
+def test_scores_of_an_answer_are_those_of_raw_hooks_on_prompts_and_answers(vlm, basis, batch, phase):
+    """Log-probability of a text, and KL along the model's own answer: each token after the hooked ones before it."""
+    text, (V,) = "sorry , i can not", (basis.at(5).T @ basis.at(5),)
+    scores, plan = [AnswerLogProb(text), kl, AnswerKL(tokens=4)], iv.amplify(basis, 8.0).during(phase)
+    found = gl.sweep(vlm, plan, QUERIES, GREY, scores=scores, layers=[5], placebos=0, progress=False)
+    assert found.facts["layout"] == ["plain"] and found.facts["units"]["answer_logprob"] == "log p('sorry , i can not') (nats)"
+    own = reference.generate(vlm.hf, batch.inputs, 5, lambda h: h, "always", 4)
+    given = torch.tensor(vlm.tokenizer(text, add_special_tokens=False)["input_ids"]).expand(len(QUERIES), -1)
+    width = batch.mask.shape[1]
+
+    def after(tokens, edited):
+        def hook(out):
+            out, until = out.clone(), None if phase == "always" else width
+            out[:, width - 1 : until] += 8.0 * out[:, width - 1 : until] @ V
+            return out
+
+        ids = torch.cat([batch.inputs["input_ids"], tokens], dim=1)
+        inputs = batch.inputs | {"input_ids": ids, "attention_mask": torch.cat([batch.mask.long(), torch.ones_like(tokens)], dim=1)}
+        logits = reference.with_hooks(vlm.hf, inputs, edits={5: hook} if edited else {})
+        return log_softmax(logits[:, width - 1 : -1].double().numpy(), axis=-1)
+
+    expected = np.take_along_axis(after(given, True), given.numpy()[..., None], axis=2)[..., 0].sum(1)
+    np.testing.assert_allclose(cell(found, score="answer_logprob"), expected, atol=1e-3)
+    log_q, log_p = after(own, True), after(own, False)
+    ended = (own == vlm.hf.generation_config.eos_token_id).int()
+    real = (ended.cumsum(1) - ended == 0).numpy()
+    expected = (rel_entr(np.exp(log_p), np.exp(log_q)).sum(-1) * real).sum(1) / real.sum(1)
+    np.testing.assert_allclose(cell(found, score="answer_kl"), expected, atol=1e-3, rtol=1e-3)
+    assert np.abs(found.where(score="answer_kl").columns["base"]).max() < 1e-6 < expected.min()
+
+
+def test_an_answer_that_the_tokenizer_does_not_know_is_refused(vlm, plan):
+    for text in ("", "flibbertigibbet"):
+        with pytest.raises(errors.ModelError, match="that the tokenizer does not know"):
+            gl.sweep(vlm, plan, QUERIES, scores=[AnswerLogProb(text)], layers=[4], progress=False)
 
 
 def test_groups_of_layers_are_edited_together(vlm, plan, batch):
@@ -154,6 +194,21 @@ def test_summary_is_the_mean_change_of_each_cell(swept):
         assert row.change == pytest.approx((part["value"] - part["base"]).mean(), abs=1e-9)
         assert row.n == {"harmful": 3, "harmless": 2}[row.label]
         assert row.low - 1e-9 <= row.change <= row.high + 1e-9
+
+
+def test_intervals_resample_clusters_of_queries(swept):
+    changes, clusters = np.array([0.0, 1.0, 4.0, 5.0, 9.0, 10.0]), np.repeat(["a", "b", "c"], 2)
+    rows = [
+        {"plan": "edit", "arm": "edit", "layers": "3", "layer": 3, "strength": 1.0, "query": f"q{5 - i}", "label": "harmful"}
+        | {"cluster": cluster, "score": "kl", "value": 7.0 + change, "base": 7.0}
+        for i, (change, cluster) in enumerate(zip(changes, clusters, strict=True))
+    ]
+    (found,) = Sweep.from_rows(rows).summary().itertuples()
+    expected = bootstrap(lambda chosen: changes[chosen].mean(), 6, clusters)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high)) and found.n == 6
+    alone = bootstrap(lambda chosen: changes[chosen].mean(), 6)
+    assert found.high - found.low > 1.2 * (alone.high - alone.low)
+    assert {q.id: q.cluster for q in QUERIES} == dict(zip(swept.columns["query"], swept.columns["cluster"], strict=True))
 
 
 def hand_made(effects, strengths=(1.0,), **more):

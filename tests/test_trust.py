@@ -112,11 +112,12 @@ class TestWhoseItIs:
                 model.hf(input_ids=one[:, -1:], past_key_values=caches[0], use_cache=True)
 
 
-def test_a_decode_step_that_needs_the_prompt_runs_as_tiles(vlm):
+def test_a_decode_step_that_needs_the_prompt_has_it(vlm):
     batch = vlm.batch(WORDS, GREY)
     plan = iv.swap(iv.State(layer=0, positions="instruction")).at(layers=[1]).during("decode")
-    run = vlm.run(batch, [iv.nothing, plan])
-    assert (run.layout, run.why) == ("tile", "the positions 'instruction' are edited or read")
+    close(vlm.run(batch, [iv.nothing, plan]).logits, vlm.run(batch, [iv.nothing, plan], layout="tile").logits)
+    whole, kept = (vlm.run(prompts, [plan], new_tokens=6).tokens for prompts in (batch, vlm.prefill(batch)))
+    assert torch.equal(whole, kept)
 
 
 def test_the_unembedding_is_read_without_logits(vlm):

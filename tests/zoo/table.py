@@ -18,7 +18,10 @@ CAPABILITIES = {
     "keys and values": "`hook_k` and `hook_v`",
     "values as mixed": "`hook_pattern` times `hook_v` is `hook_z`, so that attribution can split heads by source",
     "generation without a cache": "the same tokens with `use_cache=False`",
-    "branches": "several plans for the last token ride in one forward (`Run.layout`), exact to 1e-5; elsewhere as copies of the batch",
+    "branches": "plans for the ends of the prompts ride in one forward (`Run.layout`), exact to 1e-5; elsewhere as copies of the batch",
+    "forks": "plans that can't go on from the unedited run at the first block that they touch, exact to 1e-5",
+    "answers": "answers are generated behind kept prompts",
+    "forced answers": "an answer of yours can be scored token by token (`Prefill.answering`)",
     "projector": "one module whose output enters the language model, at `projector.hook_out`",
     "processor": "`gl.load` of a saved directory finds the processor without torchvision",
 }

@@ -1,0 +1,173 @@
+"""What branches, prefixes, forks and answers rest on, measured on each model before it is trusted."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from guardlens.batches import Batch
+from guardlens.engine import Engine
+from guardlens.errors import GuardlensError, ModelError
+from guardlens.interventions import Context, Custom, Intervention, Step, nothing
+from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
+from guardlens.prefixes import Prefix, Stem, prefix_of, stem_of
+from guardlens.runs import agree
+from guardlens.sites import Positions, Site
+
+Made = TypeVar("Made")
+
+
+class Disagreement(Exception):
+    """A cheaper way to compute something gave something else."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """The cheaper ways of one model, compared with whole runs before they are trusted.
+
+    Attributes:
+        engine: The model.
+        flaws: What was found, of prompts with and without images apart: why branches (prefixes, forks, answers) don't hold; empty where
+            they do.
+        widest: The most columns behind which branches have been compared, of either kind of prompt.
+    """
+
+    engine: Engine
+    flaws: dict[tuple[str, bool], str] = field(default_factory=dict)
+    widest: dict[bool, int] = field(default_factory=dict)
+
+    def stem(self, batch: Batch, prefix: Prefix | None) -> tuple[Stem, Float[Tensor, "query vocab"]] | None:
+        """The prompts, kept, and their logits; None where branches of them differ from whole runs, edited or unedited."""
+        return self._tried(("branches", batch.beside_image), lambda: self._stem(batch, prefix))
+
+    def prefix(self, first: Batch, length: int, two: Callable[[], Batch]) -> Prefix | None:
+        """The first tokens of one prompt; None where prompts that continue from it (`two`) have other states than on their own."""
+        return self._tried(("prefixes", first.beside_image), lambda: self._prefix(first, length, two))
+
+    def forks(self, batch: Batch) -> bool:
+        """Whether runs that begin at a later block are whole runs."""
+        return self._holds(("forks", batch.beside_image), lambda: self._forks(batch))
+
+    def answers(self, stem: Stem) -> bool:
+        """Whether answers behind what is kept of the prompts are those of whole prompts."""
+        return self._holds(("answers", stem.batch.beside_image), lambda: self._answers(stem))
+
+    def require_answers(self, batch: Batch, plain: Float[Tensor, "query vocab"]) -> None:
+        """Refuse answers behind prompts where the prompts would see them: of models without branches, which alone rest on that.
+
+        Raises:
+            ModelError: As said.
+        """
+        what = ("prompts before answers", batch.beside_image)
+        if not self._holds(what, lambda: self._sees_no_answer(batch, plain)):
+            raise ModelError(
+                f"a model whose prompts see the answers behind them ({self.flaws[what]})",
+                "one that reads from left to right",
+                "score the prompt's last token, or generated answers",
+            )
+
+    def _sees_no_answer(self, batch: Batch, plain: Float[Tensor, "query vocab"]) -> bool:
+        found = run_tiles(self.engine, batch, [nothing], (), "answer", {}).logits
+        assert found is not None
+        _require_agreement(found[:, :, 0], plain, "logits at the prompt's last token depend on what follows")
+        return True
+
+    def _holds(self, what: tuple[str, bool], check: Callable[[], bool]) -> bool:
+        """Whether it was found to hold, now or before."""
+        if what not in self.flaws:
+            self._tried(what, check)
+        return not self.flaws[what]
+
+    def _tried(self, what: tuple[str, bool], make: Callable[[], Made]) -> Made | None:
+        if self.flaws.get(what):
+            return None
+        try:
+            made = make()
+        except (GuardlensError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a foreign model or cache may fail in any way, and the table must say so
+            self.flaws[what] = str(error) if isinstance(error, Disagreement) else f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+        self.flaws.setdefault(what, "")
+        return made
+
+    def _stem(self, batch: Batch, prefix: Prefix | None) -> tuple[Stem, Float[Tensor, "query vocab"]]:
+        engine = self.engine
+        if prefix is None:
+            stem, logits = stem_of(engine.decoder, batch, engine.last_logits)
+        else:
+            own = prefix.own()
+            run, stem = run_tails(engine, own.stem(batch), own.rest(batch), [nothing], (), "last", {}, keep=True)
+            logits = run.logits[0]  # type: ignore[index]
+        branches, width = partial(self._branches, stem), batch.mask.shape[1]
+        if width > self.widest.get(batch.beside_image, 0):  # a window or a chunk shows only in prompts that are longer than it
+            _require_agreement(branches([nothing, nothing]), logits, "branches without an edit differ from the plain run")
+            self.widest[batch.beside_image] = width
+        if ("branches", batch.beside_image) not in self.flaws:
+            edited, whole = branches([_push("last"), nothing, _push("last")]), self._whole(batch, [_push("last")])
+            _require_agreement(edited[::2], whole[0], "an edited branch differs from an edited run")
+            _require_agreement(edited[1:2], logits, "an edited branch changes the one beside it")
+        return stem, logits
+
+    def _branches(self, stem: Stem, plans: Sequence[Intervention]) -> Float[Tensor, "lane query vocab"]:
+        found = run_tails(self.engine, stem, stem.batch.select("last"), plans, (), "last", {})[0].logits
+        assert found is not None
+        return found
+
+    def _whole(self, batch: Batch, plans: Sequence[Intervention]) -> Float[Tensor, "lane query vocab"]:
+        found = run_tiles(self.engine, batch, plans, (), "last", {}).logits
+        assert found is not None
+        return found
+
+    def _prefix(self, first: Batch, length: int, two: Callable[[], Batch]) -> Prefix:
+        made = prefix_of(self.engine.decoder, first, length, self.engine.last_logits)
+        if ("prefixes", first.beside_image) not in self.flaws:
+            pair, site = two(), Site()
+            shared = made.begins(pair)
+            assert shared is not None
+            run, _ = run_tails(self.engine, shared.stem(pair), shared.rest(pair), [nothing], [site], None, {})
+            whole = run_tiles(self.engine, pair, [nothing], [site], None, {}).reads[site]
+            same = "prompts that continue from a common beginning have other states than on their own"
+            _require_agreement(run.reads[site], whole[0], same)
+        return made
+
+    def _forks(self, batch: Batch) -> bool:
+        plan = _push("all", self.engine.cfg.n_layers // 2)
+        forked = run_forks(self.engine, batch, [plan], (), "last", {}).logits
+        _require_agreement(forked, self._whole(batch, [plan])[0], "a run that begins at a later block differs from a whole run")
+        return True
+
+    def _answers(self, stem: Stem) -> bool:
+        taken: list[Tensor] = []
+
+        def noted(ids: Tensor, scores: Tensor) -> Tensor:
+            taken.append(scores)
+            return scores
+
+        options: dict[str, Any] = {"logits_processor": [noted]}
+        run_answers(self.engine, stem, [nothing], (), {}, new_tokens=3, generation=options)
+        run_tiles(self.engine, stem.batch, [nothing], (), "last", {}, new_tokens=3, generation=options)
+        half = len(taken) // 2
+        same = "answers behind what is kept of the prompts differ from those of whole prompts"
+        _require_agreement(torch.stack(taken[:half])[None], torch.stack(taken[half:]), same)
+        return True
+
+
+def _require_agreement(mine: Tensor | None, expected: Tensor, what: str) -> None:
+    if mine is None or not agree(mine, expected):
+        raise Disagreement(what)
+
+
+def _pushed(states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
+    direction = torch.ones_like(states)
+    direction[:, ::2] = -1
+    return states + states.norm(dim=-1, keepdim=True) * direction / states.shape[-1] ** 0.5
+
+
+def _push(positions: Positions, layer: int = 0) -> Intervention:
+    """What shows whether an edited lane gives what an edited run gives: a push as long as the state itself."""
+    return Intervention((Step(Custom(_pushed), Site(layers=(layer,), positions=positions)),))
