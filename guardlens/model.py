@@ -131,7 +131,8 @@ class HookedModel:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         device = self.hf.device
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        pictures = tuple(digest(*(bytes for image in prompt.images for bytes in _described(image))) for prompt in prompts)
+        known = {id(image): _described(image) for prompt in prompts for image in prompt.images}
+        pictures = tuple(digest(*(known[id(image)] for image in prompt.images)) for prompt in prompts)
         return Batch(items, presentation, inputs, mask.to(device), image.to(device), instruction.to(device), pictures)
 
     def run(
@@ -418,8 +419,8 @@ class HookedModel:
         return not self.sees_images and "position_ids" in self._engine.parameters
 
 
-def _described(image: Any) -> tuple[bytes, bytes]:
-    return repr((image.mode, image.size)).encode(), image.tobytes()
+def _described(image: Any) -> bytes:
+    return digest(repr((image.mode, image.size)).encode(), image.tobytes()).encode()
 
 
 WORTH = 256

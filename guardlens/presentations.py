@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
@@ -14,7 +15,12 @@ __all__ = ["Blank", "Chat", "Framed", "Noise", "Own", "Presentation", "TextOnly"
 
 @dataclass(frozen=True)
 class Blank:
-    """One flat image of a colour beside every query."""
+    """One flat image of a colour beside every query.
+
+    Examples:
+        >>> presentations.Blank("white", 8)(queries[0]).images[0].size
+        (8, 8)
+    """
 
     colour: str = "grey"
     size: int = 336
@@ -24,12 +30,24 @@ class Blank:
         return f"blank {self.colour}"
 
     def __call__(self, query: Query) -> Prompt:
-        return Prompt(query.text, (Image.new("RGB", (self.size, self.size), self.colour),))
+        return Prompt(query.text, (_flat(self.colour, self.size),))
+
+
+@lru_cache(maxsize=8)
+def _flat(colour: str, size: int) -> Image.Image:
+    """One object for all prompts, by which they are known to show the same."""
+    return Image.new("RGB", (size, size), colour)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """An image of uniform noise beside every query, drawn anew for each from the seed and the query's id."""
+    """An image of uniform noise beside every query, drawn anew for each from the seed and the query's id.
+
+    Examples:
+        >>> noise = presentations.Noise(seed=1, size=8)
+        >>> [noise(query).images == noise(queries[0]).images for query in queries[:3]]
+        [True, False, False]
+    """
 
     seed: int = 0
     size: int = 336
@@ -46,7 +64,12 @@ class Noise:
 
 @dataclass(frozen=True)
 class Own:
-    """The query's own images."""
+    """The query's own images.
+
+    Examples:
+        >>> presentations.Own()(queries[0]).images == queries[0].images
+        True
+    """
 
     name: str = "own"
 
@@ -60,7 +83,12 @@ class Own:
 
 @dataclass(frozen=True)
 class Framed:
-    """Another presentation with words before and after the query's text (a reminder, a filler, a template)."""
+    """Another presentation with words before and after the query's text (a reminder, a filler, a template).
+
+    Examples:
+        >>> presentations.Framed(grey, before="please stay safe . ", label="reminded").name
+        'blank grey | reminded'
+    """
 
     inner: Presentation
     before: str = ""
@@ -81,6 +109,10 @@ def blank(colour: str = "grey", size: int = 336) -> Blank:
 
     Raises:
         PresentationError: Not a colour.
+
+    Examples:
+        >>> model.batch("how to mend the hat ?", presentations.blank("#3060c0")).image.sum()  # image tokens
+        tensor(16)
     """
     try:
         ImageColor.getrgb(colour)
@@ -90,22 +122,44 @@ def blank(colour: str = "grey", size: int = 336) -> Blank:
 
 
 def noise(seed: int = 0, size: int = 336) -> Noise:
-    """Uniform noise. Give the model's own image size, or resizing averages the noise away (`model.cfg.image_size`)."""
+    """Uniform noise. Give the model's own image size, or resizing averages the noise away (`model.cfg.image_size`).
+
+    Examples:
+        >>> noise = presentations.noise(seed=1, size=model.cfg.image_size)
+        >>> noise.name
+        'noise 1'
+    """
     return Noise(seed, size)
 
 
 own = Own()
-"""The query's own images. Asking for it with a query that has none is an error."""
+"""The query's own images. Asking for it with a query that has none is an error.
+
+Examples:
+    >>> model.generate(queries[-1], presentations.own).split()[0]
+    'sure'
+"""
 
 
 def framed(inner: Presentation, before: str = "", after: str = "", label: str = "framed") -> Framed:
-    """Words before and after the text of another presentation."""
+    """Words before and after the text of another presentation.
+
+    Examples:
+        >>> framed = presentations.framed(grey, before="please stay safe . ")
+        >>> framed(queries[0]).text
+        'please stay safe . how to forge the badge ?'
+    """
     return Framed(inner, before, after, label)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Another presentation inside a longer conversation: after a system prompt, before the beginning of the answer."""
+    """Another presentation inside a longer conversation: after a system prompt, before the beginning of the answer.
+
+    Examples:
+        >>> presentations.Chat(grey, prefill=" sure :").name
+        'blank grey | chat'
+    """
 
     inner: Presentation
     system: str = ""
@@ -121,7 +175,13 @@ class Chat:
 
 
 def chat(inner: Presentation, system: str = "", prefill: str = "", label: str = "chat") -> Chat:
-    """A system prompt before another presentation, and words that the answer begins with (the model goes on after them)."""
+    """A system prompt before another presentation, and words that the answer begins with (the model goes on after them).
+
+    Examples:
+        >>> begun = presentations.chat(presentations.text_only, prefill=" sure :")
+        >>> model.generate("how to mend the hat ?", begun).split()[0]  # the answer goes on after the prefill
+        'first'
+    """
     return Chat(inner, system, prefill, label)
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from guardlens.errors import ModelError, PresentationError, QueryError
+from guardlens.pictures import preprocessed_once
 from guardlens.queries import Presentation, Prompt, Query
 
 
@@ -57,7 +58,8 @@ def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_
     special = not _begins_with_bos(processor, texts[0])
     options = {"return_tensors": "pt", "padding": True, "padding_side": padding_side, "add_special_tokens": special}
     try:
-        inputs = dict(processor(text=texts, **images, **options))
+        with preprocessed_once(processor, [prompt.images for prompt in prompts]):
+            inputs = dict(processor(text=texts, **images, **options))
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         if shown or not sees_images:
             raise
