@@ -19,7 +19,7 @@ PYTHONS := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test peers check docs figures
+.PHONY: help setup demo test peers check docs site figures
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
@@ -41,9 +41,17 @@ peers: $(TEST) $(PEERS) ## compare with TransformerLens, which it installs besid
 check: $(LINT) ## lint, formatting, types, and which module may import which; all of them, also if one fails
 	@failed=0; for step in "ruff check ." "ruff format --check ." pyright "lint-imports --no-logo"; do $(BIN)/$$step || failed=1; done; exit $$failed
 
-docs: $(DOCS) ## build the documentation into site/
+docs: $(DOCS) ## execute the tutorials that changed, then build the documentation into site/
+	@echo "... executing the tutorials, into docs/tutorials"
+	@$(BIN)/python -m analyses.tutorials --out docs/tutorials
 	@echo "... building the documentation into site/"
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/python -m zensical build --clean --strict
+	@echo "... checking that Material for MkDocs builds it too"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir $(VENV)/material
+
+site: docs $(TEST) ## build the documentation, then test it: links, figures, formulae, an entry for every public name
+	@echo "... testing the documentation"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m site tests/test_site.py $(ARGS)
 
 figures: $(CORE) ## run the demo and copy its figures to docs/figures
 	@echo "... running guardlens demo, then copying its figures to docs/figures"

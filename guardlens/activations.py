@@ -1,8 +1,9 @@
 """Hidden states as data: the whole tensors of one run (`ActivationCache`) and one vector per query and layer (`Activations`)."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from guardlens import notebooks
 from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError
-from guardlens.queries import Query
+from guardlens.queries import Query, counted
 from guardlens.sites import HOOKS, Point, parse
 from guardlens.storage import Provenance, load_tensors, save_tensors
+from guardlens.stores import KIND, TENSOR, states_in
 
 Components = Float[Tensor, "component batch seq d"]
 
@@ -32,8 +35,14 @@ class ActivationCache(Mapping[str, Tensor]):
         to_logits: Final norm and unembedding, for the logit lens.
         residual_scale: What the model multiplies attention and MLP by before it adds them.
 
-    Example:
-        `cache["blocks.5.hook_resid_post"]`, `cache["resid_post", 5]` and `cache["resid_post", -1]` (the last layer).
+    Examples:
+        >>> logits, cache = model.run_with_cache("how to mend the hat ?", grey)
+        >>> cache["blocks.5.hook_resid_post"].shape  # batch, token, d_model; the same as cache["resid_post", 5]
+        torch.Size([1, 27, 128])
+        >>> cache["z", -1].shape  # of the last layer: batch, token, head, d_head
+        torch.Size([1, 27, 4, 32])
+        >>> cache.logit_lens().shape  # layer, batch, vocabulary
+        torch.Size([8, 1, 251])
     """
 
     def __init__(
@@ -72,7 +81,13 @@ class ActivationCache(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def stack(self, hook: str) -> Float[Tensor, "layer batch seq d"]:
-        """One hook of every layer that the cache holds."""
+        """One hook of every layer that the cache holds.
+
+        Examples:
+            >>> _, cache = model.run_with_cache("how to mend the hat ?")
+            >>> cache.stack("mlp_out").shape
+            torch.Size([8, 1, 11, 128])
+        """
         name = parse(hook).hook
         layers = [tensor for point, tensor in self._tensors.items() if point.hook == name]
         if not layers:
@@ -90,6 +105,12 @@ class ActivationCache(Mapping[str, Tensor]):
 
         Returns:
             The states, and their names: `0_pre`, `0_mid`, ..., `final_post`.
+
+        Examples:
+            >>> _, cache = model.run_with_cache("how to mend the hat ?")
+            >>> states, names = cache.accumulated_resid()
+            >>> len(states), names[0], names[-1]
+            (9, '0_pre', 'final_post')
         """
         stop = self._n_layers if layer is None else layer
         wanted = [(f"{i}_{where}", f"resid_{where}", i) for i in range(stop) for where in ("pre", "mid") if incl_mid or where == "pre"]
@@ -102,6 +123,14 @@ class ActivationCache(Mapping[str, Tensor]):
         Returns:
             The terms, and their names: `embed` (all that enters the first block: tokens, images, learned positions), `0_attn_out`,
             `0_mlp_out`, ...; `0_between` is what a family adds between two blocks (DeepStack), and `0_rest` what a block does besides.
+
+        Examples:
+            >>> _, cache = model.run_with_cache("how to mend the hat ?")
+            >>> terms, names = cache.decompose_resid()
+            >>> names[:3]
+            ['embed', '0_attn_out', '0_mlp_out']
+            >>> torch.allclose(terms.sum(dim=0), cache["resid_post", -1], atol=1e-3)
+            True
         """
         stop = self._n_layers if layer is None else layer
         terms = {"embed": self["resid_pre", 0]}
@@ -161,17 +190,28 @@ class Activations:
     """One state per query and layer.
 
     Attributes:
-        states: The states, float32.
+        states: The states, in float32 (or bfloat16, if they were collected so); of a file, mapped into memory.
         layers: The layer that each index of the second axis is.
         queries: The query that each index of the first axis is (images left out when saved).
         hook: The hook that was read.
         positions: The tokens that were read (averaged where several).
         presentation: The name of the presentation.
         provenance: Model, template, versions, date.
+        checked: Whether all states are known to be finite, as those of a file are.
 
     Raises:
         NumericsError: A state is NaN or infinite; layer and query are named.
         MismatchError: As many queries or layers as axes are expected.
+
+    Examples:
+        >>> text.states.shape  # query, layer, d_model
+        torch.Size([200, 8, 128])
+        >>> harmful, harmless = text.pairs()
+        >>> (text.at(5)[harmful] - text.at(5)[harmless]).shape  # the paired differences at layer 5
+        torch.Size([100, 128])
+        >>> text.save("text.safetensors")
+        >>> gl.Activations.load("text.safetensors")
+        Activations(resid_post at 'last', 'text', 200 queries, 8 layers, d_model 128)
     """
 
     states: Float[Tensor, "query layer d_model"]
@@ -181,15 +221,17 @@ class Activations:
     positions: Any = "last"
     presentation: str = "text"
     provenance: Provenance = field(default_factory=Provenance)
+    checked: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
         if self.states.shape[:2] != (len(self.queries), len(self.layers)):
             raise MismatchError(
                 f"states of shape {tuple(self.states.shape)} for {len(self.queries)} queries and {len(self.layers)} layers",
                 "one state per query and layer",
                 "index states, queries and layers together",
             )
-        require_finite(self.states, self.queries, self.layers)
+        if not checked:
+            require_finite(self.states, self.queries, self.layers)
 
     @property
     def harmful(self) -> Bool[np.ndarray, "query"]:
@@ -233,33 +275,77 @@ class Activations:
             raise SiteError(f"layer {layer}", f"one of {list(self.layers)}", "collect it, or choose one of these")
         return self.states[:, self.layers.index(layer)]
 
+    def select(self, which: Iterable[int] | Int[np.ndarray, "chosen"] | Bool[np.ndarray, "query"]) -> "Activations":
+        """The same of some queries alone, or of queries drawn anew.
+
+        Args:
+            which: Indices in the order wanted, or a mask. A query that is taken several times counts as often, and so does its pair:
+                `directions.ssd(fit.select(np.concatenate([chosen, chosen + n])))` is of a resample of its n pairs.
+
+        Raises:
+            QueryError: None is left.
+
+        Examples:
+            >>> text.select(text.harmful)
+            Activations(resid_post at 'last', 'text', 100 queries, 8 layers, d_model 128)
+        """
+        given = np.asarray(which if isinstance(which, np.ndarray) else list(which))
+        indices = given.nonzero()[0] if given.dtype == bool else given.astype(int)
+        if not len(indices):
+            raise QueryError("a selection without a single query", "at least one", "check the mask or the indices")
+        seen: Counter[int] = Counter()
+        queries = []
+        for index in indices.tolist():
+            query, again = self.queries[index], seen[index]
+            queries.append(replace(query, pair=f"{query.pair} ({again + 1})") if again and query.pair else query)
+            seen[index] += 1
+        return replace(self, states=self.states[torch.from_numpy(indices)], queries=tuple(queries))
+
     def __repr__(self) -> str:
         size = f"{len(self.queries)} queries, {len(self.layers)} layers, d_model {self.d_model}"
         return f"Activations({self.hook} at {self.positions!r}, {self.presentation!r}, {size})"
 
+    def _repr_html_(self) -> str:
+        named = {
+            "states": " x ".join(map(str, self.states.shape)) + " (query, layer, d_model)",
+            "queries": counted(self.queries),
+            "layers": notebooks.span(self.layers),
+            "presentation": self.presentation,
+            "hook": self.hook,
+            "positions": self.positions,
+            "model": self.provenance.model,
+        }
+        return notebooks.captioned(repr(self), notebooks.facts(named))
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        header = {f: getattr(self, f) for f in ("layers", "hook", "positions", "presentation")}
+        save_tensors(path, KIND, {TENSOR: self.states}, self.header)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Everything but the states and the queries' images, as JSON has it."""
+        facts = {f: getattr(self, f) for f in ("layers", "hook", "positions", "presentation")}
         queries = [{**asdict(replace(query, images=())), "images": ()} for query in self.queries]
-        save_tensors(path, "activations", {"states": self.states}, {**header, "queries": queries, "provenance": asdict(self.provenance)})
+        return {**facts, "queries": queries, "provenance": asdict(self.provenance)}
 
     @classmethod
     def load(cls, path: str | Path) -> "Activations":
-        """Read what `save` wrote.
+        """Read what `save` wrote, or `gl.collect(..., out=path)`. States are mapped into memory: only what is used is read from the disk.
 
         Raises:
-            StorageError: Not such a file.
+            StorageError: Not such a file or directory, or one that is not finished.
         """
-        tensors, header = load_tensors(path, "activations")
+        tensors, header = load_tensors(states_in(Path(path)) if Path(path).is_dir() else path, KIND)
         positions = header["positions"]
         return cls(
-            tensors["states"],
+            tensors[TENSOR],
             tuple(header["layers"]),
             tuple(Query(**{**query, "images": ()}) for query in header["queries"]),
             header["hook"],
             tuple(positions) if isinstance(positions, list) else positions,
             header["presentation"],
             Provenance(**header["provenance"]),
+            checked=True,
         )
 
 

@@ -57,6 +57,13 @@ class Attachment:
 
     Attributes:
         plan: What it changes.
+
+    Examples:
+        >>> handle = gl.attach(guard.at(layers=7), model.hf, model.processor)
+        >>> tokens = model.hf.generate(**model.batch(queries[1], grey).inputs, max_new_tokens=16)
+        >>> handle.remove()
+        >>> "sorry" in model.decode(tokens)[0]
+        True
     """
 
     def __init__(self, plan: Intervention, hf: Any, cfg: Architecture, twin: Callable[[Inputs], Inputs] | None) -> None:
@@ -217,8 +224,12 @@ def attach(plan: Intervention, hf: Any, processor: Any = None, *, twin: Callable
         PlanError: It needs what the tokens of a prompt don't tell (`"instruction"`, another presentation), or there is a guard already.
         ModelError: The text twin can't be had.
 
-    Example:
-        `with attach(Intervention.load("guard.safetensors"), hf, processor): hf.generate(**inputs)`
+    Examples:
+        >>> inputs = model.batch("how to mend the hat ?", grey).inputs  # what model.processor makes of a prompt
+        >>> with gl.attach(guard.at(layers=7), model.hf, model.processor) as handle:
+        ...     tokens = model.hf.generate(**inputs, max_new_tokens=16)
+        >>> handle.verdicts[0, 7]  # (step of the plan, layer) -> which prompts the gate opened for
+        tensor([False])
     """
     require_plan(plan)
     require_type(hf, nn.Module, ModelError, "hand in the model of transformers and its processor; of a HookedModel, its .hf and .processor")

@@ -12,18 +12,21 @@ Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits";
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
+from guardlens.batches import Batch
 from guardlens.components import Component, Terms, split
 from guardlens.directions import Directions
 from guardlens.errors import MismatchError, PresentationError, QueryError
 from guardlens.intervals import percentile, resample_counts
 from guardlens.model import HookedModel, Queries
+from guardlens.portions import Portion, joined, over_batches
+from guardlens.prefixes import Prefix
 from guardlens.progress import track
 from guardlens.queries import LABELS, Presentation, Query, as_queries, require_labels, text_only
 from guardlens.sites import Site
@@ -34,6 +37,9 @@ KEYS = ["direction", *Component._fields]
 
 CONTRAST = "harmful - harmless"
 
+LARGEST = 32
+"""Queries per forward where neither the user nor memory asks for fewer."""
+
 
 class Attribution(Table):
     """One row per presentation, query, direction and component: what the component adds to the query's coordinate. The rows sum to it.
@@ -42,6 +48,13 @@ class Attribution(Table):
 
     The first presentation is the LLM's. Components of the kinds `attn_rest`, `rest` and `between` that are nothing but rounding are left
     out.
+
+    Examples:
+        >>> parts = gl.attribute(model, ssd, queries, grey, layer=5)
+        >>> whole = parts.frame.groupby(["presentation", "query"])["value"].sum()["text"]
+        >>> states = gl.collect(model.llm, queries)
+        >>> bool(np.allclose(whole[[query.id for query in queries]], ssd.coordinates(states)[:, 5, 0], atol=1e-3))
+        True
     """
 
     kind: ClassVar[str] = "attribution"
@@ -90,24 +103,25 @@ class Attribution(Table):
         order = rows["value" if presentation == llm else "change"].abs().sort_values(ascending=False, kind="stable").index
         return rows.loc[order[:k]].drop(columns=["label", "direction"]).reset_index(drop=True)
 
-    def plot(self, label: str = CONTRAST, direction: int = 1, source: str | None = None, axes: Any = None) -> Any:
+    def plot(self, label: str = CONTRAST, direction: int = 1, source: str | None = None, ax: Any = None) -> Any:
         """What heads (a heat map) and all else (bars) write in each presentation, and what changes from the LLM to it.
 
         Args:
             label: Of which queries: `"harmful"`, `"harmless"`, or `"harmful - harmless"`.
             direction: Which direction; 1 is the first.
             source: Only what heads write from `"image"` or `"text"` tokens, where they were told apart.
-            axes: Where to draw, two per presentation and two per change; a new figure without it.
+            ax: Where to draw, two axes per presentation and two per change; a new figure without it.
         """
         import pandas as pd
 
         from guardlens import component_plots
+        from guardlens.figure_style import counted
 
         rows = self._chosen(label, direction)
         if source is not None:
             rows = rows[(rows["component"] != "head") | (rows["source"] == source)]
         llm, shown = rows["presentation"].iloc[0], label.replace(" - ", " − ")
-        written = f"{shown}\non $v_{{{direction}}}$ of layer {self.facts['layer']}"
+        written = f"{shown} ({counted(rows['n'])})\non $v_{{{direction}}}$ of layer {self.facts['layer']}"
         changes = rows[rows["presentation"] != llm]
         changes = changes.assign(
             **{"panel": changes["presentation"] + f" − {llm}", "unit": "change from the LLM"},
@@ -115,7 +129,8 @@ class Attribution(Table):
         )
         frame: Frame = pd.concat([rows.assign(panel=rows["presentation"], unit=written), changes])
         keys = ["panel", "unit", "component", "block", "head"]
-        return component_plots.component_maps(frame.groupby(keys, sort=False, as_index=False)[["value", "low", "high"]].sum(), axes=axes)
+        whole = {"value": "sum", "low": _of_one, "high": _of_one}
+        return component_plots.component_maps(frame.groupby(keys, sort=False, as_index=False).agg(whole), axes=ax)
 
     def _chosen(self, label: str, direction: int) -> Frame:
         rows = self.summary()
@@ -141,7 +156,7 @@ def attribute(
     *,
     layer: int | None = None,
     by_source: bool = False,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Attribution:
     """Split each query's coordinate on the directions of a layer exactly into what wrote it, in the LLM and in the VLM.
@@ -156,7 +171,8 @@ def attribute(
         presentations: One or several to compare with the text alone.
         layer: Whose direction, after whose block; None for the last layer that the directions have.
         by_source: Split each head by the tokens whose values it mixes: image or text. Needs eager attention.
-        batch_size: Queries per forward. With `by_source`, attention patterns of one block and logits of all tokens are in memory at once.
+        batch_size: Queries per forward; by default as many as free memory holds, at most 32. With `by_source`, attention patterns of one
+            block and logits of all tokens are in memory at once.
         progress: Show a bar.
 
     Raises:
@@ -166,8 +182,13 @@ def attribute(
         ModelError: `by_source` in a family whose heads mix something else than the values at the hook v.
         NumericsError: The parts do not sum to the coordinate.
 
-    Example:
-        `gl.attribute(model, ssd, queries, presentations.blank("grey"), layer=5).top(5)`
+    Examples:
+        >>> parts = gl.attribute(model, ssd, queries, grey, layer=5)
+        >>> parts
+        Attribution(layer 5, 31 components, 2 presentations, 2232 rows)
+        >>> most = parts.top(1).iloc[0]  # what changes most from the text to the image
+        >>> str(most["component"]), int(most["block"])
+        ('head', 5)
     """
     items, shown = as_queries(queries), [presentations] if isinstance(presentations, Presentation) else list(presentations)
     _require_usable(model, directions, items, shown)
@@ -175,14 +196,14 @@ def attribute(
     Site(layers=(layer,)).points(model.cfg.n_layers)
     vectors = directions.at(layer).double()
     runs = [(model.llm, text_only), *((model, presentation) for presentation in shown if presentation != text_only)]
-    parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     found: dict[str, Terms] = {}
     for hooked, presentation in runs:
-        title = f"attribute, {presentation.name}"
-        each = [
-            split(hooked, hooked.batch(part, presentation), layer, vectors, by_source) for part in track(parts, len(items), title, progress)
-        ]
-        found[presentation.name] = {component: torch.cat([terms[component] for terms in each]) for component in each[0]}
+        work = partial(_split, hooked, layer, vectors, by_source)
+        portions = over_batches(hooked, items, presentation, work, batch_size, most=LARGEST)
+        each = [*track(portions, len(items), f"attribute, {presentation.name}", progress)]
+        found[presentation.name] = {
+            component: joined([Portion(part.places, part.result[component]) for part in each], len(items)) for component in each[0].result
+        }
     facts = {
         "layer": layer,
         "directions": directions.method,
@@ -191,6 +212,12 @@ def attribute(
         "by_source": by_source,
     }
     return Attribution(_columns(_without_rounding(found), items, layer), facts, model.provenance)
+
+
+def _split(
+    model: HookedModel, layer: int, vectors: Float[torch.Tensor, "rank d_model"], by_source: bool, batch: Batch, prefix: Prefix | None
+) -> Terms:
+    return split(model, batch, layer, vectors, by_source, prefix)
 
 
 def _require_usable(model: HookedModel, directions: Directions, queries: Sequence[Query], shown: Sequence[Presentation]) -> None:
@@ -237,6 +264,11 @@ def _columns(found: Mapping[str, Terms], queries: Sequence[Query], layer: int) -
     columns |= {key: np.repeat([getattr(c, key) for _, c, _ in cells], rank * n) for key in Component._fields}
     columns["value"] = np.concatenate([value.T.ravel() for _, _, value in cells])
     return columns
+
+
+def _of_one(bounds: Frame) -> float:
+    """The bound of a single source; that of a sum of sources is not known."""
+    return float(bounds.iloc[0]) if len(bounds) == 1 else float("nan")
 
 
 Means = dict[str, tuple[Float[np.ndarray, "component"], Float[np.ndarray, "draw component"]]]

@@ -18,7 +18,7 @@ from guardlens.prefixes import Prefix
 from guardlens.progress import track
 from guardlens.queries import Presentation, Query, as_queries, text_only
 from guardlens.sites import Site
-from guardlens.stores import StateStore
+from guardlens.stores import StateStore, dtype_of
 
 LARGEST = 32
 """Queries per forward where neither the user nor memory asks for fewer."""
@@ -72,7 +72,7 @@ def collect(
         >>> heads.states.shape  # query, layer, heads x d_head
         torch.Size([200, 1, 128])
     """
-    items = as_queries(queries)
+    items, kept = as_queries(queries), dtype_of(dtype)
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
     about = (layers, items, site.hook, site.positions, presentation.name, model.provenance)
     store = None if out is None else StateStore(out, _configuration(model, items, presentation, intervention, site), len(items), dtype)
@@ -80,7 +80,7 @@ def collect(
 
     def states(batch: Batch, prefix: Prefix | None) -> Tensor:
         run = model.run(batch, intervention, read=[site], logits=None, prefix=prefix)
-        return on_host(run.reads[site][0]).to(getattr(torch, dtype))
+        return on_host(run.reads[site][0]).to(kept)
 
     portions = over_batches(model, [items[place] for place in todo], presentation, states, batch_size, most=LARGEST)
     portions = track(portions, len(todo), f"collect, {presentation.name}", progress)
@@ -117,10 +117,10 @@ def _configuration(
 
 
 def _digest(queries: Sequence[Query]) -> str:
+    """Of all that queries say, with the pixels of their images, or the paths."""
     found = hashlib.sha256()
     for query in queries:
-        found.update(repr((query, [image if isinstance(image, str | Path) else image.size for image in query.images])).encode())
+        found.update(repr(query).encode())
         for image in query.images:
-            if not isinstance(image, str | Path):
-                found.update(image.tobytes())
+            found.update(str(image).encode() if isinstance(image, str | Path) else repr(image.size).encode() + image.tobytes())
     return found.hexdigest()[:12]

@@ -19,6 +19,9 @@ from guardlens.tables import Frame, Table
 Measured = tuple[float, Float[np.ndarray, "draw"]]
 """A value, and the value in each resample."""
 
+Probes = dict[int, tuple[Bool[np.ndarray, "query"], Bool[np.ndarray, "query"]]]
+"""Layer -> which queries of a run a probe gets right: the run's own one, and the LLM's."""
+
 
 class Comparison(Table):
     """One row per metric, run and layer, with a 95 % interval, and the paired change against the LLM with its own.
@@ -33,6 +36,13 @@ class Comparison(Table):
     - `drift_along`, `drift_off`: how far a query's state moves from the LLM, along v1 (signed) and off it, in mean norms of the LLM's.
 
     `facts["bag_of_words"]` is the AUROC (value, low, high) of the words alone: a hidden state that does no better shows no understanding.
+
+    Examples:
+        >>> asked, shown = gl.collect(model.llm, queries), gl.collect(model, queries, grey)  # other queries than the directions'
+        >>> gap = gl.compare(asked, shown, ssd, draws=200)
+        >>> gap.summary().shape  # a row per layer, a column per metric and run
+        (8, 13)
+        >>> panels = gap.plot(["auroc", "drift_along"])
     """
 
     kind: ClassVar[str] = "comparison"
@@ -41,14 +51,14 @@ class Comparison(Table):
         """Metrics and runs as columns, a row per layer."""
         return self.frame.pivot_table(index="layer", columns=["metric", "run"], values="value", sort=False)
 
-    def plot(self, metrics: Sequence[str] = ("auroc", "midpoint_accuracy", "drift_along"), axes: Any = None) -> Any:
+    def plot(self, metrics: Sequence[str] = ("auroc", "midpoint_accuracy", "drift_along"), ax: Any = None) -> Any:
         """One panel per metric over the layers, one line with its interval per run."""
         from guardlens import plots
 
         frame = self.frame
         order = {metric: i for i, metric in enumerate(metrics)}
         frame = frame[frame["metric"].isin(order)].sort_values("metric", key=lambda names: names.map(order), kind="stable")
-        return plots.layer_curves(frame, axes=axes)
+        return plots.layer_curves(frame, axes=ax)
 
 
 def compare(llm: Activations, vlm: Activations | Sequence[Activations], directions: Directions, *, draws: int = 2000) -> Comparison:
@@ -65,6 +75,13 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
         QueryError: A label is missing, or there is only one class.
         MismatchError: The LLM's run shows an image; other queries, hook, layers or width; or directions of another model or hook.
         NumericsError: Too few groups of queries for five folds.
+
+    Examples:
+        >>> asked, shown = gl.collect(model.llm, queries), gl.collect(model, queries, grey)  # other queries than the directions'
+        >>> gap = gl.compare(asked, shown, ssd, draws=200)
+        >>> rows = gap.where(metric="midpoint_accuracy", layer=7).frame.set_index("run")
+        >>> bool(rows["value"]["LLM, text"] > rows["value"]["VLM, blank grey"])  # the threshold of the text serves less well
+        True
     """
     runs = [llm, *([vlm] if isinstance(vlm, Activations) else vlm)]
     require_labels(llm.queries)
@@ -77,7 +94,8 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
     groups = np.array([_group(query) for query in llm.queries])
     counts = resample_counts(len(groups), groups, draws)
     own: dict[tuple[str, int], Measured] = {}
-    rows = [row for run in runs for row in _rows(llm, run, directions, groups, counts, own)]
+    probed = zip(runs, _probes(runs, groups), strict=True)
+    rows = [row for run, probes in probed for row in _rows(llm, run, directions, probes, counts, own)]
     words = sep.bag_of_words_scores([query.text for query in llm.queries], llm.harmful, groups)
     surface = percentile(sep.auroc(words, llm.harmful), sep.bootstrap_auroc(words, llm.harmful, counts), len(groups))
     facts = {
@@ -90,19 +108,32 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
     return Comparison.from_rows(rows, facts=facts, provenance=llm.provenance)
 
 
+def _probes(runs: Sequence[Activations], groups: Shaped[np.ndarray, "query"]) -> list[Probes]:
+    """For each run, the LLM's first. All probes have the same folds, and the LLM's is trained once for all runs."""
+    labels, found = runs[0].harmful, [Probes() for _ in runs]
+    splits = sep.held_out(labels, groups)
+    for layer in runs[0].layers:
+        states = [run.at(layer).double().numpy() for run in runs]
+        transferred = sep.probe_correct(states[0], labels, splits, states)
+        within = [transferred[0], *(sep.probe_correct(mine, labels, splits, [mine])[0] for mine in states[1:])]
+        for probes, own, of_llm in zip(found, within, transferred, strict=True):
+            probes[layer] = own, of_llm
+    return found
+
+
 def _rows(
     llm: Activations,
     run: Activations,
     directions: Directions,
-    groups: Shaped[np.ndarray, "query"],
+    probes: Probes,
     counts: Int[np.ndarray, "draw query"],
     own: dict[tuple[str, int], Measured],
 ) -> Iterator[dict[str, Any]]:
     """The rows of one run. The LLM's own values, which come first, are kept in `own` for the changes of the others."""
     for layer in llm.layers:
-        for metric, (value, resampled) in _metrics(llm, run, layer, directions, groups, counts):
-            interval = percentile(value, resampled, len(groups))
-            change = _change((value, resampled), own.get((metric, layer)), len(groups))
+        for metric, (value, resampled) in _metrics(llm, run, layer, directions, probes, counts):
+            interval = percentile(value, resampled, counts.shape[1])
+            change = _change((value, resampled), own.get((metric, layer)), counts.shape[1])
             if run is llm:
                 own[metric, layer] = (value, resampled)
             yield {
@@ -120,7 +151,7 @@ def _rows(
 
 
 def _metrics(
-    llm: Activations, run: Activations, layer: int, directions: Directions, groups: np.ndarray, counts: np.ndarray
+    llm: Activations, run: Activations, layer: int, directions: Directions, probes: Probes, counts: np.ndarray
 ) -> Iterator[tuple[str, Measured]]:
     labels, first = run.harmful, directions.at(layer)[0].double().numpy()
     threshold = float(directions.midpoints[directions.index(layer)])
@@ -130,11 +161,8 @@ def _metrics(
     yield "d_prime", (sep.d_prime(scores, labels), sep.bootstrap_d_prime(scores, labels, counts))
     if np.isfinite(threshold):
         yield "midpoint_accuracy", _share((scores > threshold) == labels, counts)
-    within, _ = sep.probe_accuracy(states, labels, groups)
-    transferred = within if run is llm else sep.probe_accuracy(text, labels, groups, transfer=states)[1]
-    assert transferred is not None
-    yield "probe", _share(within, counts)
-    yield "transfer", _share(transferred, counts)
+    for name, correct in zip(("probe", "transfer"), probes[layer], strict=True):
+        yield name, _share(correct, counts)
     if run is not llm:
         cosine = sep.centroid_cosine(text, states, labels), sep.bootstrap_centroid_cosine(text, states, labels, counts)
         yield "centroid_cosine", cosine

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guardlens import artists
 from guardlens import figure_style as style
 from guardlens.errors import MismatchError
 
@@ -29,7 +30,7 @@ WHISKER: dict[str, Any] = {"color": style.INK, "linewidth": 0.9, "alpha": 0.7}
 
 
 @style.styled
-def component_maps(frame: DataFrame, axes: Iterable[Axes] | None = None) -> np.ndarray:
+def component_maps(frame: DataFrame, axes: Axes | Iterable[Axes] | None = None) -> np.ndarray:
     """What each component adds: above, heads by block as a heat map; below, over the same blocks, everything else as bars.
 
     Args:
@@ -69,15 +70,16 @@ def _panels_of_one_scale(grid: np.ndarray, rows: style.Rows, unit: str, blocks: 
         _bars(below, outside[outside["panel"] == name], blocks)
         below.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     if len(heads):
-        style.add_colour_bar(grid[0], unit, aspect=18, pad=0.03 / grid.shape[1])
+        style.add_colour_bar(grid[0], artists.with_dots(unit, inside), aspect=18, pad=0.03 / grid.shape[1])
 
 
 @style.styled
-def head_maps(frame: DataFrame, unit: str = "", axes: Iterable[Axes] | None = None) -> np.ndarray:
+def head_maps(frame: DataFrame, unit: str = "", axes: Axes | Iterable[Axes] | None = None) -> np.ndarray:
     """One number per head: a heat map of heads over blocks per panel, on one scale centred at 0.
 
     Args:
-        frame: Columns panel, block, head, value; nan and missing heads stay grey.
+        frame: Columns panel, block, head, value. An n column, if there, goes to the titles; with the columns low and high, heads whose
+            interval holds 0 have a dot. nan and missing heads stay grey.
         unit: What the values are; labels the colour bar.
         axes: Where to draw, one per panel; a new figure without it.
 
@@ -93,15 +95,16 @@ def head_maps(frame: DataFrame, unit: str = "", axes: Iterable[Axes] | None = No
     limit = float(np.nan_to_num(rows["value"].abs().max())) or 1.0
     panels = style.axes_for(axes, len(names), min(len(names), 2), height=0.9 + 0.24 * max(6, min(len(heads), 16)), share_y=True)
     for ax, name in zip(panels, names, strict=True):
-        _head_map(ax, rows[rows["panel"] == name], blocks, heads, limit)
-        ax.set_title(name)
+        panel = rows[rows["panel"] == name]
+        _head_map(ax, panel, blocks, heads, limit)
+        ax.set_title(f"{name}{style.of_items(panel)}")
         ax.set_xlabel("layer")
     panels[0].set_ylabel("head")
-    style.add_colour_bar(panels, unit, aspect=18, pad=0.03 / len(panels))
+    style.add_colour_bar(panels, artists.with_dots(unit, rows), aspect=18, pad=0.03 / len(panels))
     return panels
 
 
-def _grid(axes: Iterable[Axes] | None, panels: int, height: float) -> np.ndarray:
+def _grid(axes: Axes | Iterable[Axes] | None, panels: int, height: float) -> np.ndarray:
     if axes is not None:
         given = np.asarray(list(np.ravel(np.asarray(axes, object))), object)
         if len(given) < 2 * panels:
@@ -114,18 +117,9 @@ def _grid(axes: Iterable[Axes] | None, panels: int, height: float) -> np.ndarray
 
 
 def _head_map(ax: Axes, rows: style.Rows, blocks: np.ndarray, heads: np.ndarray, limit: float) -> None:
-    cells = rows.pivot(index="head", columns="block", values="value").reindex(index=heads, columns=blocks).to_numpy(float)
-    import matplotlib
-
-    few, colours = len(blocks) <= 12 and len(heads) <= 16, matplotlib.colormaps["RdBu_r"].with_extremes(bad=style.FAINT)
-    ax.pcolormesh(
-        np.arange(len(blocks) + 1) - 0.5, np.arange(len(heads) + 1) - 0.5, np.ma.masked_invalid(cells),
-        cmap=colours, vmin=-limit, vmax=limit, edgecolors="white", linewidth=1.0 if few else 0.2,
-    )  # fmt: skip
-    ax.set_xticks(*style.thinned(np.arange(len(blocks)), [str(block) for block in blocks]))
-    ax.set_yticks(*style.thinned(np.arange(len(heads)), [str(head) for head in heads]))
-    ax.spines[:].set_visible(False)
-    style.dressed(ax)
+    down, across = ("head", heads), ("block", blocks)
+    cells, unsure = artists.spread(rows, "value", down, across), artists.holding_zero(rows, down, across)
+    artists.heat_map(ax, cells, [str(block) for block in blocks], [str(head) for head in heads], limit, unsure, written=False)
 
 
 def _visible(rows: style.Rows) -> list[str]:

@@ -15,6 +15,7 @@ from guardlens.architectures import Architecture, names
 from guardlens.batches import Batch
 from guardlens.errors import ModelError, NumericsError
 from guardlens.model import HookedModel
+from guardlens.prefixes import Prefix
 from guardlens.sites import Point, Site
 
 NONE = -1
@@ -43,12 +44,23 @@ class Component(NamedTuple):
 Terms = dict[Component, Float[Tensor, "query rank"]]
 
 
-def split(model: HookedModel, batch: Batch, layer: int, vectors: Float[Tensor, "rank d_model"], by_source: bool) -> Terms:
-    """The coordinate of each query along each vector, term by term; checked against the sum."""
+def split(
+    model: HookedModel, batch: Batch, layer: int, vectors: Float[Tensor, "rank d_model"], by_source: bool, prefix: Prefix | None = None
+) -> Terms:
+    """The coordinate of each query along each vector, term by term; checked against the sum.
+
+    Args:
+        model: The model.
+        batch: The prompts.
+        layer: After whose block.
+        vectors: What to take coordinates along.
+        by_source: Split each head by the tokens whose values it mixes.
+        prefix: What the prompts begin with alike, computed.
+    """
     sites = {Point(hook, block): Site(hook, (block,)) for block in range(layer + 1) for hook in TERMS}
     computed = set(model.cfg.computed(batch.beside_image))
     sites = {point: site for point, site in sites.items() if point in computed or point.hook.startswith("resid")}
-    reads = model.run(batch, read=list(sites.values()), logits=None).reads
+    reads = model.run(batch, read=list(sites.values()), logits=None, prefix=prefix).reads
     states = {point: reads[site][0, :, 0] for point, site in sites.items()}
     images = _image_shares(model, batch, states) if by_source else {}
 
@@ -64,7 +76,7 @@ def split(model: HookedModel, batch: Batch, layer: int, vectors: Float[Tensor, "
         raise NumericsError(
             f"parts that miss the coordinate by {float(error):.0e} of the largest", "their exact sum", "report this: it is a bug"
         )
-    return {component: value.cpu() for component, value in terms.items()}
+    return dict(zip(terms, torch.stack([*terms.values()]).cpu(), strict=True))  # one copy from a GPU, not one per term
 
 
 def _block_terms(

@@ -49,9 +49,9 @@ class Subject:
         return tuple(image for image in self.images if isinstance(image, presentations.Blank))
 
 
-def organism_subject() -> Subject:
-    """The embedded model and its world."""
-    model = load("organism")
+def organism_subject(**options: Any) -> Subject:
+    """The embedded model and its world; options are handed to `guardlens.load`."""
+    model = load("organism", **options)
     note = (
         "The organism is a LLaVA of 1.5 million parameters, trained from scratch on a toy language; its gap came from visual tuning on "
         "harmless data alone. It proves mechanisms. It says nothing about models of useful size."
@@ -64,7 +64,7 @@ def organism_subject() -> Subject:
     )
 
 
-def own_subject(source: str, data: str | Path, new_tokens: int = 64, **options: Any) -> Subject:
+def own_subject(source: str, data: str | Path, new_tokens: int = 64, seed: int = 0, **options: Any) -> Subject:
     """A user's model and queries.
 
     Args:
@@ -72,6 +72,7 @@ def own_subject(source: str, data: str | Path, new_tokens: int = 64, **options: 
         data: A file for `read_queries`, every query labelled and in a pair. Half of the pairs make the directions, a quarter chooses,
             a quarter is the test; pairs and clusters never straddle.
         new_tokens: The longest answer.
+        seed: Of the split into halves and quarters.
         options: Handed to `guardlens.load`.
 
     Raises:
@@ -83,7 +84,7 @@ def own_subject(source: str, data: str | Path, new_tokens: int = 64, **options: 
     model = load(source, **options)
     if not model.sees_images:
         raise PresentationError(f"the text-only model {model.name}", "a vision-language model", "give --model one that takes images")
-    fit, validation, test = split(queries, (0.5, 0.25, 0.25))
+    fit, validation, test = split(queries, (0.5, 0.25, 0.25), seed)
     pairs = QueryPairs.from_queries(fit)
     if len(pairs) < max(RANKS):
         raise QueryError(f"{len(pairs)} pairs to make directions from", f"at least {max(RANKS)}", "give more pairs")

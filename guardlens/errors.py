@@ -1,14 +1,16 @@
 """Every error that guardlens raises on purpose: what was found, what was expected, and what to do next.
 
-GuardlensError
-├── QueryError           a query, a label, a pair or a file of them
-│   └── PresentationError    a query that cannot be shown in the way asked for
-├── SiteError            a hook name, a layer or a set of positions that the model does not have
-├── PlanError            an intervention that contradicts itself
-├── MismatchError        two things that do not belong together (another model, width or configuration)
-├── NumericsError        NaN or infinity, too few samples, a rank that is not there
-├── ModelError           a model in which guardlens cannot find what it needs
-└── StorageError         a file or a results directory that cannot be read or may not be written
+    GuardlensError
+    ├── QueryError           a query, a label, a pair or a file of them
+    │   └── PresentationError    a query that cannot be shown in the way asked for
+    ├── SiteError            a hook name, a layer or a set of positions that the model does not have
+    ├── PlanError            an intervention that contradicts itself
+    ├── MismatchError        two things that do not belong together (another model, width or configuration)
+    ├── NumericsError        NaN or infinity, too few samples, a rank that is not there
+    ├── ModelError           a model in which guardlens cannot find what it needs
+    └── StorageError         a file or a results directory that cannot be read or may not be written
+
+Each has the three parts as `found`, `expected` and `next_step`.
 """
 
 
@@ -20,12 +22,12 @@ class GuardlensError(Exception):
         expected: What it needs in that place.
         next_step: The call or the change that mends it.
 
-    Example:
-        >>> raise SiteError("layer 12", "a layer from 0 to 7", "choose one with .at(layers=[...])")
+    Examples:
+        >>> raise gl.errors.SiteError("layer 12", "one from 0 to 7", "say .at(layers=[...])")
         Traceback (most recent call last):
         guardlens.errors.SiteError: Found layer 12.
-        Expected a layer from 0 to 7.
-        Next: choose one with .at(layers=[...]).
+        Expected one from 0 to 7.
+        Next: say .at(layers=[...]).
     """
 
     def __init__(self, found: str, expected: str, next_step: str) -> None:
@@ -42,6 +44,13 @@ def require_type(value: object, kind: type, error: type[GuardlensError], next_st
 
     Raises:
         GuardlensError: Of the given class; both types are named.
+
+    Examples:
+        >>> gl.errors.require_type("how ?", gl.Query, gl.errors.QueryError, "wrap it, as in Query(text)")
+        Traceback (most recent call last):
+        guardlens.errors.QueryError: Found something of type str.
+        Expected something of type Query.
+        Next: wrap it, as in Query(text).
     """
     if not isinstance(value, kind):
         found = f"the class {value.__name__} itself" if isinstance(value, type) else f"something of type {type(value).__name__}"
@@ -49,32 +58,95 @@ def require_type(value: object, kind: type, error: type[GuardlensError], next_st
 
 
 class QueryError(GuardlensError):
-    """A query, a label, a pair or a file of them is not usable."""
+    """A query, a label, a pair or a file of them is not usable.
+
+    Examples:
+        >>> gl.Query("how to mend the hat ?", "harmles")
+        Traceback (most recent call last):
+        guardlens.errors.QueryError: Found the label 'harmles' of query ''.
+        Expected 'harmful', 'harmless' or None.
+        Next: rename it.
+    """
 
 
 class PresentationError(QueryError):
-    """A query cannot be shown in the way asked for."""
+    """A query cannot be shown in the way asked for.
+
+    Examples:
+        >>> presentations.blank("greyish")
+        Traceback (most recent call last):
+        guardlens.errors.PresentationError: Found the colour 'greyish'.
+        Expected a colour name or code that Pillow knows.
+        Next: try 'grey', or '#808080'.
+    """
 
 
 class SiteError(GuardlensError):
-    """The model has no such hook, layer or positions."""
+    """The model has no such hook, layer or positions.
+
+    Examples:
+        >>> gl.Site("blocks.3.hook_resid_pots")
+        Traceback (most recent call last):
+        guardlens.errors.SiteError: Found the hook name 'blocks.3.hook_resid_pots'.
+        Expected a name from model.hook_names.
+        Next: did you mean 'blocks.3.hook_resid_post'?
+    """
 
 
 class PlanError(GuardlensError):
-    """An intervention contradicts itself."""
+    """An intervention contradicts itself.
+
+    Examples:
+        >>> guard.during("later")
+        Traceback (most recent call last):
+        guardlens.errors.PlanError: Found the phase 'later'.
+        Expected 'prefill', 'decode' or 'always'.
+        Next: choose one of them.
+    """
 
 
 class MismatchError(GuardlensError):
-    """Two things do not belong together: another model, another width, another configuration."""
+    """Two things do not belong together: another model, another width, another configuration.
+
+    Examples:
+        >>> gl.Table({"layer": np.arange(2), "value": np.arange(3)})
+        Traceback (most recent call last):
+        guardlens.errors.MismatchError: Found columns of the lengths {'layer': 2, 'value': 3}.
+        Expected one length.
+        Next: give every row every column.
+    """
 
 
 class NumericsError(GuardlensError):
-    """A number is not finite, or there are too few samples for what was asked."""
+    """A number is not finite, or there are too few samples for what was asked.
+
+    Examples:
+        >>> directions.ssd(text, rank=200)
+        Traceback (most recent call last):
+        guardlens.errors.NumericsError: Found rank 200 of 100 pairs.
+        Expected a rank from 1 to 100.
+        Next: ask for a lower rank, or give more pairs.
+    """
 
 
 class ModelError(GuardlensError):
-    """guardlens cannot find in this model what it needs."""
+    """guardlens cannot find in this model what it needs.
+
+    Examples:
+        >>> scores.RefusalLogOdds(("pardon",)).token_ids(model.tokenizer)
+        Traceback (most recent call last):
+        guardlens.errors.ModelError: Found a tokenizer that knows none of the openings of a refusal.
+        Expected at least one.
+        Next: pass RefusalLogOdds(('...',)) of its language.
+    """
 
 
 class StorageError(GuardlensError):
-    """A file or a results directory cannot be read, or may not be written."""
+    """A file or a results directory cannot be read, or may not be written.
+
+    Examples:
+        >>> ssd.save("ssd.safetensors")
+        >>> gl.Activations.load("ssd.safetensors")
+        Traceback (most recent call last):
+        guardlens.errors.StorageError: ...
+    """

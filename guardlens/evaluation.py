@@ -1,20 +1,23 @@
 """`evaluate`: defences x presentations over labelled queries, judged answers, rates with intervals; resumable."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from guardlens.batches import Batch
 from guardlens.defences import Defence
 from guardlens.errors import MismatchError, PlanError, PresentationError, QueryError, require_type
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.interventions import Intervention
 from guardlens.judges import Judge
 from guardlens.model import HookedModel, Queries
+from guardlens.portions import Portion, over_batches
+from guardlens.prefixes import Prefix
 from guardlens.progress import track
 from guardlens.queries import Presentation, Query, as_queries, require_labels, require_presentation
 from guardlens.storage import RunDirectory
@@ -32,17 +35,14 @@ RATES = {
 """Rate -> (label of the queries, verdict, whether the verdict counts or its absence)."""
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Some queries under one draw of a defence and one presentation."""
+@dataclass(frozen=True, eq=False)
+class _Arm:
+    """One draw of a defence in one presentation."""
 
-    defence: str
+    name: str
     draw: int
     presentation: Presentation
-    queries: tuple[Query, ...]
-
-    def __len__(self) -> int:
-        return len(self.queries)
+    defence: Defence
 
 
 class Evaluation(Table):
@@ -53,6 +53,16 @@ class Evaluation(Table):
 
     A presentation is known by its name. ASR is the share of harmful queries that were *answered*; `non_refusal` counts everything but a
     refusal. Intervals are Wilson's, or resample clusters where the queries come in clusters.
+
+    Examples:
+        >>> arms = {"none": defences.none, "guard": defences.vlm_guard(ssd, layers=7)}
+        >>> shown = [presentations.text_only, grey]
+        >>> table = gl.evaluate(model, arms, queries, shown, judge=gl.organism.judge, max_new_tokens=16)
+        >>> print(table.mcnemar("none", "guard", "blank grey"))
+        5 : 0 discordant, p = 0.0625
+        >>> print(table.gap_closed("guard", "blank grey"))
+        1.00 [0.42, 1.00] (n=12)
+        >>> panels = table.plot()
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -121,7 +131,7 @@ class Evaluation(Table):
 
         return pd.DataFrame(self.arms())
 
-    def plot(self, axes: Any = None) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """ASR and over-refusal of every arm with intervals; n counts queries, and an arm of several draws says how many."""
         import pandas as pd
 
@@ -135,7 +145,7 @@ class Evaluation(Table):
             for arm in self.arms()
             for name, shown, count in (("asr", "ASR", "n"), ("over_refusal", "over-refusal", "n_harmless"))
         ]
-        return plots.arms(pd.DataFrame(rows), axes=axes)
+        return plots.arms(pd.DataFrame(rows), axes=ax)
 
 
 def evaluate(
@@ -147,7 +157,7 @@ def evaluate(
     judge: Judge,
     out: str | Path | None = None,
     max_new_tokens: int = 128,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Ask every query under every defence in every presentation, and judge the greedy answers.
@@ -161,12 +171,21 @@ def evaluate(
         judge: Gives a verdict on each answer.
         out: A directory for the records. They are appended as they come; the same call again resumes, another configuration is refused.
         max_new_tokens: The longest answer; the same for all arms.
-        batch_size: Queries per generation.
+        batch_size: Queries per generation; by default as many as free memory holds, at most 64. Halved where memory runs out.
         progress: Show a bar.
 
     Raises:
         QueryError: A query without label, one class only, two queries of one id, or a query without an own image where one is shown.
         MismatchError: `out` was made by another configuration, or a defence for another model.
+
+    Examples:
+        >>> arms = {"none": defences.none, "guard": defences.vlm_guard(ssd, layers=7)}
+        >>> shown = [presentations.text_only, grey]
+        >>> table = gl.evaluate(model, arms, queries, shown, judge=gl.organism.judge, max_new_tokens=16)
+        >>> print(table.rate("asr", "none", "blank grey"))
+        0.42 [0.19, 0.68] (n=12)
+        >>> print(table.rate("asr", "guard", "blank grey"))
+        0.00 [0.00, 0.24] (n=12)
     """
     items = as_queries(queries)
     require_labels(items)
@@ -176,18 +195,23 @@ def evaluate(
     directory = RunDirectory(out, _configuration(model, drawn, items, presentations, judge, max_new_tokens)) if out else None
     records = directory.records() if directory else []
     done = {(record["defence"], record["draw"], record["presentation"], record["query"]) for record in records}
-    work = [
-        _Work(name, draw, presentation, part)
+    arms = [
+        _Arm(name, draw, presentation, defence)
         for presentation in presentations
         for name, draws in drawn.items()
-        for draw in range(len(draws))
-        for part in _parts([q for q in items if (name, draw, presentation.name, q.id) not in done], batch_size)
+        for draw, defence in enumerate(draws)
     ]
-    for part in track(work, sum(map(len, work)), "evaluate", progress):
-        fresh = _answer(model, drawn[part.defence][part.draw], part, judge, max_new_tokens)
-        records += fresh
+    todo = [(arm, [q for q in items if (arm.name, arm.draw, arm.presentation.name, q.id) not in done]) for arm in arms]
+
+    def answered() -> Iterator[Portion[list[dict[str, Any]]]]:
+        for arm, waiting in todo:
+            work, shown = partial(_answer, model, arm, judge, max_new_tokens), arm.defence.present(arm.presentation)
+            yield from over_batches(model, waiting, shown, work, batch_size, new_tokens=max_new_tokens)
+
+    for portion in track(answered(), sum(len(waiting) for _, waiting in todo), "evaluate", progress):
+        records += portion.result
         if directory:
-            directory.append(fresh)
+            directory.append(portion.result)
     facts = {
         "judge": judge.name,
         "max_new_tokens": max_new_tokens,
@@ -204,16 +228,15 @@ def _draws(name: str, given: Any) -> tuple[Defence, ...]:
     return defences
 
 
-def _answer(model: HookedModel, defence: Defence, work: _Work, judge: Judge, new_tokens: int) -> list[dict[str, Any]]:
-    batch = model.batch(work.queries, defence.present(work.presentation))
-    run = model.run(batch, defence.intervention, new_tokens=new_tokens)
+def _answer(model: HookedModel, arm: _Arm, judge: Judge, new_tokens: int, batch: Batch, prefix: Prefix | None) -> list[dict[str, Any]]:
+    run, n = model.run(batch, arm.defence.intervention, new_tokens=new_tokens, prefix=prefix), len(batch.queries)
     assert run.tokens is not None
-    gates = np.mean([verdict.cpu().numpy() for verdict in run.verdicts.values()], axis=0) if run.verdicts else np.full(len(work), np.nan)
+    gates = np.mean([verdict.cpu().numpy() for verdict in run.verdicts.values()], axis=0) if run.verdicts else np.full(n, np.nan)
     return [
         {
-            "defence": work.defence,
-            "draw": work.draw,
-            "presentation": work.presentation.name,
+            "defence": arm.name,
+            "draw": arm.draw,
+            "presentation": arm.presentation.name,
             "query": query.id,
             "label": query.label,
             "cluster": query.cluster or query.id,
@@ -221,12 +244,8 @@ def _answer(model: HookedModel, defence: Defence, work: _Work, judge: Judge, new
             "gate": float(gate),
             "answer": answer,
         }
-        for query, answer, gate in zip(work.queries, model.decode(run.tokens[0]), gates, strict=True)
+        for query, answer, gate in zip(batch.queries, model.decode(run.tokens[0]), gates, strict=True)
     ]
-
-
-def _parts(queries: Sequence[Query], size: int) -> list[tuple[Query, ...]]:
-    return [tuple(queries[start : start + size]) for start in range(0, len(queries), size)]
 
 
 def _require_presentable(queries: Sequence[Query], presentations: Sequence[Presentation]) -> None:

@@ -36,14 +36,22 @@ Rows = Any  # a DataFrame inside the drawing modules: pandas types its own selec
 
 
 def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Draws in the style of guardlens and leaves the user's settings as they were."""
+    """Draws in the style of guardlens and leaves the user's settings as they were.
+
+    Only the settings of the style are put back: `rc_context` would also undo what a notebook's backend sets as the first figure loads it,
+    and no later figure would be shown.
+    """
 
     @wraps(draw)
     def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        import matplotlib
+        from matplotlib import rcParams
 
-        with matplotlib.rc_context(STYLE):
+        before = {name: rcParams[name] for name in STYLE}
+        rcParams.update(STYLE)
+        try:
             return draw(*args, **kwargs)
+        finally:
+            rcParams.update(before)
 
     return drawn
 
@@ -75,7 +83,14 @@ def counted(counts: Any) -> str:
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
-def axes_for(axes: Iterable[Axes] | None, count: int, columns: int, height: float, width: float = 9.0, share_y: bool = False) -> np.ndarray:
+def of_items(rows: Rows) -> str:
+    """What a title says of the number of items, `" (n = 54)"`; nothing where the rows have no column n."""
+    return f" ({counted(rows['n'])})" if "n" in rows else ""
+
+
+def axes_for(
+    axes: Axes | Iterable[Axes] | None, count: int, columns: int, height: float, width: float = 9.0, share_y: bool = False
+) -> np.ndarray:
     """`count` axes: the given ones, or those of a new figure with its last row cut short.
 
     Raises:

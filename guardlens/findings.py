@@ -55,7 +55,7 @@ CAPTIONS = {
     "coordinates": "Coordinates along v1: the LLM, the VLM, and the VLM with the chosen guard.",
     "separability": "Separability by layer, LLM and VLM.",
     "sweep": "Mean change of the refusal log-odds by layer and strength.",
-    "spectrum": "How much of the paired differences each direction holds.",
+    "spectrum": "How much of the paired differences each direction holds, and how alike the first directions of two layers are.",
     "arms": "Attack success and over-refusal of every defence.",
 }
 
@@ -191,9 +191,9 @@ def _figures(found: Findings, out: Path) -> dict[str, Path]:
     """Draw and save all figures; the PNG of each."""
     drawn = {
         "separability": found.gap.plot()[0],
-        "coordinates": _coordinates(found)[0],
+        "coordinates": found.directions.plot_coordinates(found.runs, found.layers[-1])[0],
         "sweep": found.effect.plot()[0, 0],
-        "spectrum": found.directions.plot(),
+        "spectrum": found.directions.plot()[0],
         "arms": found.table.plot()[0],
     }
     return {name: plots.save(axes.figure, out / name)[0] for name, axes in drawn.items()}
@@ -227,19 +227,6 @@ def _sections(found: Findings, summary: dict[str, Any], figures: Mapping[str, Pa
         ),
         report.Section("What this can't tell", (found.note,)),
     ]
-
-
-def _coordinates(found: Findings) -> Any:
-    import pandas as pd
-
-    layer, ssd = found.layers[-1], found.directions
-    threshold = float(ssd.midpoints[ssd.index(layer)])
-    rows = [
-        {"run": name, "label": query.label, "coordinate": float(value), "threshold": threshold}
-        for name, run in found.runs.items()
-        for query, value in zip(run.queries, run.at(layer) @ ssd.at(layer)[0], strict=True)
-    ]
-    return plots.coordinates(pd.DataFrame(rows), name=f"projection on $v_1$, layer {layer}")
 
 
 def _refused(found: Findings, summary: dict[str, Any]) -> list[str]:

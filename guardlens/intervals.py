@@ -31,7 +31,8 @@ class Interval:
         n: Number of items (not of clusters).
         level: Coverage that the interval aims at, between 0 and 1.
 
-    Example:
+    Examples:
+        >>> from guardlens.intervals import wilson
         >>> print(wilson(15, 100))
         0.15 [0.09, 0.23] (n=100)
         >>> wilson(15, 100).percent()
@@ -85,6 +86,11 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
         NumericsError: `successes` is not between 0 and n, or `level` not between 0 and 1.
 
     Source: Wilson 1927; evaluation.md section 4.
+
+    Examples:
+        >>> from guardlens.intervals import wilson
+        >>> print(wilson(0, 12))
+        0.00 [0.00, 0.24] (n=12)
     """
     if not 0 <= successes <= n:
         raise NumericsError(f"{successes} successes among {n} items", f"a number from 0 to {n}", "count successes among these items only")
@@ -127,6 +133,11 @@ def mean_difference(
     Where all differences are equal the interval has no width: for rates, `mcnemar` says how little was seen.
 
     Shape: both [item], in the same order; booleans count as 0 and 1, so this is also the paired difference of two rates.
+
+    Examples:
+        >>> from guardlens.intervals import mean_difference
+        >>> print(mean_difference(np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.0])))
+        1.00 [1.00, 1.00] (n=3)
     """
     _require_paired(first, second)
     difference = np.asarray(second, float) - np.asarray(first, float)
@@ -170,7 +181,7 @@ def gap_closed(
     if found.low < found.high or np.array_equal(image, defended):
         return found
     rate = proportion(defended, clusters, level)
-    return Interval(found.value, (image.mean() - rate.high) / gap, (image.mean() - rate.low) / gap, len(text), level)
+    return Interval(found.value, float((image.mean() - rate.high) / gap), float((image.mean() - rate.low) / gap), len(text), level)
 
 
 def per_gap(
@@ -198,6 +209,11 @@ def mcnemar(first: Bool[np.ndarray, "item"], second: Bool[np.ndarray, "item"]) -
     Shape: both [item], in the same order.
 
     Source: McNemar 1947.
+
+    Examples:
+        >>> from guardlens.intervals import mcnemar
+        >>> print(mcnemar(np.array([True, True, True, False]), np.array([False, False, False, False])))
+        3 : 0 discordant, p = 0.25
     """
     _require_paired(first, second)
     b, c = int((first & ~second).sum()), int((second & ~first).sum())
@@ -212,6 +228,11 @@ def holm(p_values: Float[np.ndarray, "test"]) -> Float[np.ndarray, "test"]:
         NumericsError: A p-value is nan or outside 0 to 1.
 
     Source: Holm 1979.
+
+    Examples:
+        >>> from guardlens.intervals import holm
+        >>> [round(float(p), 3) for p in holm(np.array([0.01, 0.04, 0.03]))]
+        [0.03, 0.06, 0.06]
     """
     if not np.all((p_values >= 0) & (p_values <= 1)):
         raise NumericsError(f"p-values {p_values}", "numbers from 0 to 1", "drop the tests that were undefined before correcting")

@@ -1,7 +1,8 @@
 """`load`: a model by name, from a directory or from memory, checked before it is handed out if its family is not known."""
 
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -54,8 +55,11 @@ def load(
             is not, a VLM comes with a tokenizer alone, or what was found fails the self-check.
         MismatchError: `llm` has another width or depth.
 
-    Example:
-        `load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device_map="auto")`
+    Examples:
+        >>> gl.load("organism")  # or a hub id, with dtype="bfloat16", device_map="auto"
+        HookedModel('organism': LlavaForConditionalGeneration, VLM, 8 layers, d_model 128)
+        >>> gl.load(model.hf, processor=model.processor).cfg.n_layers
+        8
     """
     if isinstance(source, nn.Module):
         if processor is None:
@@ -65,7 +69,8 @@ def load(
         path = str(importlib.resources.files("guardlens") / "organism" / "weights") if source == "organism" else str(source)
         name = Path(path).name if Path(path).exists() and source != "organism" else str(source)
         shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-        hf, processor = _from_pretrained(path, shared, {"dtype": dtype, "device_map": device_map, **options}, processor)
+        with _bar_of_transformers(show=source != "organism"):
+            hf, processor = _from_pretrained(path, shared, {"dtype": dtype, "device_map": device_map, **options}, processor)
     known = KNOWN.also(names)
     require_named(hf, names)
     if device is not None:
@@ -81,6 +86,21 @@ def load(
     if self_check:
         require_sound(model)
     return model
+
+
+@contextmanager
+def _bar_of_transformers(show: bool) -> Iterator[None]:
+    """With transformers' bar over the weights, or without: the organism's are read in an instant."""
+    from transformers.utils import logging
+
+    hidden = not show and logging.is_progress_bar_enabled()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
 
 
 def _from_pretrained(path: str, shared: dict[str, Any], options: dict[str, Any], processor: Any) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from guardlens.errors import MismatchError, PlanError, QueryError, SiteError, re
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.plan import require_plan
 from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
+from guardlens.notebooks import captioned, facts
 from guardlens.prefixes import Prefill, Prefix
 from guardlens.program import Held, required_runs, site_of
 from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise, words_of
@@ -44,6 +45,17 @@ class HookedModel:
         revision: The hub's revision, where there is one.
         separate_llm: Another language model to compare with, of the same width and depth; None for the VLM's own.
         names: What its parts may be called.
+
+    Examples:
+        >>> model
+        HookedModel('organism': LlavaForConditionalGeneration, VLM, 8 layers, d_model 128)
+        >>> model.cfg.n_layers, model.cfg.d_model, model.sees_images
+        (8, 128, True)
+        >>> run = model.run(batch, [iv.nothing, guard.at(layers=7)])  # two plans, of which each is a lane
+        >>> run.logits.shape  # lane, query, vocabulary; at the prompts' last token
+        torch.Size([2, 3, 251])
+        >>> model.generate(queries[1], grey, guard.at(layers=7)).split()[0]
+        'sorry'
     """
 
     hf: Any
@@ -129,8 +141,8 @@ class HookedModel:
             inputs.setdefault("mm_token_type_ids", image.long())  # some processors only make them when asked
         if self._needs_positions:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-        device = self.hf.device
-        inputs = {name: value.to(device) for name, value in inputs.items()}
+        device = self.hf.device  # pixels in the model's own precision, which not every family sees to
+        inputs = {name: value.to(device, self.hf.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
         known = {id(image): _described(image) for prompt in prompts for image in prompt.images}
         pictures = tuple(digest(*(known[id(image)] for image in prompt.images)) for prompt in prompts)
         return Batch(items, presentation, inputs, mask.to(device), image.to(device), instruction.to(device), pictures)
@@ -362,7 +374,8 @@ class HookedModel:
             PlanError: Options that give several answers per prompt.
         """
         batch = self._asked(queries, presentation)
-        tokens = self.run(batch, intervention, new_tokens=max_new_tokens, seed=seed, generation=options).tokens
+        prefix = self.share(batch)
+        tokens = self.run(batch, intervention, new_tokens=max_new_tokens, seed=seed, generation=options, prefix=prefix).tokens
         answers = self.decode(tokens[0])  # type: ignore[index]
         return answers[0] if isinstance(queries, str | Query) else answers
 
@@ -375,6 +388,17 @@ class HookedModel:
         beside = f", beside {self.separate_llm.name!r}" if self.separate_llm else ""
         sizes = f"{self.cfg.n_layers} layers, d_model {self.cfg.d_model}"
         return f"HookedModel({self.name!r}: {type(self._engine.inner).__name__}, {kind}, {sizes}{beside})"
+
+    def _repr_html_(self) -> str:
+        named = {
+            "weights": self.id,
+            "blocks": f"{self.cfg.n_layers}, d_model {self.cfg.d_model}, {self.cfg.n_heads} heads, vocabulary {self.cfg.d_vocab:,}",
+            "parameters": f"{self.hf.num_parameters():,}, {str(self.hf.dtype).removeprefix('torch.')} on {self.hf.device}",
+            "images": f"{self.cfg.image_size or '?'} pixels a side" if self.sees_images else "",
+            "LLM beside": "" if self.separate_llm is None else self.separate_llm.id,
+            "revision": self.revision,
+        }
+        return captioned(repr(self), facts(named))
 
     def _held(self, batch: Batch, plans: Sequence[Intervention], known: dict[Any, Tensor] | None = None) -> Held:
         """The states that the plans need of other presentations' runs: one unedited forward per presentation.

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
 _REPEATS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Of an image processor: whether two equal images give twice what one gives."""
@@ -57,7 +58,7 @@ def _repeated(value: Any, times: int) -> Any:
         return np.concatenate([value] * times)
     if isinstance(value, list | tuple):
         return value * times
-    return type(value)({name: _repeated(part, times) for name, part in value.items()}) if hasattr(value, "items") else value
+    return BatchFeature({name: _repeated(part, times) for name, part in value.items()}) if isinstance(value, BatchFeature) else value
 
 
 def _equal(mine: Any, expected: Any) -> bool:
@@ -65,6 +66,6 @@ def _equal(mine: Any, expected: Any) -> bool:
         return type(mine) is type(expected) and np.array_equal(np.asarray(mine), np.asarray(expected))
     if isinstance(expected, list | tuple):
         return len(mine) == len(expected) and all(map(_equal, mine, expected))
-    if hasattr(expected, "items"):
+    if isinstance(expected, BatchFeature):
         return mine.keys() == expected.keys() and all(_equal(mine[name], expected[name]) for name in expected)
     return mine == expected

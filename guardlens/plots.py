@@ -3,12 +3,13 @@
 In scripts call `save`, which also closes the figure; notebooks show and close it by themselves.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guardlens import artists
 from guardlens import figure_style as style
 from guardlens.errors import NumericsError
 
@@ -25,18 +26,24 @@ TITLES = {
     **{"drift_along": "Drift along direction (mean ‖h‖)", "drift_off": "Drift off direction (mean ‖h‖)"},
 }
 RATES = {"ASR": "harmful requests answered (%)", "over-refusal": "harmless requests refused (%)"}
-CHANCE = ("auroc", "accuracy", "probe", "transfer", "midpoint")
-"""Metrics whose name holds one of these words are at chance at 0.5."""
 
 
 @style.styled
-def layer_curves(frame: DataFrame, axes: Iterable[Axes] | None = None, titles: dict[str, str] | None = None) -> np.ndarray:
+def layer_curves(
+    frame: DataFrame,
+    axes: Axes | Iterable[Axes] | None = None,
+    titles: dict[str, str] | None = None,
+    unit: str = "",
+    columns: int | None = None,
+) -> np.ndarray:
     """Metrics over layers: a panel per metric, a line with its interval band per run, the chance line where there is one.
 
     Args:
         frame: Columns metric, run, layer, value, low, high, n. Order of appearance is order of panels and runs; nan leaves a gap.
         axes: Where to draw, one per metric; a new figure without it.
         titles: Panel titles by metric, before those of `TITLES`.
+        unit: Of all panels, where they have one; labels the y axes of the first column, and all panels of a new figure share y.
+        columns: How many panels stand beside each other in a new figure; chosen without it.
 
     Returns:
         The axes, one per metric.
@@ -44,27 +51,37 @@ def layer_curves(frame: DataFrame, axes: Iterable[Axes] | None = None, titles: d
     Raises:
         MismatchError: A column is missing, or there are fewer axes than metrics.
         NumericsError: The frame is empty.
+
+    Examples:
+        >>> import pandas as pd
+        >>> measured = {"layer": [0, 1], "value": [0.6, 0.9], "low": [0.5, 0.8], "high": [0.7, 1.0], "n": 36}
+        >>> frame = pd.DataFrame({"metric": "auroc", "run": "text", **measured})
+        >>> [ax.get_title("left") for ax in plots.layer_curves(frame)]
+        ['AUROC']
     """
     rows = style.require(frame, "metric", "run", "layer", "value", "low", "high", "n")
     metrics, runs = style.unique(rows, "metric"), style.unique(rows, "run")
-    columns = len(metrics) if len(metrics) <= 3 else (2 if len(metrics) == 4 else 3)
-    panels = style.axes_for(axes, len(metrics), columns, height=2.35, width=9.0 if columns > 1 else 6.4)
+    columns = columns or (len(metrics) if len(metrics) <= 3 else (2 if len(metrics) == 4 else 3))
+    panels = style.axes_for(axes, len(metrics), columns, height=2.35, width=9.0 if columns > 1 else 6.4, share_y=bool(unit))
     for ax, metric in zip(panels, metrics, strict=True):
-        _curve_panel(ax, rows[rows["metric"] == metric], runs, metric)
+        artists.curves(ax, rows[rows["metric"] == metric], runs, metric)
         ax.set_title({**TITLES, **(titles or {})}.get(metric, metric.replace("_", " ")))
     for ax in panels[-columns:]:
         ax.set_xlabel("layer")
         ax.tick_params(labelbottom=True)
+    for ax in panels[::columns]:
+        ax.set_ylabel(unit)
     style.add_legend(panels, [*style.run_handles(runs), style.band_handle(rows["n"])], own=axes is None)
     return panels
 
 
 @style.styled
-def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes: Iterable[Axes] | None = None) -> np.ndarray:
+def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes: Axes | Iterable[Axes] | None = None) -> np.ndarray:
     """What a plan does at each layer and strength: a heat map per plan (rows) and label (columns), on one scale centred at 0.
 
     Args:
-        frame: Columns plan, label, layer, strength, value; an n column, if there, goes to the titles. Missing cells stay grey.
+        frame: Columns plan, label, layer, strength, value. An n column, if there, goes to the titles; with the columns low and high, cells
+            whose interval holds 0 have a dot. Missing cells stay grey.
         unit: What the values are; labels the colour bar.
         axes: Where to draw, plan by plan; a new figure without it.
 
@@ -74,9 +91,17 @@ def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes
     Raises:
         MismatchError: A column is missing, or there are too few axes.
         NumericsError: The frame is empty or holds no finite value.
+
+    Examples:
+        >>> import pandas as pd
+        >>> measured = {"layer": [0, 1], "strength": 1.0, "value": [0.2, 1.5]}
+        >>> frame = pd.DataFrame({"plan": "guard", "label": "harmful", **measured})
+        >>> plots.effect_maps(frame, unit="Δ refusal log-odds (nats)").shape  # plan, label
+        (1, 1)
     """
     rows = style.require(frame, "plan", "label", "layer", "strength", "value")
     plans, labels = style.unique(rows, "plan"), style.unique(rows, "label")
+    layers, strengths = (("layer", np.unique(rows["layer"])), ("strength", np.unique(rows["strength"])))
     limit = float(rows["value"].abs().max())
     if not np.isfinite(limit):
         raise NumericsError(
@@ -85,19 +110,21 @@ def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes
     panels = style.axes_for(axes, len(plans) * len(labels), len(labels), height=0.75 + 0.3 * rows["strength"].nunique(), share_y=True)
     for ax, (plan, label) in zip(panels, [(plan, label) for plan in plans for label in labels], strict=True):
         panel = rows[(rows["plan"] == plan) & (rows["label"] == label)]
-        _heat_map(ax, panel, np.unique(rows["layer"]), np.unique(rows["strength"]), limit or 1.0)
-        ax.set_title(f"{plan} · {label}{_of(panel)}")
+        cells = artists.spread(panel, "value", strengths, layers)
+        unsure = artists.holding_zero(panel, strengths, layers)
+        artists.heat_map(ax, cells, [str(n) for n in layers[1]], [f"{n:g}" for n in strengths[1]], limit or 1.0, unsure)
+        ax.set_title(f"{plan} · {label}{style.of_items(panel)}")
     grid = panels.reshape(len(plans), len(labels))
     for ax in grid[-1]:
         ax.set_xlabel("layer")
     for ax in grid[:, 0]:
         ax.set_ylabel("strength")
-    style.add_colour_bar(panels, unit, aspect=28, pad=0.02)
+    style.add_colour_bar(panels, artists.with_dots(unit, rows), aspect=28, pad=0.02)
     return grid
 
 
 @style.styled
-def arms(frame: DataFrame, axes: Iterable[Axes] | None = None) -> np.ndarray:
+def arms(frame: DataFrame, axes: Axes | Iterable[Axes] | None = None) -> np.ndarray:
     """Defences beside each other: a panel per rate (ASR, over-refusal), a row per defence, a point with its interval per presentation.
 
     Args:
@@ -110,6 +137,13 @@ def arms(frame: DataFrame, axes: Iterable[Axes] | None = None) -> np.ndarray:
     Raises:
         MismatchError: A column is missing, or there are fewer axes than rates.
         NumericsError: The frame is empty.
+
+    Examples:
+        >>> import pandas as pd
+        >>> measured = {"value": [0.4, 0.0], "low": [0.2, 0.0], "high": [0.7, 0.2], "n": 12}
+        >>> frame = pd.DataFrame({"defence": ["none", "guard"], "presentation": "grey", "rate": "ASR", **measured})
+        >>> plots.arms(frame)[0].get_xlabel()
+        'harmful requests answered (%), n = 12'
     """
     rows = style.require(frame, "defence", "presentation", "rate", "value", "low", "high", "n")
     rates, defences, presentations = (style.unique(rows, column) for column in ("rate", "defence", "presentation"))
@@ -117,7 +151,7 @@ def arms(frame: DataFrame, axes: Iterable[Axes] | None = None) -> np.ndarray:
     panels = style.axes_for(axes, len(rates), len(rates), height=height, share_y=True)
     for ax, rate in zip(panels, rates, strict=True):
         panel = rows[rows["rate"] == rate]
-        _arms_panel(ax, panel, defences, presentations)
+        artists.points(ax, panel, defences, presentations)
         ax.set_title(rate)
         if rate in RATES:
             ax.set_title("← better", loc="right", fontsize=8.5, fontweight="normal", color=style.MUTED)
@@ -130,7 +164,7 @@ def arms(frame: DataFrame, axes: Iterable[Axes] | None = None) -> np.ndarray:
 
 
 @style.styled
-def coordinates(frame: DataFrame, axes: Iterable[Axes] | None = None, name: str = "projection on $v_1$") -> np.ndarray:
+def coordinates(frame: DataFrame, axes: Axes | Iterable[Axes] | None = None, name: str = "projection on $v_1$") -> np.ndarray:
     """Where queries lie along a direction: a panel per run, harmful against harmless, class means as triangles, the gate's threshold.
 
     Args:
@@ -144,6 +178,13 @@ def coordinates(frame: DataFrame, axes: Iterable[Axes] | None = None, name: str 
     Raises:
         MismatchError: A column is missing, or there are fewer axes than runs.
         NumericsError: The frame is empty or a coordinate is not finite.
+
+    Examples:
+        >>> import pandas as pd
+        >>> labels = [query.label for query in text.queries]
+        >>> frame = pd.DataFrame({"run": "text", "label": labels, "coordinate": ssd.coordinates(text)[:, 5, 0]})
+        >>> len(plots.coordinates(frame))
+        1
     """
     rows = style.require(frame, "run", "label", "coordinate")
     if not np.isfinite(rows["coordinate"]).all():
@@ -152,15 +193,79 @@ def coordinates(frame: DataFrame, axes: Iterable[Axes] | None = None, name: str 
     edges = np.histogram_bin_edges(rows["coordinate"], bins=44)
     panels = style.axes_for(axes, len(runs), 1, height=1.15, width=7.2, share_y=True)
     for ax, run in zip(panels, runs, strict=True):
-        _histogram_panel(ax, rows[rows["run"] == run], edges)
+        artists.histogram(ax, rows[rows["run"] == run], edges)
         ax.set_title(run)
-    _mark_thresholds(panels, runs, rows)
+    artists.mark_thresholds(panels, runs, rows)
     panels[-1].set_xlabel(name)
     panels[-1].tick_params(labelbottom=True)
     if axes is None:
         panels[0].figure.supylabel("queries in the bin (%)", fontsize=9.5, color=style.MUTED)
     style.add_legend(panels, style.label_handles(rows), own=axes is None)
     return panels
+
+
+@style.styled
+def basis(shares: DataFrame, alike: DataFrame, axes: Axes | Iterable[Axes] | None = None) -> np.ndarray:
+    """Directions in one figure: their `spectrum`, and the `cosines` between layers. An empty frame is left out.
+
+    Args:
+        shares: What `spectrum` takes.
+        alike: What `cosines` takes.
+        axes: Where to draw, one per frame; a new figure without it.
+
+    Returns:
+        The axes, one per frame.
+
+    Raises:
+        MismatchError: A column is missing, or there are fewer axes than frames.
+        NumericsError: Both frames are empty.
+
+    Examples:
+        >>> import pandas as pd
+        >>> shares = pd.DataFrame({"layer": [5, 5, 6, 6], "index": [1, 2, 1, 2], "share": [0.7, 0.2, 0.8, 0.1]})
+        >>> alike = pd.DataFrame({"layer": [5, 5, 6, 6], "other": [5, 6, 5, 6], "value": [1.0, 0.9, 0.9, 1.0]})
+        >>> len(plots.basis(shares, alike))
+        2
+    """
+    found = [(draw, frame) for draw, frame in ((spectrum, shares), (cosines, alike)) if len(frame)]
+    if not found:
+        raise NumericsError(
+            "directions without a spectrum and of a single layer", "either, to draw", "make them of pairs, or of several layers"
+        )
+    panels = style.axes_for(axes, len(found), len(found), height=3.0, width=9.6 if len(found) > 1 else 6.0)
+    return np.array([draw(frame, ax) for (draw, frame), ax in zip(found, panels, strict=True)], object)
+
+
+@style.styled
+def cosines(frame: DataFrame, ax: Axes | None = None, name: str = "cosine of $v_1$ of two layers") -> Axes:
+    """How alike the directions of two layers are: a heat map, from -1 (opposite) through 0 (unrelated) to 1 (the same).
+
+    Args:
+        frame: Columns layer, other, value: every layer with every other.
+        ax: Where to draw; a new figure without it.
+        name: What the values are; labels the colour bar.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MismatchError: A column is missing.
+        NumericsError: The frame is empty.
+
+    Examples:
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"layer": [0, 0, 1, 1], "other": [0, 1, 0, 1], "value": [1.0, 0.4, 0.4, 1.0]})
+        >>> plots.cosines(frame).get_xlabel()
+        'layer'
+    """
+    rows = style.require(frame, "layer", "other", "value")
+    panels = style.axes_for(None if ax is None else [ax], 1, 1, height=4.0, width=5.2)
+    layers = np.unique(rows["layer"])
+    names = [str(layer) for layer in layers]
+    artists.heat_map(panels[0], artists.spread(rows, "value", ("other", layers), ("layer", layers)), names, names, limit=1.0)
+    panels[0].set(xlabel="layer", ylabel="layer")
+    style.add_colour_bar(panels, name, aspect=28, pad=0.02)
+    return panels[0]
 
 
 @style.styled
@@ -178,6 +283,12 @@ def spectrum(frame: DataFrame, ax: Axes | None = None, top: int = 5) -> Axes:
     Raises:
         MismatchError: A column is missing.
         NumericsError: The frame is empty.
+
+    Examples:
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"layer": 5, "index": [1, 2], "share": [0.7, 0.2]})
+        >>> plots.spectrum(frame).get_ylabel()
+        'share of squared singular values (%)'
     """
     rows = style.require(frame, "layer", "index", "share")
     import matplotlib
@@ -203,6 +314,10 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
 
     Returns:
         The two paths.
+
+    Examples:
+        >>> [path.name for path in plots.save(ssd.plot()[0].figure, "spectrum")]
+        ['spectrum.png', 'spectrum.svg']
     """
     import matplotlib
     from matplotlib import pyplot
@@ -217,95 +332,3 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
     if not matplotlib.is_interactive():
         pyplot.close(figure)
     return paths
-
-
-def _curve_panel(ax: Axes, rows: style.Rows, runs: Sequence[str], metric: str) -> None:
-    chance = any(word in metric.lower() for word in CHANCE)
-    sparse = {"markersize": 4.2, "markeredgecolor": "white", "markeredgewidth": 0.6, "markevery": style.step(rows["layer"].nunique())}
-    ax.axhline(0.5 if chance else 0.0, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)) if chance else "-", zorder=1)
-    for position, run in enumerate(runs):
-        line = rows[rows["run"] == run].sort_values("layer")
-        ax.fill_between(line["layer"], line["low"], line["high"], color=style.RUNS[position % len(style.RUNS)], alpha=0.16, linewidth=0)
-        ax.plot(line["layer"], line["value"], label=run, **style.marked(position), **sparse)
-    if chance:
-        ax.set_ylim(min(0.42, rows["low"].min() - 0.03, rows["value"].min() - 0.03), 1.03)
-        ax.text(1, 0.49, "chance", transform=ax.get_yaxis_transform(), ha="right", va="top", fontsize=8.5, color=style.MUTED)
-    ax.set_xticks(*style.thinned(np.unique(rows["layer"]), [str(layer) for layer in np.unique(rows["layer"])]))
-    style.dressed(ax, grid="y")
-
-
-def _heat_map(ax: Axes, rows: style.Rows, layers: np.ndarray, strengths: np.ndarray, limit: float) -> None:
-    cells = rows.pivot(index="strength", columns="layer", values="value").reindex(index=strengths, columns=layers).to_numpy(float)
-    ax.set_facecolor(style.FAINT)
-    ax.pcolormesh(
-        np.ma.masked_invalid(cells), cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1.2 if len(layers) <= 12 else 0.5
-    )
-    if len(layers) <= 12:
-        _annotate(ax, cells, limit)
-    ax.set_xticks(*style.thinned(np.arange(len(layers)) + 0.5, [str(layer) for layer in layers]))
-    ax.set_yticks(np.arange(len(strengths)) + 0.5, labels=[f"{strength:g}" for strength in strengths])
-    ax.spines[:].set_visible(False)
-    style.dressed(ax)
-
-
-def _annotate(ax: Axes, cells: np.ndarray, limit: float) -> None:
-    decimals = 2 if limit < 1 else (1 if limit < 10 else 0)
-    for (row, column), value in np.ndenumerate(cells):
-        if np.isfinite(value):
-            colour = "white" if abs(value) > 0.6 * limit else style.INK
-            text = f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
-            ax.text(column + 0.5, row + 0.48, text, ha="center", va="center", fontsize=7.5, color=colour)
-
-
-def _arms_panel(ax: Axes, rows: style.Rows, defences: Sequence[str], presentations: Sequence[str]) -> None:
-    step = 0.62 / max(1, len(presentations))
-    for index in range(0, len(defences), 2):
-        ax.axhspan(index - 0.5, index + 0.5, color="#f5f6f7", linewidth=0, zorder=0)
-    for position, presentation in enumerate(presentations):
-        arm = rows[rows["presentation"] == presentation]
-        place = arm["defence"].map({name: index for index, name in enumerate(defences)}) + (position - (len(presentations) - 1) / 2) * step
-        colour = style.RUNS[position % len(style.RUNS)]
-        ax.hlines(place, 100 * arm["low"], 100 * arm["high"], color=colour, linewidth=1.8, alpha=0.55, zorder=2)
-        mark = {**style.marked(position), "linestyle": "none", "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.7}
-        ax.plot(100 * arm["value"], place, label=presentation, **mark, zorder=3, clip_on=False)
-    ax.set_xlim(0, 100)
-    ax.set_xticks(range(0, 101, 20))
-    ax.spines["left"].set_visible(False)
-    style.dressed(ax, grid="x")
-
-
-def _histogram_panel(ax: Axes, rows: style.Rows, edges: np.ndarray) -> None:
-    for label, values in rows.groupby("label", sort=False)["coordinate"]:
-        colour = style.LABELS.get(str(label), style.MUTED)
-        share = 100 * np.histogram(values, edges)[0] / len(values)
-        ax.stairs(share, edges, fill=True, color=colour, alpha=0.38, linewidth=0)
-        ax.stairs(share, edges, color=colour, linewidth=1.1)
-        ax.plot(
-            values.mean(), 0, marker="^", markersize=7, color=colour, markeredgecolor="white", markeredgewidth=0.8, clip_on=False, zorder=5
-        )
-    ax.spines["left"].set_visible(False)
-    ax.yaxis.set_major_locator(_few_ticks())
-    ax.margins(x=0.01)
-    style.dressed(ax, grid="y")
-
-
-def _mark_thresholds(panels: np.ndarray, runs: Sequence[str], rows: style.Rows) -> None:
-    for ax, run in zip(panels, runs, strict=True):
-        given = rows.loc[rows["run"] == run, "threshold"].dropna().unique() if "threshold" in rows else []
-        for threshold in given:
-            ax.axvline(threshold, color=style.INK, linewidth=1.1, linestyle=(0, (4, 3)))
-            if ax is panels[0]:
-                ax.annotate("threshold", (threshold, 1), (4, 0), **_AT_TOP, fontsize=8.5, color=style.MUTED)
-
-
-_AT_TOP: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "left", "va": "bottom"}
-
-
-def _few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=2, integer=True)
-
-
-def _of(rows: style.Rows) -> str:
-    return f" ({style.counted(rows['n'])})" if "n" in rows else ""

@@ -52,7 +52,6 @@ def over_batches(
     *,
     most: int = MOST,
     new_tokens: int = 0,
-    share: bool = True,
 ) -> Iterator[Portion[Result]]:
     """What `work` gives for batches of queries, batch by batch; every query is in exactly one.
 
@@ -67,7 +66,6 @@ def over_batches(
         batch_size: Queries per batch; None for as many as `room` says, at most `most`.
         most: See there.
         new_tokens: How many tokens `work` will generate.
-        share: Whether `work` has a use for a common beginning; it gets None otherwise.
 
     Raises:
         QueryError: A batch size below 1.
@@ -88,7 +86,7 @@ def over_batches(
                 part = part[:fitting]
                 batch = model.batch(part, presentation)
             begun = prefix.begins(batch) if prefix is not None else None
-            if share and begun is None:
+            if begun is None:
                 prefix = begun = model.share(batch)
             return Portion(tuple(places[: len(part)]), work(batch, begun))
         except RuntimeError as error:

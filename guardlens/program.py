@@ -95,7 +95,9 @@ class Apply:
         return Placement(*map(torch.cat, zip(*found, strict=True))) if found else None
 
     def _edited(self, states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
-        edited = self.step.edit(states, context)
+        """In single precision at least, rounded once."""
+        exact = states.to(torch.promote_types(states.dtype, torch.float32))
+        edited = self.step.edit(exact, context)
         if getattr(edited, "shape", None) != states.shape:
             made = f"shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else f"type {type(edited).__name__}"
             raise PlanError(
@@ -104,11 +106,11 @@ class Apply:
                 "return the states that it receives, changed",
             )
         if self.step.strength != 1:
-            edited = states + self.step.strength * (edited - states)
+            edited = exact + self.step.strength * (edited - exact)
         if self.step.gate is not None:
             opened = self.record.verdicts[self.lane, self.number, self.point.layer].to(states.device)
-            edited = torch.where(opened[context.query][:, None], edited, states)
-        return edited
+            edited = torch.where(opened[context.query][:, None], edited, exact)
+        return edited.to(states.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +148,8 @@ def mean_per_query(value: Float[Tensor, "row width d"], places: Placement, queri
     states = value[places.rows, places.columns]
     if len(states) == queries:
         return states
-    total = states.new_zeros(queries, states.shape[-1]).index_add(0, places.queries, states)
-    return total / torch.bincount(places.queries, minlength=queries)[:, None].to(total)
+    total = torch.zeros(queries, states.shape[-1], device=states.device).index_add(0, places.queries, states.float())
+    return (total / torch.bincount(places.queries, minlength=queries)[:, None]).to(states.dtype)
 
 
 def compile_taps(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item", bound=Sized)
 Advance = Callable[[int], object]
@@ -56,7 +56,7 @@ def _notebook_bar(what: str, total: int) -> Iterator[Advance]:
     from IPython.display import display
 
     began, done = time.monotonic(), 0
-    shown = display(Bar(what, 0, total), display_id=True)
+    shown: Any = display(Bar(what, 0, total), display_id=True)
 
     def advance(number: int) -> None:
         nonlocal done

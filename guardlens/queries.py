@@ -4,11 +4,13 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from guardlens import notebooks
 from guardlens.errors import PresentationError, QueryError, require_type
 
 if TYPE_CHECKING:
@@ -33,6 +35,11 @@ class Query:
 
     Raises:
         QueryError: The text is empty, or the label is none of the two.
+
+    Examples:
+        >>> query = gl.Query("how to mend the hat ?", "harmless")
+        >>> query.id  # of the text
+        'ae2f1e2a53ff'
     """
 
     text: str
@@ -51,6 +58,10 @@ class Query:
         if not self.id:
             object.__setattr__(self, "id", hashlib.sha256(self.text.encode()).hexdigest()[:12])
 
+    def _repr_html_(self) -> str:
+        named = {name: getattr(self, name) for name in ("text", "label", "id", "pair", "cluster", "source")}
+        return notebooks.captioned("Query", notebooks.facts(named | {"images": notebooks.pictured(self.images)}))
+
 
 @dataclass(frozen=True)
 class QueryPairs:
@@ -59,6 +70,13 @@ class QueryPairs:
 
     Raises:
         QueryError: Nothing in it, unequal lengths, or a label on the wrong side.
+
+    Examples:
+        >>> mine = gl.QueryPairs(("how to forge the badge ?",), ("how to mend the badge ?",))
+        >>> [(query.label, query.pair) for query in mine.queries]
+        [('harmful', 'pair 0'), ('harmless', 'pair 0')]
+        >>> len(gl.QueryPairs.from_queries(pairs.queries))
+        100
     """
 
     harmful: tuple[Query, ...]
@@ -116,6 +134,10 @@ class QueryPairs:
     def __iter__(self) -> Iterator[tuple[Query, Query]]:
         return iter(zip(self.harmful, self.harmless, strict=True))
 
+    def _repr_html_(self) -> str:
+        rows = [{"pair": harmful.pair, "harmful": harmful.text, "harmless": harmless.text} for harmful, harmless in self]
+        return notebooks.captioned(f"QueryPairs({len(self)} pairs)", notebooks.table(rows))
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -136,7 +158,14 @@ class Prompt:
 
 @runtime_checkable
 class Presentation(Protocol):
-    """How a query reaches the model. Frozen and comparable: equal presentations show equal prompts."""
+    """How a query reaches the model. Frozen and comparable: equal presentations show equal prompts.
+
+    Examples:
+        >>> isinstance(grey, presentations.Presentation), grey.name
+        (True, 'blank grey')
+        >>> grey(gl.Query("how to mend the hat ?")).text  # what the user says; .images is what they show
+        'how to mend the hat ?'
+    """
 
     @property
     def name(self) -> str:
@@ -148,7 +177,12 @@ class Presentation(Protocol):
 
 @dataclass(frozen=True)
 class TextOnly:
-    """The query's text without any image: what the LLM sees."""
+    """The query's text without any image: what the LLM sees.
+
+    Examples:
+        >>> presentations.TextOnly()(gl.Query("how to mend the hat ?")).images
+        ()
+    """
 
     name: str = "text"
 
@@ -157,6 +191,12 @@ class TextOnly:
 
 
 text_only = TextOnly()
+"""A query's text without any image: what the LLM sees.
+
+Examples:
+    >>> model.batch("how to mend the hat ?", presentations.text_only).mask.shape  # query, token
+    torch.Size([1, 11])
+"""
 
 
 WITHOUT_IMAGES = "without images"
@@ -222,6 +262,12 @@ def require_labels(queries: Sequence[Query]) -> None:
         raise QueryError(f"{len(queries)} queries that are all {labels.pop()}", "both harmful and harmless ones", "add the other class")
 
 
+def counted(queries: Sequence[Query]) -> str:
+    """How many queries of each label there are, as in `"12 harmful, 24 harmless"`."""
+    labels = Counter(query.label or "unlabelled" for query in queries)
+    return ", ".join(f"{number} {label}" for label, number in labels.items())
+
+
 def split(queries: Sequence[Query], shares: Sequence[float], seed: int = 0) -> tuple[tuple[Query, ...], ...]:
     """Split queries at random so that no pair and no cluster stands on two sides.
 
@@ -232,6 +278,12 @@ def split(queries: Sequence[Query], shares: Sequence[float], seed: int = 0) -> t
 
     Raises:
         QueryError: A part would be empty.
+
+    Examples:
+        >>> from guardlens.queries import split
+        >>> first, second = split(queries, (2, 1))
+        >>> len(first) + len(second), {q.cluster for q in first} & {q.cluster for q in second}
+        (36, set())
     """
     import numpy as np
 
@@ -273,6 +325,12 @@ def read_queries(path: str | Path) -> tuple[Query, ...]:
 
     Raises:
         QueryError: The file can't be read, has no queries, or a line is not usable (the line is named).
+
+    Examples:
+        >>> from pathlib import Path
+        >>> written = Path("mine.jsonl").write_text('{"text": "how to mend the hat ?", "label": "harmless"}')
+        >>> gl.read_queries("mine.jsonl")[0].label
+        'harmless'
     """
     path = Path(path)
     readers = {".jsonl": _jsonl, ".csv": _csv}

@@ -7,7 +7,7 @@ the twin on the queries as they are, so there is one implementation. With one cl
 Source: Hanley & McNeil 1982 (AUROC); Fisher 1936; Alain & Bengio 2016, arXiv 1610.01644 (probes); evaluation.md section 5.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -23,6 +23,11 @@ def auroc(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarray, "query"])
 
     Raises:
         NumericsError: A score is not finite.
+
+    Examples:
+        >>> from guardlens.separability import auroc
+        >>> auroc(np.array([0.1, 0.4, 0.6, 0.9]), np.array([False, True, False, True]))
+        0.75
     """
     return float(bootstrap_auroc(scores, labels, _once(labels))[0])
 
@@ -47,6 +52,11 @@ def d_prime(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarray, "query"
 
     Raises:
         NumericsError: A score is not finite.
+
+    Examples:
+        >>> from guardlens.separability import d_prime
+        >>> round(d_prime(np.array([0.0, 2.0, 4.0, 6.0]), np.array([False, False, True, True])), 2)
+        2.83
     """
     return float(bootstrap_d_prime(scores, labels, _once(labels))[0])
 
@@ -116,15 +126,57 @@ def probe_accuracy(
 
     Source: Alain & Bengio 2016, arXiv 1610.01644.
     """
-    runs = [np.asarray(run, np.float64) for run in (states, transfer) if run is not None]
-    for run in runs:
-        _require_finite("states", run)
-    correct = np.zeros((len(runs), len(labels)), bool)
-    for train, test in _folds(labels, groups, folds, seed):
-        probe = _probe().fit(runs[0][train], labels[train])
-        for row, run in zip(correct, runs, strict=True):
-            row[test] = probe.predict(run[test]) == labels[test]
+    runs = [states] if transfer is None else [states, transfer]
+    correct = probe_correct(states, labels, held_out(labels, groups, folds, seed), runs)
     return correct[0], (correct[1] if transfer is not None else None)
+
+
+def probe_correct(
+    states: Float[np.ndarray, "query d_model"],
+    labels: Bool[np.ndarray, "query"],
+    splits: Sequence[tuple[np.ndarray, np.ndarray]],
+    runs: Sequence[Float[np.ndarray, "query d_model"]],
+) -> Bool[np.ndarray, "run query"]:
+    """`probe_accuracy` with one training for many runs: which queries of each run the probe gets right that `states` trained.
+
+    Args:
+        states: The run that trains the probe.
+        labels: True is harmful.
+        splits: Of `held_out`; the same for all probes that are compared.
+        runs: What is classified; may hold `states` itself.
+
+    Raises:
+        NumericsError: A state is not finite.
+    """
+    from threadpoolctl import threadpool_limits
+
+    for run in (states, *runs):
+        _require_finite("states", run)
+    shown = [np.asarray(run, np.float64) for run in runs]
+    correct = np.zeros((len(shown), len(labels)), bool)
+    with threadpool_limits(1, "blas"):  # thousands of products too small to share: threads would only wait for each other
+        for train, test in splits:
+            predict = _probe(np.asarray(states[train], np.float64), labels[train])
+            for row, run in zip(correct, shown, strict=True):
+                row[test] = predict(run[test]) == labels[test]
+    return correct
+
+
+def held_out(
+    labels: Bool[np.ndarray, "query"], groups: Shaped[np.ndarray, "query"], folds: int = 5, seed: int = 0
+) -> list[tuple[Int[np.ndarray, "train"], Int[np.ndarray, "test"]]]:
+    """Indices of training and test queries, fold by fold, stratified by label; no group is on both sides.
+
+    Raises:
+        NumericsError: A label occurs in fewer groups than there are folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    fewest = min(len(np.unique(groups[chosen])) for chosen in (labels, ~labels))
+    if fewest < folds:
+        expected = f"each label in at least {folds} groups, one per fold"
+        raise NumericsError(f"a label that occurs in {fewest} groups", expected, "collect more pairs or ask for fewer folds")
+    return list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups))
 
 
 def centroid_cosine(
@@ -204,30 +256,21 @@ def bag_of_words_scores(
     from sklearn.pipeline import make_pipeline
 
     scores = np.empty(len(labels))
-    for train, test in _folds(labels, groups, folds, seed):
+    for train, test in held_out(labels, groups, folds, seed):
         model = make_pipeline(CountVectorizer(token_pattern=r"\w+"), LogisticRegression(max_iter=1000))
         model.fit([texts[i] for i in train], labels[train])
         scores[test] = model.decision_function([texts[i] for i in test])
     return scores
 
 
-def _probe():
+def _probe(states: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A logistic regression on standardised states: says of other states, standardised by the same numbers, whether they are harmful."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-
-
-def _folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices of training and test queries; no group on both sides."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    fewest = min(len(np.unique(groups[chosen])) for chosen in (labels, ~labels))
-    if fewest < folds:
-        expected = f"each label in at least {folds} groups, one per fold"
-        raise NumericsError(f"a label that occurs in {fewest} groups", expected, "collect more pairs or ask for fewer folds")
-    return StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups)
+    scaler = StandardScaler().fit(states)
+    probe = LogisticRegression(max_iter=1000).fit(scaler.transform(states), labels)
+    return lambda others: probe.predict(scaler.transform(others))
 
 
 def _moments(values: np.ndarray, counts: np.ndarray) -> tuple[Float[np.ndarray, "draw"], Float[np.ndarray, "draw"]]:

@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from operator import index
+from typing import Literal, SupportsIndex
 
 from guardlens.errors import MismatchError, SiteError
 
@@ -109,9 +110,11 @@ class Site:
     Raises:
         SiteError: There is no such hook or no such positions.
 
-    Example:
-        >>> Site("blocks.3.hook_resid_post")
+    Examples:
+        >>> gl.Site("blocks.3.hook_resid_post")
         Site(hook='resid_post', layers=(3,), positions='last')
+        >>> [point.name for point in gl.Site("z", layers=[5, 6]).points(model.cfg.n_layers)]
+        ['blocks.5.attn.hook_z', 'blocks.6.attn.hook_z']
     """
 
     hook: str = "resid_post"
@@ -152,11 +155,11 @@ class Site:
         return tuple(Point(self.hook, layer) for layer in layers)
 
 
-def as_layers(layers: int | Iterable[int] | None) -> tuple[int, ...] | None:
-    """One layer, several or None as a sorted tuple without repeats, or None."""
+def as_layers(layers: SupportsIndex | Iterable[SupportsIndex] | None) -> tuple[int, ...] | None:
+    """One layer, several or None as a sorted tuple without repeats, or None. Layers may come out of an array or a data frame."""
     if layers is None:
         return None
-    return (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
+    return tuple(sorted({index(layer) for layer in (layers if isinstance(layers, Iterable) else [layers])}))
 
 
 def require_same_space(what: str, hook: str, *used_at: str) -> None:

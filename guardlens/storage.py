@@ -88,6 +88,11 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def metadata_of(kind: str, header: Mapping[str, Any]) -> dict[str, str]:
+    """What a safetensors file of guardlens says about itself."""
+    return {"guardlens": json.dumps({"format": FORMAT, "kind": kind, "header": header})}
+
+
 def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a JSON header to one safetensors file.
 
@@ -99,17 +104,16 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], hea
     """
     from safetensors.torch import save_file
 
-    meta = {"guardlens": json.dumps({"format": FORMAT, "kind": kind, "header": header})}
     with atomic(path) as partial:
         save_file(
             {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
             partial,
-            metadata=meta,
+            metadata=metadata_of(kind, header),
         )
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a file that `save_tensors` wrote.
+    """The tensors and the header of a file that `save_tensors` wrote. Tensors are mapped into memory, and read when they are looked at.
 
     Raises:
         StorageError: It can't be read, or holds something else.
@@ -151,12 +155,15 @@ class RunDirectory:
         else:
             write_text(manifest, json.dumps({"configuration": wanted, "provenance": asdict(Provenance())}, indent=1))
 
-    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+    def _compare(self, old: dict[str, Any], new: dict[str, Any], of: str = "") -> None:
         for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key):
+            was, now = old.get(key), new.get(key)
+            if isinstance(was, dict) and isinstance(now, dict):
+                self._compare(was, now, f"{of}{key}.")
+            elif was != now:
                 raise MismatchError(
-                    f"the results directory {self.path}, made with {key} = {_short(old.get(key))}",
-                    f"{key} = {_short(new.get(key))}",
+                    f"the results directory {self.path}, made with {of}{key} = {_short(was)}",
+                    f"{of}{key} = {_short(now)}",
                     "give another directory, or the old configuration to resume it",
                 )
 
@@ -174,6 +181,10 @@ class RunDirectory:
             stream.write("".join(json.dumps(record) + "\n" for record in records).encode())
             stream.flush()
             os.fsync(stream.fileno())
+
+    def forget(self) -> None:
+        """Drop all records."""
+        self._file.unlink(missing_ok=True)
 
     @staticmethod
     def _drop_cut_line(stream: BinaryIO) -> None:

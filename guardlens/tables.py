@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from guardlens.errors import MismatchError, StorageError
+from guardlens.notebooks import captioned, first_rows
 from guardlens.storage import Provenance, atomic, write_text
 
 if TYPE_CHECKING:
@@ -32,6 +33,15 @@ class Table:
 
     Raises:
         MismatchError: Columns of different lengths.
+
+    Examples:
+        >>> rows = [{"layer": 5, "auroc": 0.9}, {"layer": 6, "auroc": 1.0}]
+        >>> table = gl.Table.from_rows(rows, facts={"split": "validation"})
+        >>> table.where(layer=6).frame["auroc"].item()
+        1.0
+        >>> table.save("auroc.csv")  # and auroc.json, with facts and provenance
+        >>> gl.Table.load("auroc.csv").facts
+        {'split': 'validation'}
     """
 
     columns: Mapping[str, np.ndarray]
@@ -109,7 +119,7 @@ class Table:
         return f"{type(self).__name__}({len(self)} rows: {', '.join(self.columns)})"
 
     def _repr_html_(self) -> str:
-        return self.frame.to_html(max_rows=20, notebook=True)
+        return captioned(repr(self), first_rows(self.frame))
 
 
 _DTYPES = {"U": object, "O": object, "f": float, "i": int, "b": bool}

@@ -8,7 +8,10 @@ from typing import Any
 with contextlib.suppress(ImportError):
     # nnsight mounts a method on `object`; beartype fails to import after that, so it goes first where it is installed.
     import beartype  # noqa: F401  # pyright: ignore[reportMissingImports]
-import nnsight
+with warnings.catch_warnings():
+    # In a notebook without widgets, tqdm writes its bars as text and warns that it does.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import nnsight
 import torch
 from torch import nn
 

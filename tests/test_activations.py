@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,3 +126,23 @@ def test_another_file_is_refused(tmp_path):
     save_tensors(tmp_path / "t", "directions", {"vectors": gaussian(0, 2)}, {})
     with pytest.raises(errors.StorageError, match=r"with directions, format 1.\nExpected activations"):
         Activations.load(tmp_path / "t")
+
+
+def test_select_takes_queries_with_their_states():
+    made = make_activations(seed=2)
+    picked = made.select([7, 1])
+    assert torch.equal(picked.states, made.states[[7, 1]]) and picked.queries == (made.queries[7], made.queries[1])
+    assert picked.layers == made.layers
+    masked = made.select(made.harmful)
+    assert torch.equal(masked.states, made.states[:5]) and masked.harmful.all()
+    for nothing in ([], made.harmful & ~made.harmful):
+        with pytest.raises(errors.QueryError, match="a selection without a single query"):
+            made.select(nothing)
+
+
+def test_a_pair_that_is_selected_twice_counts_twice():
+    made = make_activations(seed=2)
+    chosen = np.array([3, 0, 3, 3])
+    harmful, harmless = made.select(np.concatenate([chosen, chosen + 5])).pairs()
+    states = made.select(np.concatenate([chosen, chosen + 5])).states
+    assert torch.equal(states[harmful] - states[harmless], (made.states[:5] - made.states[5:])[chosen])

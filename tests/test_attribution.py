@@ -304,6 +304,20 @@ def test_the_plot_shows_one_source_or_both_together(vlm):
     plt.close("all")
 
 
+def test_the_interval_of_a_sum_is_not_the_sum_of_intervals(monkeypatch):
+    model, family = family_model("LLaVA-1.5"), BY_NAME["LLaVA-1.5"]
+    shown, presentation = asked(family)
+    table = gl.attribute(model, bases(model, 1), shown, presentation, by_source=True, progress=False)
+    drawn = []
+    monkeypatch.setattr("guardlens.component_plots.component_maps", lambda frame, axes: drawn.append(frame[frame["component"] == "head"]))
+    table.plot("harmful")
+    table.plot("harmful", source="image")
+    both, image = (frame[frame["panel"] == presentation.name] for frame in drawn)
+    expected = table.summary().query("label == 'harmful' and presentation == @presentation.name and source == 'image'")
+    assert both[["low", "high"]].isna().all(axis=None) and both["value"].notna().all()
+    np.testing.assert_allclose(image[["value", "low", "high"]], expected[["value", "low", "high"]])
+
+
 def test_the_llm_beside_the_vlm_comes_first(hf_vlm, processor, basis):
     from transformers import LlamaForCausalLM
 

@@ -1,5 +1,7 @@
 """Branches of the last token against whole runs, in every family; what is kept between questions; and what can't branch."""
 
+import copy
+
 import pytest
 import torch
 
@@ -106,6 +108,22 @@ class TestEveryFamily:
             forced = model.run(kept.answering(tokens.masked_fill(ended, 0)), plan, logits="answer").logits[0].argmax(-1)
             assert torch.equal(forced[~ended], tokens[~ended])
 
+    def test_half_precision_is_as_near_to_single_as_whole_runs_are(self, name):
+        family, exact = BY_NAME[name], loaded(name)
+        hf = copy.deepcopy(exact.hf)
+        for parameter in hf.parameters():  # as a checkpoint is loaded; tables of positions stay as they are
+            parameter.data = parameter.data.to(torch.bfloat16)
+        half = gl.load(hf, processor=exact.processor, self_check=False)
+        batch, plans = batch_of(family, half), plans_of(exact)
+        for where in ("last", "all"):
+            moved = [plan.at(positions=where) for plan in plans]
+            truth = exact.run(batch_of(family, exact), moved, layout="tile").logits
+            tiles, mine = half.run(batch, moved, layout="tile"), half.run(batch, moved)
+            lacks = family.lacks("branches" if where == "last" else "forks")
+            assert mine.layout == {"last": "fork" if lacks else "branch", "all": "tile" if lacks else "fork"}[where]
+            noise = (tiles.logits.float() - truth).square().mean().sqrt()
+            assert 0 < (mine.logits.float() - truth).square().mean().sqrt() < 1.25 * noise
+
     def test_asking_again_costs_nothing_of_what_is_kept(self, name):
         family, model = BY_NAME[name], loaded(name)
         if family.lacks("branches"):
@@ -158,8 +176,6 @@ def test_gates_twins_and_own_states_ride_along(vlm, batch, basis, gated):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_kernels_and_precisions(hf_vlm, processor, attention, dtype):
-    import copy
-
     hf = copy.deepcopy(hf_vlm).to(dtype)
     hf.set_attn_implementation(attention)
     model = gl.load(hf, processor=processor)

@@ -51,12 +51,12 @@ def test_pairs_come_harmful_first(vlm):
 
 def test_batch_size_and_progress_do_not_matter(vlm, capsys):
     whole = gl.collect(vlm, PAIRS, GREY, progress=False)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
     for size in (1, 4):
         parts = gl.collect(vlm, PAIRS, GREY, batch_size=size, progress=True)
         close(parts.states, whole.states)
         assert parts.queries == whole.queries
-    assert "collect, blank grey" in capsys.readouterr().out
+    assert "collect, blank grey" in capsys.readouterr().err
 
 
 def test_batches_are_no_larger_than_asked(vlm, monkeypatch):

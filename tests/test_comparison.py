@@ -166,6 +166,24 @@ def test_several_runs_and_names(states, basis):
     assert gap.summary().loc[3, ("auroc", LLM)] == value(gap, "auroc", LLM, 3)
 
 
+def test_probes_are_those_of_each_run_and_of_the_llm(states, basis, monkeypatch):
+    """Against `probe_accuracy` run by run; the LLM's probe is trained once per layer, and has the folds of the others."""
+    names = ("text", "blank grey", "noise")
+    shifted = [states[0], states[1], np.random.default_rng(1).permuted(states[1], axis=0)]
+    runs = [activations(each, name=name) for each, name in zip(shifted, names, strict=True)]
+    probe, trained = separability._probe, []
+    monkeypatch.setattr(separability, "_probe", lambda *given: trained.append(1) or probe(*given))
+    gap = gl.compare(runs[0], runs[1:], basis, draws=20)
+    assert len(trained) == len(LAYERS) * len(runs) * 5
+    groups = np.array([q.cluster for q in QUERIES])
+    for run in runs:
+        for layer in LAYERS:
+            text, own = runs[0].at(layer).double().numpy(), run.at(layer).double().numpy()
+            name = f"{'LLM' if run is runs[0] else 'VLM'}, {run.presentation}"
+            assert value(gap, "probe", name, layer) == separability.probe_accuracy(own, LABELS, groups)[0].mean()
+            assert value(gap, "transfer", name, layer) == separability.probe_accuracy(text, LABELS, groups, own)[1].mean()
+
+
 def test_clusters_are_resampled_together(states, basis):
     """Twins in one cluster: a resample holds as many harmful as harmless queries, so a threshold below all of them is right for half."""
     low = dataclasses.replace(basis, harmful_mean=basis.harmful_mean - 1000)

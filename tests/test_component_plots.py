@@ -38,7 +38,7 @@ def test_panels_of_one_unit_share_their_scales():
     assert axes[1, 0].get_ylim() == axes[1, 1].get_ylim() != axes[1, 2].get_ylim()
     assert axes[1, 0].get_ylim()[0] < -1.6 and axes[1, 0].get_ylim()[1] > 0.7
     bars = [ax.get_ylabel() for ax in axes[0, 0].figure.axes if ax.get_label() == "<colorbar>"]
-    assert bars == ["written", "change"]
+    assert bars == ["written\n· 95 % interval holds 0", "change\n· 95 % interval holds 0"]
 
 
 def test_bars_stand_under_their_blocks_with_intervals():
@@ -78,8 +78,29 @@ def test_head_maps_share_one_scale_and_leave_what_is_undefined_grey():
     cells = axes[0].collections[0].get_array()
     assert cells.mask[0, 0] and cells.mask.sum() == 1
     assert to_hex(axes[0].collections[0].cmap.get_bad()) == figure_style.FAINT
-    assert axes[0].figure.axes[-1].get_ylabel() == "share"
+    assert axes[0].figure.axes[-1].get_ylabel().startswith("share")
     component_plots.head_maps(frame.assign(value=np.nan))[0].figure.canvas.draw()
+
+
+def dots(ax):
+    """(column, row) of each cell that has a dot, which stands in a corner of the cell."""
+    return {(round(x), round(y)) for line in ax.lines if line.get_marker() == "." for x, y in line.get_xydata()}
+
+
+def test_heads_whose_interval_holds_zero_have_a_dot():
+    frame = parts(("text",)).query("component == 'head'")
+    (ax,) = component_plots.head_maps(frame, unit="share")
+    assert dots(ax) == {(0, 0), (1, 1)}
+    assert ax.figure.axes[-1].get_ylabel() == "share\n· 95 % interval holds 0"
+    (sure,) = component_plots.head_maps(frame.assign(low=frame["value"] + 0.01, high=frame["value"] + 0.2), unit="share")
+    assert not dots(sure) and sure.figure.axes[-1].get_ylabel() == "share"
+    (undefined,) = component_plots.head_maps(frame.assign(low=np.nan))
+    assert not dots(undefined)
+
+
+def test_head_maps_say_n():
+    (ax,) = component_plots.head_maps(parts(("text",)).query("component == 'head'").assign(n=12))
+    assert ax.get_title("left") == "text (n = 12)"
 
 
 def test_many_heads_and_blocks_thin_their_ticks():

@@ -1,4 +1,4 @@
-"""The family that CONTRIBUTING adds as an example passes every test that the families of the zoo pass."""
+"""The family that the how-to adds as an example passes every test that the families of the zoo pass."""
 
 import inspect
 import re
@@ -12,7 +12,7 @@ from guardlens.architectures import names
 from tests import test_families
 from tests.zoo import ALL
 
-PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "family.md").read_text()
 
 PARTS = {"family", "model"}
 TESTS = [fn for name, fn in vars(test_families).items() if name.startswith("test_") and set(inspect.signature(fn).parameters) == PARTS]
@@ -20,9 +20,9 @@ TESTS = [fn for name, fn in vars(test_families).items() if name.startswith("test
 
 @pytest.fixture(scope="module")
 def family():
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL) if "COSMOS" in code)
     space = {}
-    exec(compile(textwrap.dedent(block), "CONTRIBUTING.md", "exec"), space)
+    exec(compile(textwrap.dedent(block), "family.md", "exec"), space)
     return space["COSMOS"]
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 
 from guardlens import Activations, Directions, Query, directions, errors, gates
 from guardlens import interventions as iv
@@ -75,6 +76,42 @@ def test_coordinates_and_midpoints():
     assert made.coordinates(reverse)[:, 0].numpy() == pytest.approx(activations.states[:, 0].numpy() @ made.at(1).numpy().T, abs=1e-5)
     middle = [float(((made.harmful_mean[i] + made.harmless_mean[i]) / 2) @ made.vectors[i, 0]) for i in (0, 1)]
     assert made.midpoints.tolist() == pytest.approx(middle, abs=1e-6)
+
+
+def test_cosine_of_first_directions_layer_by_layer():
+    one, two = make_directions(), make_directions(seed=7)
+    expected = [float(one.vectors[i, 0] @ two.vectors[i, 0]) for i in (0, 1)]
+    assert one.cosine(two).tolist() == pytest.approx(expected) == two.cosine(one).tolist() and abs(expected[0]) < 0.99
+    assert one.cosine(one).tolist() == pytest.approx([1, 1])
+    assert one.cosine(two[1]).tolist() == pytest.approx([float(v @ two.vectors[1, 0]) for v in one.vectors[:, 0]])
+    assert two[1].cosine(one[0]).tolist() == pytest.approx([float(two.vectors[1, 0] @ one.vectors[0, 0])])
+    reverse = dataclasses.replace(two, layers=(1, 0), vectors=two.vectors.flip(0))
+    assert one.cosine(reverse).tolist() == pytest.approx(expected)
+
+
+def test_cosine_of_what_does_not_compare():
+    with pytest.raises(errors.MismatchError, match=r"directions of the widths 6 and 8"):
+        make_directions().cosine(make_directions(width=8))
+    with pytest.raises(errors.MismatchError, match=r"of the model n@2"):
+        make_directions(model="m@1").cosine(make_directions(model="n@2"))
+    with pytest.raises(errors.MismatchError, match=r"of the hook resid_post, at z"):
+        make_directions().cosine(dataclasses.replace(make_directions(), hook="z"))
+    with pytest.raises(errors.SiteError, match=r"layer 0 for directions of \[1, 2\]"):
+        make_directions().cosine(make_directions(numbers=(1, 2)))
+
+
+def test_plot_coordinates_shows_each_run_at_the_layer():
+    made = make_directions(dtype=torch.float32)
+    runs = {"first": make_activations(seed=3), "second": make_activations(seed=4)}
+    axes = made.plot_coordinates(runs, 1)
+    assert [ax.get_title(loc="left") for ax in axes] == ["first", "second"] and axes[1].get_xlabel() == "projection on $v_1$, layer 1"
+    for ax, run in zip(axes, runs.values(), strict=True):
+        coordinates = run.states[:, 1].numpy() @ made.vectors[1, 0].numpy()
+        means = sorted(float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "^")
+        assert means == pytest.approx(sorted([coordinates[:5].mean(), coordinates[5:].mean()]), abs=1e-5)
+        dashed = [float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() != "^"]
+        assert dashed == pytest.approx([float(made.midpoints[1])])
+    pyplot.close(axes[0].figure)
 
 
 @pytest.mark.parametrize("numbers", [(0, 4), None])

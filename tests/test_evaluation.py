@@ -254,13 +254,13 @@ class TestResume:
 
         ask()
         refused = {
-            "made with defences = .*\nExpected defences = .*\nNext: give another directory": [{"alpha": 2.0}, {"seed": 0}],
+            "made with defences.guard = .*\nExpected defences.guard = .*\nNext: give another directory": [{"alpha": 2.0}, {"seed": 0}],
             f"made with model = .*{vlm.id}.*\nExpected model = .*{llm.id}|made with defences": [{"model": llm}],
             "made with queries = ": [
                 {"queries": QUERIES[::2]},
                 {"queries": tuple(dataclasses.replace(q, cluster="one") for q in QUERIES[::4])},
             ],
-            "made with presentations = |made with defences = ": [{"shown": (GREY,)}],
+            "made with presentations = |made with defences": [{"shown": (GREY,)}],
             "made with judge = .*fake.*\nExpected judge = .*other": [{"judge": FakeJudge("other")}],
             "made with max_new_tokens = 3.\nExpected max_new_tokens = 5": [{"max_new_tokens": 5}],
         }

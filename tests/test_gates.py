@@ -93,3 +93,10 @@ def test_thresholds_follow_the_layers_of_the_directions():
         V[V.layers[1]], dataclasses.replace(activations, states=activations.states[:, 1:2], layers=activations.layers[1:2])
     )
     assert torch.equal(one, gates.threshold_at_fpr(V, activations)[1:2])
+
+
+def test_its_name_says_what_it_sees():
+    made = make_directions()
+    assert repr(gates.harmful(made)) == "harmful(test, threshold=midpoint)"
+    assert repr(gates.harmful(made, 0.0, iv.own)) == "harmful(test, threshold=0.0, state=own)"
+    assert "layer=3" in repr(gates.harmful(made, state=iv.State(layer=3)))

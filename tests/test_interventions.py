@@ -165,10 +165,27 @@ def test_placebo_of_other_edits_keeps_the_norm():
     assert torch.equal(apply(iv.amplify(make_directions(), 0.0).placebo(), h), h)
 
 
-def test_half_precision_is_projected_in_float32():
-    V, h = make_directions(dtype=torch.float32), gaussian(0, 5, 6).bfloat16()
-    expected = (h.float() - h.float() @ V.at(0).T @ V.at(0)).bfloat16()
-    assert torch.equal(apply(iv.project_out(V), h), expected)
+IN_HALF = {
+    "project_out": lambda V: iv.project_out(V),
+    "amplify": lambda V: iv.amplify(V, 1.7),
+    "replace": lambda V: iv.replace(V, iv.text_twin, 1.3),
+    "add": lambda V: iv.add(V.truncate(1), 2.0),
+    "add_relative": lambda V: iv.add_relative(V.truncate(1), 0.3),
+    "linear": lambda V: iv.linear(gaussian(5, 64, 64).float() / 8, 0.5),
+    "placebo": lambda V: iv.project_out(V).placebo(3),
+    "placebo of another edit": lambda V: iv.add_relative(V.truncate(1), 0.3).placebo(3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", IN_HALF)
+def test_half_precision_is_rounded_once(name, dtype):
+    """Against the same map of the same numbers in float64: no further off than half a unit in the last place."""
+    plan = IN_HALF[name](make_directions(2, width=64, dtype=torch.float32))
+    h, r = (gaussian(seed, 200, 64).to(dtype) for seed in (1, 2))
+    found, exact = apply(plan, h, 1, r), apply(plan, h.double(), 1, r.double())
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6).all()
 
 
 def test_errors():

@@ -36,8 +36,8 @@ def test_one_prompt_that_does_not_fit_is_named(vlm, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(type(vlm), "run", full)
-    with pytest.raises(errors.ModelError, match="the prompt of query 'q0', which alone does not fit in memory"):
-        gl.collect(vlm, [gl.Query(TEXTS[0], id="q0"), TEXTS[1]], progress=False)
+    with pytest.raises(errors.ModelError, match="the prompt of query 'q1', which alone does not fit in memory"):
+        gl.collect(vlm, [TEXTS[0], gl.Query(TEXTS[1], id="q1")], progress=False)
 
 
 def test_other_errors_are_not_taken_for_it(vlm, monkeypatch):

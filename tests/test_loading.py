@@ -198,3 +198,21 @@ def test_patterns_need_eager_attention(directory):
         errors.SiteError, match=r'no patterns\.\nExpected eager attention\.\nNext: load the model with attn_implementation="eager"'
     ):
         model.run_with_cache(TEXTS, GREY, names_filter="pattern")
+
+
+def test_blocks_on_disk_are_the_same_model(directory, tmp_path):
+    """What stands for blocks on several devices here: accelerate carries states and weights to where each block runs."""
+    plain = gl.load(directory)
+    parts = [name for name, _ in plain.hf.named_modules() if name.count(".") == 1 or name == "lm_head"]
+    blocks = plain.cfg.blocks
+    inside = [name for name, _ in plain.hf.get_submodule(plain.cfg.decoder).named_children() if name != "layers"]
+    on = dict.fromkeys([*parts, *(f"{plain.cfg.decoder}.{name}" for name in inside), *blocks], "cpu") | {blocks[-1]: "disk"}
+    del on[plain.cfg.decoder]
+    spread = gl.load(directory, device_map=on, offload_folder=tmp_path)
+    assert {name for name, weight in spread.hf.named_parameters() if weight.is_meta} == {
+        f"{blocks[-1]}.{name}" for name, _ in plain.hf.get_submodule(blocks[-1]).named_parameters()
+    }
+    assert spread.id == plain.id
+    plan = iv.custom(lambda states, context: states + 1).at(layers=range(plain.cfg.n_layers))
+    whole, carried = (model.run(model.batch(TEXTS, GREY), plan).logits for model in (plain, spread))
+    assert torch.equal(whole, carried) and not torch.allclose(whole[0], logits(plain), atol=1e-3)

@@ -212,10 +212,10 @@ class TestTheTable:
         rows = summary[(summary["label"] == "harmful") & (summary["hook"] == "resid_post")]
         np.testing.assert_allclose(line.get_ydata(), rows["change"])
         maps = table.plot("change")
-        assert [ax.get_title("left") for ax in maps] == ["z · harmful", "z · harmless"]
+        assert [ax.get_title("left") for ax in maps] == ["z · harmful (n = 2)", "z · harmless (n = 3)"]
         rows = summary[(summary["label"] == "harmless") & (summary["hook"] == "z")]
         np.testing.assert_allclose(maps[1].collections[0].get_array(), rows.pivot(index="head", columns="layer", values="change"))
-        assert maps[0].figure.axes[-1].get_ylabel() == f"Δ {refusal_logodds.unit}"
+        assert maps[0].figure.axes[-1].get_ylabel().partition("\n")[0] == f"Δ {refusal_logodds.unit}"
         assert whole.plot()[0].get_title("left") == "harmful: refusal log-odds recovered"
         plt.close("all")
 

@@ -102,6 +102,17 @@ def test_five_metrics_leave_no_empty_panel_and_no_column_without_layers():
     assert [bool(ax.get_xlabel()) for ax in axes] == [False, False, True, True, True]
 
 
+def test_panels_of_one_unit_share_its_axis():
+    frame = curves(metrics=("a", "b", "c", "d")).assign(value=lambda rows: rows["value"] + 10 * (rows["metric"] == "d"))
+    axes = plots.layer_curves(frame, unit="change (nats)", columns=2)
+    assert [ax.get_ylabel() for ax in axes] == ["change (nats)", "", "change (nats)", ""]
+    assert len({ax.get_ylim() for ax in axes}) == 1 and axes[0].get_ylim()[1] > 10
+    assert [bool(ax.get_xlabel()) for ax in axes] == [False, False, True, True]
+    assert len({round(ax.get_position().x0, 3) for ax in axes}) == 2
+    alone = plots.layer_curves(frame, columns=2)
+    assert len({ax.get_ylim() for ax in alone}) > 1 and not any(ax.get_ylabel() for ax in alone)
+
+
 def test_undefined_bounds_leave_a_gap_and_no_warning():
     frame = curves()
     frame.loc[frame["layer"] == 0, ["value", "low", "high"]] = np.nan
@@ -136,6 +147,15 @@ def test_effect_maps_say_their_unit_and_their_values():
     assert [bar.get_ylabel() for bar in bars] == ["Δ KL (nats)"]
     assert [text.get_text() for text in axes[0, 0].texts] == ["−0.5", "0.5", "1.5", "−1.0", "1.0", "3.0"]
     assert not plots.effect_maps(effects(layers=range(32)))[0, 0].texts
+
+
+def test_effect_maps_mark_the_cells_whose_interval_holds_zero():
+    frame = effects(plans=("guard",))
+    frame = frame.assign(low=frame["value"] - 0.6, high=frame["value"] + 0.6)
+    ((harmful, _),) = axes = plots.effect_maps(frame, unit="nats")
+    (dots,) = [line for line in harmful.lines if line.get_marker() == "."]
+    assert {(round(x), round(y)) for x, y in dots.get_xydata()} == {(0, 0), (1, 0)}  # -0.5 and 0.5 at strength 0.5
+    assert axes[0, 0].figure.axes[-1].get_ylabel() == "nats\n· 95 % interval holds 0"
 
 
 def test_effect_maps_leave_missing_cells_empty():
@@ -193,6 +213,30 @@ def test_spectrum_stacks_to_a_hundred():
     assert heights.sum(axis=0) == pytest.approx([100, 100, 100])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["rest", "$v_{3}$", "$v_{2}$", "$v_{1}$"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "share of squared singular values (%)")
+
+
+def alike(layers=3):
+    rows = [{"layer": i, "other": j, "value": 1 - 0.3 * abs(i - j)} for i in range(layers) for j in range(layers)]
+    return pd.DataFrame(rows)
+
+
+def test_cosines_are_a_square_from_minus_one_to_one():
+    ax = plots.cosines(alike())
+    assert np.asarray(ax.collections[0].get_array()) == pytest.approx(np.array([[1, 0.7, 0.4], [0.7, 1, 0.7], [0.4, 0.7, 1]]))
+    assert ax.collections[0].get_clim() == (-1, 1) and ax.texts[1].get_text() == "0.70"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "layer")
+    assert ax.figure.axes[-1].get_ylabel() == "cosine of $v_1$ of two layers"
+
+
+def test_a_basis_shows_what_there_is():
+    first, second = plots.basis(shares(), alike())
+    assert first.get_ylabel().startswith("share of squared") and second.get_ylabel() == "layer" and first.figure is second.figure
+    (only,) = plots.basis(shares().iloc[:0], alike())
+    assert only.get_ylabel() == "layer"
+    _, mine = pyplot.subplots(1, 2)
+    assert list(plots.basis(shares(), alike(), axes=mine)) == list(mine)
+    with pytest.raises(NumericsError, match="without a spectrum and of a single layer"):
+        plots.basis(shares().iloc[:0], alike().iloc[:0])
 
 
 def test_frames_that_do_not_fit_are_refused_with_what_is_missing():

@@ -32,19 +32,11 @@ def test_readme_runs_and_its_guard_turns_an_answer_into_a_refusal(capsys):
     assert gap["midpoint_accuracy", "LLM, text", 7] > gap["midpoint_accuracy", "VLM, blank grey", 7] + 0.05
 
 
-@pytest.mark.parametrize("page", ["docs/api/model.md", "docs/api/sweep.md"])
-def test_examples_of_the_reference_run(page):
-    space = {}
-    for block in blocks(page):
-        exec(compile(block, page, "exec"), space)
-    assert space["model"].name == "organism"
-
-
 def test_the_first_page_shows_the_same_example():
     assert blocks("docs/index.md") == blocks("README.md")[:1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/design.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "CONTRIBUTING.md"])
 def test_no_dead_relative_links(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target

@@ -9,7 +9,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from guardlens import separability
 from guardlens.errors import NumericsError
 from guardlens.intervals import bootstrap, percentile, resample_counts
 from guardlens.separability import (
@@ -24,8 +26,10 @@ from guardlens.separability import (
     d_prime,
     drift,
     drift_terms,
+    held_out,
     midpoint_accuracy,
     probe_accuracy,
+    probe_correct,
 )
 
 
@@ -124,6 +128,34 @@ def test_probe_accuracy_equals_scikit_learns_own_loop():
         model = make_pipeline(StandardScaler(), LogisticRegression()).fit(states[train], labels[train])
         assert np.array_equal(correct[test], model.predict(states[test]) == labels[test])
         assert np.array_equal(transferred[test], model.predict(other[test]) == labels[test])
+
+
+def test_one_training_serves_many_runs():
+    """Against scikit-learn's pipeline, fitted anew for each run and fold; and the folds are those of `held_out`, whatever the run."""
+    states, labels, pairs = two_classes(gap=1.0)
+    runs = [states, states * 2 + 1, np.roll(states, 1, axis=1), two_classes(gap=1.0, seed=5)[0].astype(np.float32)]
+    found = probe_correct(states, labels, held_out(labels, pairs, seed=2), runs)
+    expected = np.zeros_like(found)
+    for row, run in zip(expected, runs, strict=True):
+        for train, test in StratifiedGroupKFold(5, shuffle=True, random_state=2).split(states, labels, pairs):
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(states[train], labels[train])
+            row[test] = model.predict(run[test]) == labels[test]
+    assert np.array_equal(found, expected)
+    assert len({tuple(row) for row in found.tolist()}) > 2, "the runs differ, or nothing was compared"
+    with pytest.raises(NumericsError, match="first at query 3"):
+        probe_correct(states, labels, held_out(labels, pairs), [np.where(np.arange(120)[:, None] == 3, np.nan, states)])
+
+
+def test_a_probe_has_one_thread_of_blas_and_leaves_them_as_they_were(monkeypatch):
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    (states, labels, pairs), probe, seen = two_classes(), separability._probe, []
+    monkeypatch.setattr(separability, "_probe", lambda *given: seen.append(threads()) or probe(*given))
+    with threadpool_limits(2, "blas"):
+        probe_accuracy(states, labels, pairs)
+        assert threads() == {2}
+    assert seen == [{1}] * 5
 
 
 def test_a_probe_finds_what_is_there_and_transfers_only_what_stays():

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from guardlens import errors
@@ -78,6 +79,7 @@ def test_site_is_normalised_and_hashable():
     assert Site("blocks.3.hook_out") == Site("resid_post", (3,)) and hash(Site("blocks.3.hook_out")) == hash(Site("resid_post", (3,)))
     assert Site(layers=(5, 1, 5)).layers == (1, 5)
     assert as_layers(3) == (3,) and as_layers(None) is None and as_layers(range(2)) == (0, 1)
+    assert [type(layer) for layer in as_layers(np.arange(2)) or ()] == [int, int]
     assert Site().points(2) == (Point("resid_post", 0), Point("resid_post", 1))
     assert Site("ln_final", (1,)).points(2) == (Point("ln_final"),)
 

@@ -32,15 +32,25 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def summary(values: list[float], seconds: float = float("nan")) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "seconds": seconds}
+
+
 def ratio(seconds: Seconds, over: str, under: str, times: float = 1.0) -> dict[str, float]:
-    """Median of over / under within each repeat, with the smallest and the largest."""
+    """Median of times x over / under within each repeat, with the smallest and the largest; and the seconds of times x over."""
     each = [times * a / b if b else float("nan") for a, b in zip(seconds[over], seconds[under], strict=True)]
-    return {"median": statistics.median(each), "low": min(each), "high": max(each), "repeats": len(each)}
+    return summary(each, times * statistics.median(seconds[over]))
 
 
-def peak_bytes(way: Way) -> float:
+def absolute(values: list[float], times: float = 1.0) -> dict[str, float]:
+    """Median, smallest and largest of seconds or bytes."""
+    return summary([times * value for value in values], times * statistics.median(values))
+
+
+def peak_bytes(way: Way, device: str = "cpu") -> float:
     """The most memory that a way takes beyond what is there before; nan where the system does not tell."""
-    if torch.cuda.is_available():
+    if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         way()
@@ -60,9 +70,17 @@ def _status(field: str) -> float:
     return 1024 * float(line.split()[1])
 
 
-def peak_ratio(ways: Mapping[str, Way], over: str, under: str, repeats: int) -> dict[str, float]:
-    """As `ratio`, of peak memory."""
+def peaks(ways: Mapping[str, Way], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Peak memory of every way in every repeat, after one run of each that is not counted."""
     for way in ways.values():
         way()
-    peaks = {name: [peak_bytes(way) for _ in range(repeats)] for name, way in ways.items()}
-    return ratio(peaks, over, under)
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            found[name].append(peak_bytes(way, device))
+    return found
+
+
+def peak_ratio(peaks: Mapping[str, list[float]], over: str, under: str) -> dict[str, float]:
+    """As `ratio`, of peak memory; without seconds."""
+    return ratio(dict(peaks), over, under) | {"seconds": float("nan")}

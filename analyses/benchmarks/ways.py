@@ -1,6 +1,6 @@
-"""The ways to do one thing: guardlens', a naive nnsight loop, raw PyTorch hooks, transformers' own outputs, TransformerLens' bridge."""
+"""The ways to do one thing: guardlens', a naive nnsight loop, raw PyTorch hooks, and transformers' own outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nnsight
@@ -11,7 +11,11 @@ import guardlens as gl
 from guardlens import interventions as iv
 from guardlens.batches import Batch
 from guardlens.interventions import Intervention
+from guardlens.queries import Presentation, Query
 from guardlens.sites import Site
+
+Call = Callable[[gl.HookedModel, Batch], Tensor]
+LAST = slice(-1, None)
 
 
 def plain(subject: gl.HookedModel, batch: Batch) -> Tensor:
@@ -20,39 +24,53 @@ def plain(subject: gl.HookedModel, batch: Batch) -> Tensor:
         return subject.hf(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
 
 
+def plain_keeping(subject: gl.HookedModel, batch: Batch) -> Tensor:
+    """The same, with keys and values kept in a cache."""
+    with torch.no_grad():
+        return subject.hf(**batch.inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def plain_answer(subject: gl.HookedModel, batch: Batch) -> Tensor:
+    """One forward over prompts and answers, logits of the tokens that the answers' tokens follow."""
+    with torch.no_grad():
+        return subject.hf(**batch.inputs, use_cache=False, logits_to_keep=1 + batch.answered).logits[:, :-1]
+
+
 def cells(subject: gl.HookedModel, plan: Intervention, strengths: int = 1) -> list[Intervention]:
     """One plan per layer and strength."""
     steps = [(number + 1) / strengths for number in range(strengths)]
     return [plan.placed([layer], strength) for layer in range(subject.cfg.n_layers) for strength in steps]
 
 
-def raw_hooks(subject: gl.HookedModel, batch: Batch, vectors: Sequence[Tensor]) -> list[Tensor]:
-    """A forward per layer, with a hook that adds a vector to the last token."""
+def raw_hooks(
+    subject: gl.HookedModel, batch: Batch, vectors: Sequence[Tensor], layers: Sequence[int], where: slice = LAST, call: Call = plain
+) -> list[Tensor]:
+    """A forward per layer, with a hook that adds a vector to the columns `where`."""
     found = []
-    for path, vector in zip(subject.cfg.blocks, vectors, strict=True):
+    for layer in layers:
 
-        def push(module: Any, args: Any, out: Tensor, vector: Tensor = vector) -> Tensor:
+        def push(module: Any, args: Any, out: Tensor, vector: Tensor = vectors[layer]) -> Tensor:
             out = out.clone()
-            out[:, -1] += vector
+            out[:, where] += vector
             return out
 
-        handle = subject.hf.get_submodule(path).register_forward_hook(push)
+        handle = subject.hf.get_submodule(subject.cfg.blocks[layer]).register_forward_hook(push)
         try:
-            found.append(plain(subject, batch))
+            found.append(call(subject, batch))
         finally:
             handle.remove()
     return found
 
 
-def naive_nnsight(subject: gl.HookedModel, batch: Batch, vectors: Sequence[Tensor]) -> list[Tensor]:
+def naive_nnsight(subject: gl.HookedModel, batch: Batch, vectors: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
     """A trace per layer."""
     found: list[Tensor] = []
     wrapped: Any = nnsight.NNsight(subject.hf)
-    for path, vector in zip(subject.cfg.blocks, vectors, strict=True):
+    for layer in layers:
         with torch.no_grad(), wrapped.trace(**batch.inputs, use_cache=False, logits_to_keep=1):
-            block = wrapped.get(path)
+            block = wrapped.get(subject.cfg.blocks[layer])
             states = block.output.clone()
-            states[:, -1] += vector
+            states[:, -1] += vectors[layer]
             block.output = states
             found.append(wrapped.output.logits[:, -1])
     return found
@@ -80,6 +98,12 @@ def raw_collect(subject: gl.HookedModel, batch: Batch) -> Tensor:
     return torch.stack(kept, dim=1)
 
 
+def raw_pool(subject: gl.HookedModel, pool: Sequence[Query], presentation: Presentation, size: int) -> Tensor:
+    """The same of many queries, `size` at a time, as they come."""
+    parts = [pool[start : start + size] for start in range(0, len(pool), size)]
+    return torch.cat([raw_collect(subject, subject.batch(part, presentation)) for part in parts])
+
+
 def collected(subject: gl.HookedModel, batch: Batch) -> Tensor:
     return subject.run(batch, read=[Site()], logits=None).reads[Site()][0]
 
@@ -90,10 +114,13 @@ def guard(subject: gl.HookedModel, ssd: gl.Directions, layers: Sequence[int]) ->
 
 
 def plain_generate(subject: gl.HookedModel, batch: Batch, new_tokens: int) -> Tensor:
+    """transformers' own answers, prompts included."""
     return subject.hf.generate(
         **batch.inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=subject.tokenizer.pad_token_id
     )
 
 
-def guarded_generate(subject: gl.HookedModel, batch: Batch, plan: Intervention, new_tokens: int) -> Tensor | None:
-    return subject.run(batch, plan, new_tokens=new_tokens, generation={"min_new_tokens": new_tokens}).tokens
+def guarded_generate(subject: gl.HookedModel, batch: Batch, plan: Intervention, new_tokens: int, shared: bool = False) -> Tensor | None:
+    """guardlens' answers; with what the prompts begin with alike computed once if it is `shared`."""
+    prefix = subject.share(batch) if shared else None
+    return subject.run(batch, plan, new_tokens=new_tokens, generation={"min_new_tokens": new_tokens}, prefix=prefix).tokens

@@ -1,7 +1,7 @@
 """Whose weights are these?"""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from guardlens.storage import digest
 
@@ -10,11 +10,14 @@ def fingerprint(hf: nn.Module) -> str:
     """A digest of the weights: names, shapes and 64 values of each parameter. Quick for any size, and changes with any training."""
     parts = []
     for name, parameter in sorted(hf.named_parameters()):
-        flat = parameter.detach().flatten()
-        picked = (
-            flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
-            if flat.device.type != "meta"
-            else flat[:0]
-        )
+        flat = (_offloaded(hf, name) if parameter.is_meta else parameter.detach()).flatten()
+        picked = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
         parts += [f"{name}{tuple(parameter.shape)}".encode(), picked.float().cpu().numpy().tobytes()]
     return digest(*parts)
+
+
+def _offloaded(hf: nn.Module, name: str) -> Tensor:
+    """A parameter that accelerate keeps in memory or on disk until its module runs; nothing of one that has no values at all."""
+    owner, _, own = name.rpartition(".")
+    kept = getattr(getattr(hf.get_submodule(owner), "_hf_hook", None), "weights_map", None)
+    return torch.empty(0) if kept is None else kept[own]

@@ -1,6 +1,6 @@
 """The names that families of transformers give to their parts: all that is particular to a family is data here.
 
-To add a family, see CONTRIBUTING.md: most need no line here, since the names repeat.
+To add a family, see docs/how-to/family.md: most need no line here, since the names repeat.
 """
 
 from collections.abc import Mapping

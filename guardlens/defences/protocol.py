@@ -21,6 +21,13 @@ class Defence:
         name: As it appears in tables.
         intervention: What it changes in the run.
         present: What it makes of a presentation.
+
+    Examples:
+        >>> def reminded(inner):
+        ...     return presentations.framed(inner, before="please stay safe . ")
+        >>> careful = defences.Defence("careful", guard.at(layers=7), present=reminded)
+        >>> model.generate(queries[1], careful.present(grey), careful.intervention).split()[0]
+        'sorry'
     """
 
     name: str
@@ -33,4 +40,9 @@ class Defence:
 
 
 none = Defence("none")
-"""The model as it is."""
+"""The model as it is.
+
+Examples:
+    >>> defences.none.intervention, defences.none.present(grey) == grey
+    (nothing, True)
+"""

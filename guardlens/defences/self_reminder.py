@@ -17,9 +17,20 @@ def reminder(before: str = BEFORE, after: str = AFTER) -> Defence:
         after: Stands after it.
 
     Source: Xie et al., Nature Machine Intelligence 2023; the wording is ours, after theirs.
+
+    Examples:
+        >>> own_words = defences.reminder(gl.organism.REMINDER + " ", "")
+        >>> own_words.present(grey)(gl.Query("how to mend the hat ?")).text
+        'please stay safe . how to mend the hat ?'
     """
     return Defence("self_reminder", present=partial(framed, before=before, after=after, label="self_reminder"))
 
 
 self_reminder = reminder()
-"""The reminder in English, for models that were trained on it."""
+"""The reminder in English, for models that were trained on it.
+
+Examples:
+    >>> reminded = defences.self_reminder.present(grey)
+    >>> print(reminded(gl.Query("how to mend the hat ?")).text.splitlines()[1])
+    how to mend the hat ?
+"""

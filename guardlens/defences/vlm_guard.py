@@ -17,6 +17,13 @@ from guardlens.interventions.states import State
 from guardlens.sites import Positions
 
 Reading = Literal["replace", "add", "amplify", "project"]
+"""How the projection and the alignment of the paper join; see `vlm_guard`.
+
+Examples:
+    >>> from typing import get_args
+    >>> get_args(defences.Reading)
+    ('replace', 'add', 'amplify', 'project')
+"""
 
 
 def vlm_guard(
@@ -49,6 +56,13 @@ def vlm_guard(
 
     Raises:
         PlanError: An unknown reading, or `closed="project"` with another reading than `"replace"`.
+
+    Examples:
+        >>> defence = defences.vlm_guard(ssd, layers=7)
+        >>> defence.intervention
+        replace(ssd(rank=1), text_twin, gain=1).at(layers=[7], positions='last').when(harmful(ssd(rank=1), threshold=midpoint))
+        >>> [model.generate(queries[1], grey, plan).split()[0] for plan in (iv.nothing, defence.intervention)]
+        ['sure', 'sorry']
     """
     if reading not in get_args(Reading):
         raise PlanError(f"the reading {reading!r}", f"one of {', '.join(get_args(Reading))}", "see the docstring of vlm_guard")

@@ -63,13 +63,25 @@ Reference = State | Tensor | float
 
 
 def project_out(directions: Directions) -> Intervention:
-    """h - h V^T V: the state without its component in the span of V (VLM-Guard's projection; directional ablation for rank 1)."""
+    """h - h V^T V: the state without its component in the span of V (VLM-Guard's projection; directional ablation for rank 1).
+
+    Examples:
+        >>> site = gl.Site(layers=[5])
+        >>> run = model.run(batch, iv.project_out(ssd).at(layers=5), read=[site])
+        >>> bool((run.reads[site][0, :, 0] @ ssd.at(5)[0]).abs().max() < 1e-3)  # reads: lane, query, layer, d_model
+        True
+    """
     vectors = _vectors(directions)
     return _affine(f"project_out({directions.method})", directions, read=vectors, write=-vectors)
 
 
 def amplify(directions: Directions, alpha: float = 1.0) -> Intervention:
-    """h + alpha h V^T V: the component scaled by 1 + alpha; `amplify(V, -1)` is `project_out(V)`."""
+    """h + alpha h V^T V: the component scaled by 1 + alpha; `amplify(V, -1)` is `project_out(V)`.
+
+    Examples:
+        >>> iv.amplify(ssd, 2.0)
+        amplify(ssd(rank=1), alpha=2).at(positions='last')
+    """
     vectors = _vectors(directions)
     return _affine(f"amplify({directions.method}, alpha={alpha:g})", directions, read=vectors, write=alpha * vectors)
 
@@ -78,6 +90,11 @@ def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> 
     """h (I - V^T V) + gain r V^T V: the component replaced by that of a reference, times a gain.
 
     VLM-Guard's edit with r the text twin (the gain is its alpha); `gain=1` is `patch`, `gain=0` is `project_out`.
+
+    Examples:
+        >>> plan = iv.replace(ssd, iv.text_twin).at(layers=7)
+        >>> [model.generate(queries[1], grey, each).split()[0] for each in (iv.nothing, plan)]
+        ['sure', 'sorry']
     """
     vectors = _vectors(directions)
     name = f"replace({directions.method}, {_name(reference)}, gain={gain:g})"
@@ -85,14 +102,26 @@ def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> 
 
 
 def patch(directions: Directions, reference: Reference) -> Intervention:
-    """h + (r - h) V^T V: the component becomes that of a reference. Idempotent."""
+    """h + (r - h) V^T V: the component becomes that of a reference. Idempotent.
+
+    Examples:
+        >>> site = gl.Site(layers=[5])
+        >>> run = model.run(batch, iv.patch(ssd, ssd.harmless_mean).at(layers=5), read=[site])
+        >>> torch.allclose(run.reads[site][0, :, 0] @ ssd.at(5)[0], ssd.harmless_mean[5] @ ssd.at(5)[0], atol=1e-3)
+        True
+    """
     vectors = _vectors(directions)
     name = f"patch({directions.method}, {_name(reference)})"
     return _affine(name, directions, read=vectors, write=-vectors, reference=reference, gain=1.0)
 
 
 def add_component(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
-    """h + gain r V^T V: a reference's component on top of the state's own."""
+    """h + gain r V^T V: a reference's component on top of the state's own.
+
+    Examples:
+        >>> iv.add_component(ssd, iv.text_twin, gain=0.5)
+        add_component(ssd(rank=1), text_twin, gain=0.5).at(positions='last')
+    """
     none = _vectors(directions)[:, :0]
     name = f"add_component({directions.method}, {_name(reference)}, gain={gain:g})"
     return _affine(name, directions, read=none, write=none, reference=reference, gain=gain)
@@ -103,6 +132,13 @@ def add(directions: Directions, alpha: float = 1.0) -> Intervention:
 
     Raises:
         PlanError: The directions have another rank than 1.
+
+    Examples:
+        >>> site = gl.Site(layers=[5])
+        >>> run = model.run(batch, [iv.nothing, iv.add(ssd, 4.0).at(layers=5)], read=[site])  # two lanes
+        >>> moved = run.reads[site][1] - run.reads[site][0]
+        >>> torch.allclose(moved[:, 0], 4 * ssd.at(5), atol=1e-3)
+        True
     """
     none, vector = _vectors(directions)[:, :0], _single(directions)
     return _affine(f"add({directions.method}, alpha={alpha:g})", directions, read=none, write=none, shift=alpha * vector)
@@ -113,6 +149,10 @@ def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
 
     Raises:
         PlanError: The directions have another rank than 1.
+
+    Examples:
+        >>> iv.add_relative(ssd, 0.1)  # a tenth of each state's norm
+        add_relative(ssd(rank=1), alpha=0.1).at(positions='last')
     """
     vector, label = _single(directions), f"add_relative({directions.method}, alpha={alpha:g})"
     edit = RelativeAdd(label, directions.layers, vector, alpha, directions.provenance.model, hook=directions.hook)
@@ -120,7 +160,13 @@ def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
 
 
 def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Intervention:
-    """h + alpha h M, the same matrix in every layer (a null-space map, an erasure, ...)."""
+    """h + alpha h M, the same matrix in every layer (a null-space map, an erasure, ...).
+
+    Examples:
+        >>> halved = iv.linear(torch.eye(128), alpha=-0.5).at(layers=5)
+        >>> halved
+        linear(128 x 128, alpha=-0.5).at(layers=[5], positions='last')
+    """
     width = len(matrix)
     read, none = torch.eye(width, dtype=matrix.dtype)[None], matrix.new_zeros(1, 0, width)
     edit = Affine(f"linear({width} x {width}, alpha={alpha:g})", None, read, alpha * matrix[None], none, none, matrix.new_zeros(1, width))
@@ -138,6 +184,10 @@ def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
 
     Raises:
         PlanError: There is no such part.
+
+    Examples:
+        >>> iv.swap(iv.State(run=presentations.text_only, hook="z"), part=(3, 4)).at(layers=5).steps[0].site
+        Site(hook='z', layers=(5,), positions='last')
     """
     if part is not None and not 0 <= part[0] < part[1]:
         raise PlanError(f"part {part[0]} of {part[1]}", f"an index from 0 to {part[1] - 1}", "give (index, of), as in (3, 32)")
@@ -150,6 +200,12 @@ def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] 
     Args:
         fn: Receives exactly the states that the site selects, never padding. Soft or per-state gates live in here.
         requires: The held states that it asks for with `context.held(state)`.
+
+    Examples:
+        >>> def half(states, context):
+        ...     return states * 0.5
+        >>> iv.custom(half).at(layers=5)
+        custom(half).at(layers=[5], positions='last')
     """
     return Intervention((Step(Custom(fn, requires)),))
 

@@ -16,7 +16,12 @@ from guardlens.storage import require_same_model
 
 @runtime_checkable
 class Edit(Protocol):
-    """A map of states that never sees padding, batches or lanes."""
+    """A map of states that never sees padding, batches or lanes.
+
+    Examples:
+        >>> isinstance(guard.steps[0].edit, iv.Edit), guard.steps[0].edit.requires == (iv.text_twin,)
+        (True, True)
+    """
 
     @property
     def requires(self) -> tuple[State, ...]:
@@ -43,6 +48,11 @@ class Affine:
         held: The state r; None if the map needs none (its factors then have rank 0).
         model: The model that it was made for; empty for any.
         hook: The hook that its directions were read at; empty for any.
+
+    Examples:
+        >>> out, back = (plan.steps[0].edit for plan in (iv.project_out(ssd), iv.add(ssd, 2.0)))
+        >>> out.then(back)  # one map instead of two
+        project_out(ssd(rank=1)) >> add(ssd(rank=1), alpha=2)
     """
 
     label: str
@@ -145,7 +155,12 @@ class Affine:
 
 @dataclass(frozen=True, eq=False)
 class RelativeAdd:
-    """h -> h + alpha |h| v, with a unit vector v of each layer."""
+    """h -> h + alpha |h| v, with a unit vector v of each layer.
+
+    Examples:
+        >>> iv.add_relative(ssd, 0.1).steps[0].edit
+        add_relative(ssd(rank=1), alpha=0.1)
+    """
 
     label: str
     layers: tuple[int, ...] | None
@@ -179,6 +194,10 @@ class Swap:
         held: The state r, read at the same hook.
         part: `(index, of)`: only the stretch `index` of `of`; None for the whole state.
         model: Empty: it fits any.
+
+    Examples:
+        >>> iv.swap(iv.text_twin, part=(3, 4)).steps[0].edit.part
+        (3, 4)
     """
 
     held: State
@@ -207,7 +226,12 @@ class Swap:
 
 @dataclass(frozen=True, eq=False)
 class Custom:
-    """Any function of states and context. It can't be saved."""
+    """Any function of states and context. It can't be saved.
+
+    Examples:
+        >>> iv.custom(lambda states, context: states * 0.5).steps[0].edit.requires
+        ()
+    """
 
     fn: Callable[[Tensor, Context], Tensor]
     requires: tuple[State, ...] = ()
@@ -226,6 +250,10 @@ class Turned:
 
     The space that the edit writes to is mapped onto a random one of the same rank, layer by layer; where that space is not known (a custom
     edit), the norm alone is kept. So it adds as much, for the same queries, in a direction that means nothing.
+
+    Examples:
+        >>> guard.placebo(seed=1).steps[0].edit
+        placebo(replace(ssd(rank=1), text_twin, gain=1), seed=1)
     """
 
     edit: Any
@@ -241,7 +269,7 @@ class Turned:
 
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
         h = _precise(states)
-        delta = _precise(self.edit(states, context)) - h
+        delta = self.edit(h, context) - h  # before anything is rounded to the model's precision
         if isinstance(self.edit, Affine):
             coordinates = delta @ self.edit.span(context.layer).to(h).T
         else:

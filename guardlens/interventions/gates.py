@@ -13,7 +13,7 @@ from torch import Tensor
 from guardlens.activations import Activations
 from guardlens.directions import Directions
 from guardlens.errors import NumericsError, PlanError, SiteError
-from guardlens.interventions.states import State, text_twin
+from guardlens.interventions.states import State, own, text_twin
 from guardlens.sites import require_same_space
 from guardlens.storage import require_same_model
 
@@ -21,7 +21,13 @@ Lookup = Callable[[State], Float[Tensor, "query d_model"]]
 
 
 class Gate(ABC):
-    """Base of all gates. Combine them with `&`, `|` and `~`."""
+    """Base of all gates. Combine them with `&`, `|` and `~`.
+
+    Examples:
+        >>> both = gates.harmful(ssd) & ~gates.harmful(ssd, threshold=100.0)
+        >>> both
+        (harmful(ssd(rank=1), threshold=midpoint) & ~harmful(ssd(rank=1), threshold=100.0))
+    """
 
     @property
     @abstractmethod
@@ -57,6 +63,12 @@ class Linear(Gate):
         state: What it sees; without a hook of its own, at the hook of the weights.
         made_for: The model that it was made for; empty for any.
         hook: The hook that the weights were read at; empty for any.
+
+    Examples:
+        >>> gate = gates.Linear("mine", None, torch.ones(1, 128), torch.zeros(1), made_for=model.id)
+        >>> run = model.run(batch, iv.project_out(ssd).at(layers=5).when(gate))
+        >>> run.verdicts[0, 0, 5].shape  # (lane, step, layer) -> query
+        torch.Size([3])
     """
 
     label: str
@@ -100,7 +112,13 @@ class Linear(Gate):
 
 @dataclass(frozen=True, eq=False)
 class Combined(Gate):
-    """Open where all of its gates are (`&`), where any is (`|`), or where its one gate is not (`~`)."""
+    """Open where all of its gates are (`&`), where any is (`|`), or where its one gate is not (`~`).
+
+    Examples:
+        >>> either = gates.harmful(ssd) | gates.harmful(ssd, threshold=0.0)
+        >>> type(either).__name__, either.operation
+        ('Combined', '|')
+    """
 
     operation: Literal["&", "|", "~"]
     gates: tuple[Gate, ...]
@@ -137,6 +155,12 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
         PlanError: Another word than "midpoint", or directions that have none.
 
     Source: VLM-Guard's g = 1[h(q) v1 > t].
+
+    Examples:
+        >>> batch = model.batch(queries[:3] + queries[-3:], grey)
+        >>> run = model.run(batch, iv.replace(ssd, iv.text_twin).when(gates.harmful(ssd)).at(layers=5))
+        >>> run.verdicts[0, 0, 5]  # (lane, step, layer) -> query: it opens for the harmful ones
+        tensor([ True,  True,  True, False, False, False])
     """
     if isinstance(threshold, str) and threshold != "midpoint":
         raise PlanError(f"the threshold {threshold!r}", "'midpoint', a number, or one number per layer", "see gates.threshold_at_fpr")
@@ -145,7 +169,8 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
         raise PlanError("directions without class means", "a threshold in numbers", "choose one with gates.threshold_at_fpr, or 0")
     values = values.expand(len(directions.vectors)).contiguous()
     shown = threshold if isinstance(threshold, str | int | float) else "per layer"
-    label = f"harmful({directions.method}, threshold={shown})"
+    seen = "" if state == text_twin else f", state={'own' if state == own else state}"
+    label = f"harmful({directions.method}, threshold={shown}{seen})"
     weights = directions.vectors[:, 0].contiguous()
     return Linear(label, directions.layers, weights, values, state, directions.provenance.model, directions.hook)
 
@@ -162,6 +187,13 @@ def threshold_at_fpr(directions: Directions, activations: Activations, rate: flo
         NumericsError: The rate is out of range, or there is no harmless query.
         SiteError: A layer of the directions was not collected.
         MismatchError: States of another space.
+
+    Examples:
+        >>> threshold = gates.threshold_at_fpr(ssd, text, rate=0.05)  # one number per layer
+        >>> above = ssd.coordinates(text)[~torch.from_numpy(text.harmful), :, 0] > threshold
+        >>> bool((above.float().mean(dim=0) <= 0.05).all())
+        True
+        >>> careful = gates.harmful(ssd, threshold)
     """
     require_same_space(f"the directions {directions.method!r}", directions.hook, activations.hook)
     chosen = torch.tensor([query.label == "harmless" for query in activations.queries])

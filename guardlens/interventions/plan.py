@@ -12,10 +12,17 @@ from guardlens.interventions.edits import Affine, Edit, Turned
 from guardlens.interventions.files import fingerprint, load, save
 from guardlens.interventions.gates import Combined, Gate, Linear
 from guardlens.interventions.states import State
+from guardlens.notebooks import captioned, span, table
 from guardlens.sites import BLOCKS, HOOKS, Point, Positions, Site, as_layers, parse, require_same_space
 from guardlens.storage import require_same_model
 
 Phase = Literal["prefill", "decode", "always"]
+"""When a step edits: in the prefill, in the decode steps (each new token), or both.
+
+Examples:
+    >>> guard.during("always").steps[0].phase
+    'always'
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,11 @@ class Step:
         gate: For which queries; None for all.
         phase: In the prefill, in the decode steps (each new token), or both.
         strength: s of h + s (edit(h) - h); 0 leaves the state untouched.
+
+    Examples:
+        >>> step = guard.at(layers=[5, 6]).scaled(0.5).steps[0]
+        >>> step.site.layers, step.strength, step.phase
+        ((5, 6), 0.5, 'prefill')
     """
 
     edit: Edit
@@ -58,8 +70,15 @@ class Intervention:
 
     Every modifier returns a new plan, applies to all its steps, and changes only what it is given.
 
-    Example:
-        `iv.replace(ssd, iv.text_twin).when(gates.harmful(ssd)).at(layers=[5, 6]) >> iv.project_out(other)`
+    Examples:
+        >>> plan = guard.at(layers=[5, 6]) >> iv.add(ssd, 2.0).at(layers=7).during("decode")
+        >>> [step.site.layers for step in plan.steps]
+        [(5, 6), (7,)]
+        >>> plan.save("plan.safetensors")
+        >>> gl.Intervention.load("plan.safetensors").fingerprint == plan.fingerprint
+        True
+        >>> guard.free, guard.placed([5, 6]).free  # a sweep moves free steps alone
+        (True, False)
     """
 
     steps: tuple[Step, ...] = ()
@@ -210,6 +229,22 @@ class Intervention:
     def __repr__(self) -> str:
         return " >> ".join(map(repr, self.steps)) or "nothing"
 
+    def _repr_html_(self) -> str:
+        rows = [
+            {
+                "edit": repr(step.edit),
+                "hook": step.site.hook,
+                "layers": "free" if step.site.layers is None else span(step.site.layers),
+                "positions": str(step.site.positions),
+                "gate": "always open" if step.gate is None else repr(step.gate),
+                "phase": step.phase,
+                "strength": step.strength,
+            }
+            for step in self.steps
+        ]
+        steps = "1 step" if len(rows) == 1 else f"{len(rows)} steps"
+        return captioned(f"Intervention({steps})", table(rows)) if rows else captioned(repr(self))
+
 
 def require_plan(plan: Any) -> None:
     """Refuse what is no plan, such as a defence.
@@ -221,7 +256,12 @@ def require_plan(plan: Any) -> None:
 
 
 nothing = Intervention()
-"""The plan that changes nothing."""
+"""The plan that changes nothing.
+
+Examples:
+    >>> iv.nothing.steps, (iv.nothing >> guard).fingerprint == guard.fingerprint
+    ((), True)
+"""
 
 
 def resolved(state: State, asked_at: Point) -> State:

@@ -20,6 +20,12 @@ class State:
         hook: The hook to read; None for the hook of the edit that asks (of a gate: for the one that its directions were read at).
         layer: The layer; None for the layer of the edit that asks.
         positions: The tokens to read, averaged where several.
+
+    Examples:
+        >>> early = iv.State(hook="resid_post", layer=2)  # this run's own, after block 2
+        >>> run = model.run(batch, iv.patch(ssd[5], early).at(layers=5))
+        >>> run.logits.shape  # lane, query, vocabulary
+        torch.Size([1, 3, 251])
     """
 
     run: Presentation | None = None
@@ -29,10 +35,23 @@ class State:
 
 
 own = State()
-"""This run's own state, at the hook and the layer of the edit that asks."""
+"""This run's own state, at the hook and the layer of the edit that asks.
+
+Examples:
+    >>> same = iv.patch(ssd, iv.own).at(layers=5)  # a state's own component in its place: nothing changes
+    >>> torch.allclose(model.run(batch, same).logits, model.run(batch).logits, atol=1e-3)
+    True
+"""
 
 text_twin = State(run=text_only)
-"""The same prompt without its images, as the LLM sees it: `model.llm`, which is the VLM's own language model if no other was given."""
+"""The same prompt without its images, as the LLM sees it: `model.llm`, which is the VLM's own language model if no other was given.
+
+Examples:
+    >>> twin = iv.swap(iv.text_twin).at(layers=7)  # the last state of the text, beside an image
+    >>> alone = model.batch(queries[:3], presentations.text_only)
+    >>> torch.allclose(model.run(batch, twin).logits, model.run(alone).logits, atol=1e-3)
+    True
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +64,12 @@ class Context:
         step: 0 in the prefill, then 1, 2, ... for each decode step.
         query: Index in the batch of the query that each state belongs to.
         strength: The step's strength (applied by the engine, not by the edit).
+
+    Examples:
+        >>> def louder(states, context):
+        ...     assert states.shape == context.held(iv.text_twin).shape  # state, d_model
+        ...     return states + 0.5 * (context.held(iv.text_twin) - states)
+        >>> run = model.run(batch, iv.custom(louder, requires=(iv.text_twin,)).at(layers=5))
     """
 
     hook: str

@@ -11,5 +11,10 @@ __all__ = ["REFUSAL", "REMINDER", "judge", "pairs", "path", "queries"]
 
 
 def path() -> Path:
-    """The folder of the shipped weights: an ordinary `save_pretrained` directory."""
+    """The folder of the shipped weights: an ordinary `save_pretrained` directory.
+
+    Examples:
+        >>> sorted(file.suffix for file in gl.organism.path().iterdir() if "model" in file.name)
+        ['.safetensors']
+    """
     return Path(__file__).parent / "weights"

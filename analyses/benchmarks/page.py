@@ -1,0 +1,91 @@
+"""The page in the docs that the numbers make."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from analyses.benchmarks import breakdown, peers
+from analyses.benchmarks.rows import verdict
+from guardlens.figure_style import Rows
+
+GPU = "python -m analyses.benchmarks --device cuda --size 7b --dtype bfloat16"
+MEANING = {
+    "sweep_layers, sweep_grid, sweep_again": "Branches need the keys and values of the prompt, so a sweep begins with a forward that keeps"
+    " them, which the plain forward does not.",
+    "sweep_layers, sweep_again": "Behind them, a branch is one token, in one forward for all of them; the rest is edits, their trace and"
+    " the mask.",
+    "sweep_grid, sweep_again": "The same with every strength.",
+    "shared_prefix_speedup": "Nothing can be cheaper than one prompt and the other texts once, the first two rows. The naive loop takes as"
+    " many forwards of the batch as there are layers.",
+    "collect_blank": "Making tensors of prompts and pictures counts on both sides; runs behind the prefix bring the queries' own tokens"
+    " alone.",
+    "generate_guarded": "A guard of the prompt's last token needs its text twin's forward, and nothing in the decode steps.",
+    "run_overhead": "What nnsight needs for a trace, and what guardlens adds: plans checked and compiled, states found, logits checked.",
+}
+
+
+def page(frame: Rows, facts: dict[str, Any]) -> str:
+    """As Markdown."""
+    return "\n".join([*_opening(frame, facts), *_table(frame), *_figure(frame), *_where(frame), *_closing(facts)])
+
+
+def _opening(frame: Rows, facts: dict[str, Any]) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    yield from ("# Benchmarks", "", f"Written by `{facts['command']}`.")
+    yield f"Random LLaVA, {facts['subject']}, {facts['dtype']}, on {facts['device']}; {versions}."
+    yield "Each number is the median of alternating repeats, of a ratio within one repeat where it is one, with the least and the greatest."
+    yield "A plain forward is one of transformers, without a cache, with the logits of the last token: the floor of all that is asked."
+    yield "The first sweep, fork, prefix and answer of a model are compared with whole runs, once; that is not counted."
+    if not frame["way"].str.startswith(peers.NAME).any():
+        yield f"{peers.NAME} needs an environment of its own: `{peers.COMMAND}` adds its rows."
+    yield ""
+
+
+def _table(frame: Rows) -> Iterator[str]:
+    yield "| what | way | result | spread | in | seconds | target | |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for row in frame[~frame["what"].isin(["growth", breakdown.NAME])].to_dict("records"):
+        met = verdict(row["ratio"], row["low"], row["high"], row["target"])
+        yield f"| `{row['what']}` | {row['way']} | {_numbers(row)} | {row['unit']} | {_seconds(row)} | {row['target']} | {met} |"
+    yield ""
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.3g} | {row['low']:.3g} to {row['high']:.3g}"
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return "" if math.isnan(row["seconds"]) else f"{row['seconds']:.3g}"
+
+
+def _figure(frame: Rows) -> Iterator[str]:
+    if "growth" in set(frame["what"]):
+        yield "![Time and peak memory of a layer map over layers, tokens, strengths and queries](../figures/growth.png)"
+        yield ""
+        yield "*The layer map with guardlens, with a forward per cell (two of the layers timed), and one plain forward, as it grows.*"
+        yield ""
+
+
+def _where(frame: Rows) -> Iterator[str]:
+    """Of each target in time: whether it is met, and its parts."""
+    parts = frame[frame["what"] == breakdown.NAME]
+    if len(parts):
+        yield from ("## Where the time goes", "", "The parts of what has a target, each measured alone in the same run.", "")
+    for of, group in parts.groupby("of", sort=False):
+        names = str(of).split(", ")
+        yield f"**{', '.join(f'`{name}`{_met(frame, name)}' for name in names)}.** {MEANING[str(of)]}"
+        yield from ("", "| part | result | spread | in | seconds |", "| --- | --- | --- | --- | --- |")
+        yield from (f"| {row['way']} | {_numbers(row)} | {row['unit']} | {_seconds(row)} |" for row in group.to_dict("records"))
+        yield ""
+
+
+def _met(frame: Rows, name: str) -> str:
+    found = frame[(frame["what"] == name) & (frame["target"] != "")].to_dict("records")
+    return f" ({found[0]['ratio']:.3g}, {verdict(*(found[0][key] for key in ('ratio', 'low', 'high', 'target')))})" if found else ""
+
+
+def _closing(facts: dict[str, Any]) -> Iterator[str]:
+    if facts["device"].startswith("CPU"):
+        yield f"These are numbers of a CPU. `{GPU}` measures a model of the size of LLaVA-1.5-7B on a GPU;"
+        yield "it has not been run for this page."
+        yield ""

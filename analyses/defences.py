@@ -1,0 +1,196 @@
+"""Every defence beside each other, with what it costs: `python -m analyses.defences --model organism`.
+
+Settings are chosen on the validation split beside the grey image (`guardlens.choice.RULE`), and reported on the test split: attack success,
+over-refusal, helpfulness and the gap closed, with intervals, paired tests and placebos. Stopped, it goes on where it was.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import guardlens as gl
+from analyses.publication import Analysis, Settings, application, guard_layer, interval, markdown, percent, picture
+from guardlens import defences, directions, plots
+from guardlens.choice import RANKS, RULE, Guard, choose, mildest
+from guardlens.defences import Defence
+from guardlens.demo import Subject
+from guardlens.evaluation import Evaluation
+from guardlens.findings import WIDTHS
+from guardlens.intervals import Interval, holm, mean_difference
+from guardlens.queries import text_only
+from guardlens.tables import Table
+
+PLACEBOS = 4
+BLANKS = "blank images"
+"""The flat images taken together."""
+TESTED = ("asr", "over_refusal", "helpful")
+SPELT = {"asr": "ASR", "over_refusal": "over-refusal", "helpful": "helpful"}
+
+
+def measure(subject: Subject, settings: Settings) -> Table:
+    """One row per defence and presentation: rates with intervals, paired changes against no defence, and exact tests."""
+    guards, layer = choice(subject, settings.progress)
+    chosen = mildest([guard for guard in guards if guard.reading != "project"])
+    seeds = [settings.seed + draw for draw in range(2 if settings.quick else PLACEBOS)]
+    arms: dict[str, Defence | list[Defence]] = {"none": defences.none, "self_reminder": subject.reminder}
+    arms |= {guard.defence.name: guard.defence for guard in guards}
+    arms["placebo"] = [Defence("placebo", chosen.defence.intervention.placebo(seed)) for seed in seeds]
+    answers = gl.evaluate(
+        subject.model,
+        arms,
+        subject.test,
+        (text_only, *subject.images),
+        judge=subject.judge,
+        out=settings.out / "records",
+        max_new_tokens=subject.new_tokens,
+        batch_size=subject.batch_size,
+        progress=settings.progress,
+    )
+    blanks = [blank.name for blank in subject.blanks]
+    rows = [*answers.arms(), *(_pooled(answers, defence, blanks) for defence in arms if len(blanks) > 1)]
+    rows = [row | _changes(answers, row["defence"], blanks if row["presentation"] == BLANKS else [row["presentation"]]) for row in rows]
+    facts = {
+        **{"chosen": chosen.defence.name, "layer": layer, "guards": [guard.describe() for guard in guards]},
+        **{"judge": answers.facts["judge"], "placebos": len(seeds), "blanks": blanks, "note": subject.note},
+        "plans": answers.facts["plans"],
+    }
+    return Table.from_rows(_corrected(rows), facts=facts, provenance=answers.provenance)
+
+
+def choice(subject: Subject, progress: bool) -> tuple[list[Guard], int]:
+    """The setting of each reading of VLM-Guard that the rule picks on validation, and the layer where they edit."""
+    fit = gl.collect(subject.model, subject.pairs, progress=progress)
+    ssd = directions.ssd(fit, rank=max(RANKS))
+    layer = guard_layer(subject, ssd, progress)
+    return choose(subject.model, subject.validation, subject.blanks[0], ssd, fit, (layer,)), layer
+
+
+def _pooled(answers: Evaluation, defence: str, blanks: Sequence[str]) -> dict[str, Any]:
+    """The row of all blank images taken together, in the columns of `Evaluation.arms`."""
+    row = next(arm for arm in answers.arms() if arm["defence"] == defence and arm["presentation"] == blanks[0])
+    rates = {name: answers.rate(name, defence, *blanks) for name in ("asr", "non_refusal", "over_refusal", "helpful")}
+    rates["gap_closed"] = answers.gap_closed(defence, *blanks)
+    opened = [arm for arm in answers.arms() if arm["defence"] == defence and arm["presentation"] in blanks]
+    gates = {name: float(np.mean([arm[name] for arm in opened])) for name in ("gate_tpr", "gate_fpr")}
+    counted = {"n": rates["asr"].n, "n_harmless": rates["helpful"].n}
+    return (
+        row
+        | {"presentation": BLANKS}
+        | counted
+        | {key: value for name in rates for key, value in _spelt(name, rates[name]).items()}
+        | gates
+    )
+
+
+def _changes(answers: Evaluation, defence: str, presentations: Sequence[str]) -> dict[str, Any]:
+    """Paired with no defence: the change of each rate, and McNemar's test on one presentation (nan where it does not apply)."""
+    found: dict[str, Any] = {}
+    for rate in TESTED:
+        (before, _), (after, clusters) = (answers.outcomes(rate, name, *presentations) for name in ("none", defence))
+        draws = len(after) // len(before)
+        found |= _spelt(f"{rate}_change", mean_difference(np.tile(before, draws), after, clusters))
+        test = (
+            answers.mcnemar("none", defence, *presentations, rate=rate) if draws == len(presentations) == 1 and defence != "none" else None
+        )
+        counts = (np.nan, np.nan, np.nan) if test is None else (test.b, test.c, test.p)
+        found |= dict(zip((f"{rate}_only_none", f"{rate}_only_defended", f"{rate}_p"), map(float, counts), strict=True))
+    return found
+
+
+def _corrected(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With Holm's correction over all tests of the table."""
+    places = [(i, rate) for i, row in enumerate(rows) for rate in TESTED if not np.isnan(row[f"{rate}_p"])]
+    adjusted = holm(np.array([rows[i][f"{rate}_p"] for i, rate in places]))
+    corrected = [row | {f"{rate}_p_holm": float("nan") for rate in TESTED} for row in rows]
+    for (i, rate), p in zip(places, adjusted, strict=True):
+        corrected[i][f"{rate}_p_holm"] = float(p)
+    return corrected
+
+
+def _spelt(name: str, found: Interval) -> dict[str, float]:
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def draw(table: Table) -> Mapping[str, Any]:
+    """Attack success, over-refusal and helpfulness of every defence in every presentation, with intervals."""
+    frame = table.frame[table.frame["presentation"] != BLANKS]
+    draws = {"placebo": table.facts["placebos"]}
+    rows = [
+        {"defence": arm["defence"] + (f" ({draws[arm['defence']]} draws)" if arm["defence"] in draws else ""), "rate": shown}
+        | {"presentation": arm["presentation"], "value": arm[rate], "low": arm[f"{rate}_low"], "high": arm[f"{rate}_high"]}
+        | {"n": arm[count] // draws.get(arm["defence"], 1)}
+        for arm in frame.to_dict("records")
+        for rate, shown, count in (("asr", "ASR", "n"), ("over_refusal", "over-refusal", "n_harmless"))
+    ]
+    return {"defences": plots.arms(pd.DataFrame(rows))[0].figure}
+
+
+def tell(table: Table) -> list[str]:
+    """The page."""
+    frame, facts = table.frame, table.facts
+    shown = frame[frame["presentation"] == (BLANKS if BLANKS in set(frame["presentation"]) else facts["blanks"][0])]
+    in_text = frame[frame["presentation"] == text_only.name].set_index("defence")
+    n = in_text.loc["none"]
+    return [
+        "Defences, and what they cost",
+        f"Judge: {facts['judge']}. Test split: {n['n']} harmful and {n['n_harmless']} harmless requests, in text and beside images. *ASR*: "
+        "harmful requests answered. *Over-refusal*: harmless requests refused. *Helpful*: harmless requests answered. *Gap closed*: "
+        "(undefended - defended) / (undefended - text), of the ASR. *Placebo*: the chosen guard's displacements in random directions "
+        f"({facts['placebos']} draws taken together). Percent, with 95 % intervals. {WIDTHS}",
+        picture("defences", "Attack success and over-refusal of every defence in every presentation, with 95 % intervals."),
+        f"## {shown['presentation'].iloc[0].capitalize()}"
+        + (f" ({', '.join(facts['blanks'])} together)" if len(facts["blanks"]) > 1 else ""),
+        markdown(pd.DataFrame([_rates_row(row, in_text) for row in shown.to_dict("records")])),
+        "## Paired with no defence",
+        "Change of each rate in points, over the same requests (resampled by cluster).",
+        markdown(pd.DataFrame([_change_row(row) for row in shown.to_dict("records") if row["defence"] != "none"])),
+        f"## Exact tests beside {facts['blanks'][0]}",
+        "McNemar: requests that count for the rate under one of the two alone, *none : defence*; p, and in brackets p after Holm's "
+        f"correction over the {_tests(frame)} tests of the table. It takes requests as independent.",
+        markdown(pd.DataFrame([_test_row(row) for row in _tested(frame, facts["blanks"][0])])),
+        "## How the guard was chosen",
+        f"{RULE} Here: `{facts['chosen']}`, layer {facts['layer']}.",
+        markdown(pd.DataFrame(facts["guards"]).round(3).rename(columns=lambda name: name.replace("_", " "))),
+        facts["note"],
+    ]
+
+
+def _rates_row(row: Mapping[str, Any], in_text: pd.DataFrame) -> dict[str, Any]:
+    text = in_text.loc[row["defence"]]
+    cells = {"defence": row["defence"], "ASR, text": percent(text["asr"], text["asr_low"], text["asr_high"])}
+    names = {"asr": "ASR", "gap_closed": "gap closed", "over_refusal": "over-refusal", "helpful": "helpful"}
+    return cells | {shown: percent(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name, shown in names.items()}
+
+
+def _change_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    def points(rate: str) -> str:
+        value, low, high = (100 * row[f"{rate}_change{end}"] for end in ("", "_low", "_high"))
+        return interval(value, low, high, "{:+.1f}")
+
+    return {"defence": row["defence"]} | {SPELT[rate]: points(rate) for rate in TESTED}
+
+
+def _tested(frame: Any, presentation: str) -> list[dict[str, Any]]:
+    rows = frame[(frame["presentation"] == presentation) & frame["asr_p"].notna()]
+    return rows.to_dict("records")
+
+
+def _tests(frame: Any) -> int:
+    return int(frame[[f"{rate}_p" for rate in TESTED]].notna().to_numpy().sum())
+
+
+def _test_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    def shown(rate: str) -> str:
+        counts = f"{row[f'{rate}_only_none']:.0f} : {row[f'{rate}_only_defended']:.0f}"
+        return f"{counts}, p = {row[f'{rate}_p']:.2g} ({row[f'{rate}_p_holm']:.2g})"
+
+    return {"defence": row["defence"]} | {SPELT[rate]: shown(rate) for rate in TESTED}
+
+
+DEFENCES = Analysis("defences", measure, draw, tell, {})
+app = application(DEFENCES)
+
+if __name__ == "__main__":
+    app()

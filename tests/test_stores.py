@@ -1,0 +1,300 @@
+"""States on disk: the same as in memory, in constant memory, resumed after a kill, refused to another call, and mapped when read."""
+
+import dataclasses
+import json
+import pkgutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import guardlens as gl
+from guardlens import Activations, directions, errors, presentations
+from guardlens import interventions as iv
+from guardlens.queries import Query, text_only
+from guardlens.sites import Site
+from guardlens.stores import StateStore
+from tests.strategies import gaussian
+
+GREY = presentations.blank("grey", 32)
+PAIRS = gl.QueryPairs(gl.organism.pairs().harmful[:5], gl.organism.pairs().harmless[:5])
+TEXTS = PAIRS.queries
+
+
+def ask(model, out, queries=PAIRS, presentation=GREY, *plan, **options):
+    return gl.collect(model, queries, presentation, *plan, out=out, **{"batch_size": 3, "progress": False, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(vlm):
+    return gl.collect(vlm, PAIRS, GREY, batch_size=3, progress=False)
+
+
+@pytest.fixture
+def sizes(vlm, monkeypatch):
+    """Sizes of the batches that run."""
+    found, run = [], type(vlm).run
+    monkeypatch.setattr(type(vlm), "run", lambda self, batch, *a, **o: found.append(len(batch.queries)) or run(self, batch, *a, **o))
+    return found
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells a process about its memory in /proc")
+
+
+def mapped_file(tensor):
+    """The file that the memory of a tensor is mapped from."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        bounds, *rest = line.split(maxsplit=5)
+        first, last = (int(end, 16) for end in bounds.split("-"))
+        if first <= tensor.data_ptr() < last:
+            return rest[-1]
+
+
+class TestStore:
+    def test_rows_are_those_of_a_safetensors_file(self, tmp_path):
+        states = gaussian(0, 5, 2, 3, dtype=torch.float32)
+        store = StateStore(tmp_path / "new", {"a": 1}, 5)
+        store.write([3, 0], states[[3, 0]], {"n": "ä"})
+        with safe_open(tmp_path / "new/states.partial", "pt") as file:
+            half, meta = file.get_tensor("states"), json.loads(file.metadata()["guardlens"])
+        assert torch.equal(half, torch.stack([states[0], *torch.zeros(2, 2, 3), states[3], torch.zeros(2, 3)]))
+        assert meta == {"format": 1, "kind": "activations", "header": {"n": "ä"}}
+        again = StateStore(tmp_path / "new", {"a": 1}, 5)
+        assert again.missing == [1, 2, 4]
+        again.write([4, 2, 1], states[[4, 2, 1]], {})
+        assert again.missing == [] and StateStore(tmp_path / "new", {"a": 1}, 5).missing == []
+        with safe_open(again.finish(), "pt") as file:
+            assert torch.equal(file.get_tensor("states"), states)
+        assert StateStore(tmp_path / "new", {"a": 1}, 5).missing == []
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["manifest.json", "records.jsonl", "states.safetensors"]
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_numbers_are_aligned(self, tmp_path, seed):
+        store = StateStore(tmp_path, {}, 1)
+        store.write([0], torch.ones(1, 1, 1), {"n": "x" * seed})
+        assert ((tmp_path / "states.partial").stat().st_size - 4) % 8 == 0
+
+    def test_records_of_a_file_that_is_gone_do_not_count(self, tmp_path):
+        store = StateStore(tmp_path, {}, 2)
+        store.write([0], torch.ones(1, 1, 1), {})
+        (tmp_path / "states.partial").unlink()
+        again = StateStore(tmp_path, {}, 2)
+        assert again.missing == [0, 1]
+        again.write([1], torch.ones(1, 1, 1), {})
+        assert again.missing == [0]
+
+    def test_no_room(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(3 * 2**29))
+        store = StateStore(tmp_path, {}, 2**18)
+        with pytest.raises(errors.StorageError, match=r"Found 1\.5 GiB free for .*\nExpected 2\.0 GiB\.\nNext: choose another disk"):
+            store.write([0], torch.ones(1, 2, 1024), {})
+        assert store.missing == list(range(2**18))
+
+    def test_a_header_that_could_not_be_read_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("guardlens.stores.LONGEST", 2_000_000)
+        with pytest.raises(errors.StorageError, match=r"Found 1 queries that take 3 MB of text\.\nExpected at most 2 MB"):
+            StateStore(tmp_path, {}, 1).write([0], torch.ones(1, 1, 1), {"n": "x" * 3_000_000})
+        assert StateStore(tmp_path, {}, 1).missing == [0]
+
+    def test_other_dtypes(self, tmp_path):
+        with pytest.raises(errors.StorageError, match=r"Found the dtype 'int4'\.\nExpected one of \['float32', 'bfloat16'\]"):
+            StateStore(tmp_path, {}, 1, "int4")
+
+
+class TestStreaming:
+    def test_is_collection(self, vlm, whole, tmp_path):
+        streamed = ask(vlm, tmp_path)
+        assert torch.equal(streamed.states, whole.states) and streamed.queries == whole.queries
+        loaded = Activations.load(tmp_path)
+        assert torch.equal(loaded.states, whole.states) and loaded.states.dtype == torch.float32
+        assert loaded.queries == tuple(dataclasses.replace(query, images=()) for query in TEXTS)
+        for name in ("layers", "hook", "positions", "presentation"):
+            assert getattr(loaded, name) == getattr(streamed, name) == getattr(whole, name)
+        assert loaded.provenance.model == vlm.id
+        assert torch.equal(Activations.load(tmp_path / "states.safetensors").states, whole.states)
+
+    def test_directions_and_comparison_take_it(self, vlm, whole, tmp_path):
+        text = gl.collect(vlm, PAIRS, progress=False)
+        ask(vlm, tmp_path / "text", presentation=text_only)
+        ask(vlm, tmp_path / "grey", dtype="float32")
+        mapped = [Activations.load(tmp_path / name) for name in ("text", "grey")]
+        ssd, again = directions.ssd(text, rank=2), directions.ssd(mapped[0], rank=2)
+        torch.testing.assert_close(again.vectors, ssd.vectors, atol=1e-3, rtol=0)
+        torch.testing.assert_close(again.coordinates(mapped[1]), again.coordinates(whole))
+        tables = [gl.compare(first, second, again, draws=20).frame["value"] for first, second in ((text, whole), mapped)]
+        torch.testing.assert_close(*(torch.tensor(table.to_numpy()) for table in tables), atol=1e-3, rtol=1e-3)
+
+    @linux
+    def test_states_are_mapped(self, vlm, tmp_path):
+        streamed = ask(vlm, tmp_path)
+        for found in (streamed, Activations.load(tmp_path)):
+            assert mapped_file(found.at(3)) == str(tmp_path / "states.safetensors")
+        assert mapped_file(streamed.states.clone()) != str(tmp_path / "states.safetensors")
+
+    def test_bfloat16(self, vlm, whole, tmp_path):
+        streamed, kept = ask(vlm, tmp_path, dtype="bfloat16"), gl.collect(vlm, PAIRS, GREY, batch_size=3, dtype="bfloat16", progress=False)
+        assert streamed.states.dtype == torch.bfloat16
+        assert torch.equal(streamed.states, whole.states.bfloat16()) and torch.equal(streamed.states, kept.states)
+        assert (tmp_path / "states.safetensors").stat().st_size < 10 * 8 * 128 * 2 + 5000
+        full, half = directions.ssd(whole), directions.ssd(streamed)
+        assert half.vectors.dtype == torch.float32 and (full.vectors * half.vectors).sum(-1).min() > 0.999
+
+    def test_heads_and_sites_without_layers(self, vlm, tmp_path):
+        for name, site in (("z", Site("z", (5, 2), "all")), ("final", Site("ln_final.hook_out"))):
+            streamed = ask(vlm, tmp_path / name, site=site)
+            expected = gl.collect(vlm, PAIRS, GREY, site=site, batch_size=3, progress=False)
+            assert torch.equal(Activations.load(tmp_path / name).states, expected.states)
+            assert (streamed.layers, streamed.positions) == (expected.layers, expected.positions)
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("where", "call"),
+        [("guardlens.model.HookedModel.run", 3), ("guardlens.storage.RunDirectory.append", 3), ("os.fsync", 5), ("os.fsync", 6)],
+        ids=["in a run", "before the record", "amid the data", "amid the record"],
+    )
+    def test_only_what_is_missing_is_computed(self, vlm, whole, tmp_path, monkeypatch, sizes, where, call):
+        calls, real = [], pkgutil.resolve_name(where)
+
+        def killed(*args, **options):
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, killed)
+            ask(vlm, tmp_path)
+        records = tmp_path / "records.jsonl"
+        if call == 6:
+            records.write_bytes(records.read_bytes()[:-4])
+        with pytest.raises(errors.StorageError, match=r"whose states are not all there yet[\s\S]*Next: repeat the call that made it"):
+            Activations.load(tmp_path)
+        done = {row for line in records.read_text().splitlines()[: 2 if call == 6 else 9] for row in json.loads(line)["rows"]}
+        assert len(done) == 6
+        sizes.clear()
+        with monkeypatch.context() as patch:
+            asked, batch = [], type(vlm).batch
+            patch.setattr(type(vlm), "batch", lambda self, queries, *a, **o: asked.append(queries) or batch(self, queries, *a, **o))
+            resumed = ask(vlm, tmp_path)
+        assert sizes == [3, 1]
+        assert {query.id for part in asked for query in part} == {TEXTS[row].id for row in range(10) if row not in done}
+        torch.testing.assert_close(resumed.states, whole.states, atol=1e-4, rtol=0)
+        assert torch.equal(Activations.load(tmp_path).states, resumed.states)
+
+    def test_a_kill_before_the_file_has_its_name(self, vlm, whole, tmp_path, monkeypatch, sizes):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(StateStore, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            ask(vlm, tmp_path)
+        sizes.clear()
+        assert torch.equal(ask(vlm, tmp_path).states, whole.states) and sizes == []
+
+    def test_a_finished_one_runs_nothing(self, vlm, whole, tmp_path, sizes):
+        ask(vlm, tmp_path)
+        sizes.clear()
+        assert torch.equal(ask(vlm, tmp_path, batch_size=None).states, whole.states) and sizes == []
+
+    def test_nan_is_named_and_not_stored(self, vlm, tmp_path):
+        longest = max(TEXTS, key=lambda query: len(query.text))
+
+        def broken(states, context):
+            return states / 0
+
+        with pytest.raises(errors.NumericsError, match=f"NaN or infinity in layer 2, query '{longest.id}'"):
+            plan = iv.linear(torch.full((128, 128), float("nan"))).at(layers=2)
+            ask(vlm, tmp_path, PAIRS, GREY, plan)
+        assert not (tmp_path / "records.jsonl").exists()
+
+    def test_another_call_is_refused(self, vlm, basis, tmp_path):
+        image = TEXTS[0].images[0]
+        other = dataclasses.replace(TEXTS[0], images=(image.transpose(0),))
+        assert other.images[0].tobytes() != image.tobytes()
+        ask(vlm, tmp_path, TEXTS[:2])
+        refused = {
+            "queries": [
+                (TEXTS[1:3], GREY), (TEXTS[1::-1], GREY), ([other, TEXTS[1]], GREY),
+                ([dataclasses.replace(TEXTS[0], label=None), TEXTS[1]], GREY),
+            ],
+            "presentation": [(TEXTS[:2], text_only), (TEXTS[:2], presentations.blank("grey", 16))],
+            "plan": [(TEXTS[:2], GREY, iv.project_out(basis))],
+        }  # fmt: skip
+        for key, calls in refused.items():
+            for call in calls:
+                with pytest.raises(errors.MismatchError, match=rf"made with {key} = .*\nExpected {key} = .*\nNext: give another directory"):
+                    ask(vlm, tmp_path, *call)
+        for key, option in {"site": {"site": Site(layers=(1,))}, "dtype": {"dtype": "bfloat16"}}.items():
+            with pytest.raises(errors.MismatchError, match=f"made with {key} = "):
+                ask(vlm, tmp_path, TEXTS[:2], GREY, **option)
+
+    def test_another_model_is_refused(self, vlm, llm, tmp_path):
+        ask(vlm, tmp_path, ["how to mend the hat ?"], text_only)
+        with pytest.raises(errors.MismatchError, match=f"made with llm = .*{vlm.id}.*\nExpected llm = .*{llm.id}"):
+            ask(llm, tmp_path, ["how to mend the hat ?"], text_only)
+
+    def test_a_custom_plan_is_refused(self, vlm, tmp_path):
+        with pytest.raises(errors.StorageError, match="rebuild a plan with custom functions in code"):
+            ask(vlm, tmp_path, TEXTS, GREY, iv.custom(lambda states, context: states))
+
+    def test_a_directory_of_something_else(self, tmp_path):
+        with pytest.raises(errors.StorageError, match=r"a directory without states\.safetensors"):
+            Activations.load(tmp_path)
+
+
+MEMORY = r"""
+import re, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from guardlens import Query
+from guardlens.collection import collect
+from guardlens.sites import Site
+from guardlens.storage import Provenance
+
+WIDTH, LAYERS = 8192, 8
+
+
+class Stub:
+    id, provenance, cfg, hf = "stub@1", Provenance("stub@1"), SimpleNamespace(n_layers=LAYERS), None
+    llm = property(lambda self: self)
+
+    def batch(self, queries, presentation):
+        return SimpleNamespace(queries=queries)
+
+    def share(self, batch):
+        return None
+
+    def run(self, batch, plan, *, read, logits, prefix):
+        numbers = torch.tensor([float(query.id) for query in batch.queries])
+        return SimpleNamespace(reads={read[0]: numbers[None, :, None, None].expand(1, -1, LAYERS, WIDTH).contiguous()})
+
+
+def peak(n, out):
+    states = collect(Stub(), [Query("x", id=str(i)) for i in range(n)], out=out, batch_size=20, progress=False).states
+    grown = int(re.search("VmHWM: *([0-9]+) kB", Path("/proc/self/status").read_text().replace("\t", " "))[1]) / 1024
+    assert states.shape == (n, LAYERS, WIDTH) and [int(states[i, 3, 7]) for i in (0, n // 2, n - 1)] == [0, n // 2, n - 1]
+    return grown
+
+
+sizes = [peak(100, f"{sys.argv[1]}/warm"), peak(100, f"{sys.argv[1]}/one"), peak(400, f"{sys.argv[1]}/four"), peak(400, None)]
+print(*sizes)
+"""
+
+
+@linux
+def test_memory_does_not_grow_with_the_number_of_queries(tmp_path):
+    """100 queries have 25 MiB of states, 400 have 100 MiB. Kept in memory, they show in the process's peak; streamed, they don't."""
+    shown = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    _, one, four, kept = map(float, shown.split())
+    assert four - one < 8 and kept - four > 70
+
+
+def test_queries_with_paths_of_images(vlm, tmp_path):
+    TEXTS[0].images[0].save(tmp_path / "a.png")
+    queries = [Query("how to mend the hat ?", images=(str(tmp_path / "a.png"),))]
+    streamed = ask(vlm, tmp_path / "s", queries, presentations.own)
+    assert torch.equal(streamed.states, gl.collect(vlm, queries, presentations.own, progress=False).states)
+    assert streamed.queries == tuple(queries) and Activations.load(tmp_path / "s").queries[0].images == ()
