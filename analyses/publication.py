@@ -204,13 +204,13 @@ def clusters(queries: Sequence[Any]) -> Any:
     return np.array([query.cluster or query.pair or query.id for query in queries])
 
 
-def _machine() -> dict[str, str]:
+def _machine() -> dict[str, Any]:
     import platform
 
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    return {"device": f"{device}, {torch.get_num_threads()} threads"}
+    return {"device": device, "threads": torch.get_num_threads()}
 
 
 def _plain(value: Any) -> Any:

@@ -48,8 +48,10 @@ def run_tiles(
     else:
         raw = engine.forward(run, taps, _kept(batch, logits))
         by_lane = None if raw is None else raw.unflatten(0, (len(plans), -1))
-        by_lane = by_lane if by_lane is None or logits == "all" else checked(_scored_of(by_lane, batch, logits), batch)
-    return Run(reads_of(record, read, batch, engine.cfg.n_layers), by_lane, tokens, record.verdicts, layout.name)
+    reads = reads_of(record, read, batch, engine.cfg.n_layers)
+    if by_lane is not None and logits != "all":
+        by_lane = checked(_scored_of(by_lane, batch, logits), batch)
+    return Run(reads, by_lane, tokens, record.verdicts, layout.name)
 
 
 def run_tails(
@@ -130,8 +132,8 @@ def run_forks(engine: Engine, batch: Batch, plans: Sequence[Intervention], read:
     for plan, start in zip(plans, starts, strict=True):
         taps, record = compile_taps([plan], read, layout, batch, engine.cfg.n_layers, held)
         raw = engine.forked(trunk, start, taps, batch, at)
-        by_lane = None if raw is None else _by_query(raw, batch, 1, logits)
-        runs.append((reads_of(record, read, batch, engine.cfg.n_layers), by_lane, record.verdicts))
+        found = reads_of(record, read, batch, engine.cfg.n_layers)
+        runs.append((found, None if raw is None else _by_query(raw, batch, 1, logits), record.verdicts))
     reads = {site: torch.cat([found[site] for found, _, _ in runs]) for site in read}
     verdicts = {(lane, *key[1:]): opened for lane, (_, _, found) in enumerate(runs) for key, opened in found.items()}
     return Run(reads, torch.cat([found for _, found, _ in runs]) if logits else None, None, verdicts, "fork")  # type: ignore[misc]

@@ -69,8 +69,9 @@ def _figure(frame: Rows) -> Iterator[str]:
 def _where(frame: Rows) -> Iterator[str]:
     """Of each target in time: whether it is met, and its parts."""
     parts = frame[frame["what"] == breakdown.NAME]
-    if len(parts):
-        yield from ("## Where the time goes", "", "The parts of what has a target, each measured alone in the same run.", "")
+    if parts.empty:
+        return
+    yield from ("## Where the time goes", "", "The parts of what has a target, each measured alone in the same run.", "")
     for of, group in parts.groupby("of", sort=False):
         names = str(of).split(", ")
         yield f"**{', '.join(f'`{name}`{_met(frame, name)}' for name in names)}.** {MEANING[str(of)]}"

@@ -99,6 +99,11 @@ def queries(number: int) -> list[Query]:
     return [Query(known[i % len(known)].text, known[i % len(known)].label, id=f"q{i}") for i in range(number)]
 
 
+def long_query() -> Query:
+    """One with more than twenty tokens of text behind its image."""
+    return Query(" ".join(query.text for query in queries(3)), "harmless", id="long")
+
+
 def blank(size: Size) -> presentations.Blank:
     return presentations.blank("grey", size.side * PATCH)
 

@@ -54,7 +54,7 @@ def sweeps(plan: Plan) -> Iterator[Row]:
 def tokens(plan: Plan) -> Iterator[Row]:
     """The layer map of edits at the last several tokens."""
     subject = plan.model()
-    ssd, batch = subjects.directions(subject), subject.batch(subjects.queries(1), subjects.blank(plan.size))
+    ssd, batch = subjects.directions(subject), subject.batch([subjects.long_query()], subjects.blank(plan.size))
     cells = ways.cells(subject, iv.add(ssd, 2.0).at(positions=(-plan.tail, None)))
     vectors, some, depth = subjects.pushes(subject, ssd, 2.0), plan.layers(subject), subject.cfg.n_layers
     seconds = timing.alternate(

@@ -7,8 +7,8 @@
 #
 # ![Requests along the safety direction at layer 5: in text, after a caption, and beside a blank image](1_modality_gap/end.png)
 #
-# You need: Python 3.11 or newer, and the source of guardlens; no GPU, no download of a model. It takes: a minute for the cells (on the
-# organism, CPU), after the installation.
+# You need: Python 3.11 or newer, and the source of guardlens; no GPU, no download of a model. It takes: half a minute for the cells (on
+# the organism, CPU), after the installation.
 
 # %% [markdown]
 # ## Install
@@ -23,7 +23,7 @@
 # ```
 #
 # On Linux, pip's default torch brings CUDA packages of several gigabytes; a CPU build of torch that is installed first is used instead.
-# In Jupyter, open a new notebook and type the cells below, or open this page's notebook (the link to it is on the page). `python FILE.py`
+# In Jupyter, open a new notebook and type the cells below, or open this page's notebook, whose link stands under the title. `python FILE.py`
 # runs the same cells as a script; figures then show only if you save them, with `plots.save(axes[0].figure, "gap")`.
 
 # %%

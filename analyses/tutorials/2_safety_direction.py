@@ -7,7 +7,7 @@
 #
 # ![What adding a direction does to refusal: the safety direction, one of harmless pairs, random ones](2_safety_direction/end.png)
 #
-# You need: guardlens, installed as in [tutorial 1](1_modality_gap.md). It takes: a minute (on the organism, CPU).
+# You need: guardlens, installed as in [tutorial 1](1_modality_gap.md). It takes: half a minute (on the organism, CPU).
 
 # %%
 import numpy as np

@@ -7,7 +7,7 @@
 #
 # ![Change of the refusal log-odds by layer and strength: the guard and its placebo, harmful and harmless requests](3_layer_sweep/end.png)
 #
-# You need: guardlens, installed as in [tutorial 1](1_modality_gap.md). It takes: a minute (on the organism, CPU).
+# You need: guardlens, installed as in [tutorial 1](1_modality_gap.md). It takes: half a minute (on the organism, CPU).
 
 # %%
 import time

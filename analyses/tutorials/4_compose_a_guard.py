@@ -7,7 +7,7 @@
 #
 # ![Attack success and over-refusal of each step of the guard, beside two images](4_compose_a_guard/end.png)
 #
-# You need: guardlens, installed as in [tutorial 1](1_modality_gap.md). It takes: a minute (on the organism, CPU).
+# You need: guardlens, installed as in [tutorial 1](1_modality_gap.md). It takes: half a minute (on the organism, CPU).
 
 # %%
 import tempfile
