@@ -153,7 +153,8 @@ class TestSeparability:
     def test_a_panel_per_metric_with_bands_and_n(self, made):
         figure = separability.draw(made("separability")[1])["separability"]
         assert [ax.get_title("left") for ax in figure.axes] == [plots.TITLES[metric] for metric in separability.METRICS]
-        assert [len(ax.collections) for ax in figure.axes] == [4, 4, 4, 4, 4, 3]
+        bands = [sum(bool(band.get_paths()) for band in ax.collections) for ax in figure.axes]
+        assert bands == [4, 4, 4, 4, 4, 3], "the LLM drifts from nothing"
         assert figure.legends[0].get_texts()[-1].get_text() == "95 % interval, n = 48"
         assert [ax.get_xlabel() for ax in figure.axes[-3:]] == ["layer"] * 3
 

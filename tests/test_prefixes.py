@@ -70,6 +70,15 @@ class TestEveryFamily:
         close(model.run(model.prefill(again, prefix), plans).logits, model.run(again, plans, layout="tile").logits)
 
 
+    def test_answers_behind_a_prefix_are_those_of_whole_prompts(self, name, eager_to_share):
+        family, model = BY_NAME[name], loaded(name)
+        batch = model.batch(TEXTS, shown(family, model))
+        prefix, plans = model.share(batch), [plan.during("always") for plan in plans_of(model)[:3]]
+        if prefix is not None:
+            behind = model.run(batch, plans, new_tokens=6, prefix=prefix).tokens
+            assert torch.equal(behind, model.run(batch, plans, new_tokens=6).tokens)
+
+
 def test_most_families_share_their_prefix(eager_to_share):
     without = {
         name for name, family in BY_NAME.items() if loaded(name).share(loaded(name).batch(TEXTS, shown(family, loaded(name)))) is None

@@ -18,13 +18,13 @@
 # ```sh
 # python3 -m venv .venv
 # . .venv/bin/activate
-# pip install . jupyterlab
+# pip install ".[notebook]"
 # jupyter lab
 # ```
 #
 # On Linux, pip's default torch brings CUDA packages of several gigabytes; a CPU build of torch that is installed first is used instead.
-# In Jupyter, open a new notebook and type the cells below, or open this page's notebook, whose link stands under the title. `python FILE.py`
-# runs the same cells as a script; figures then show only if you save them, with `plots.save(axes[0].figure, "gap")`.
+# In Jupyter, open a new notebook and type the cells below, or open this page's notebook, whose link stands under the title. `python
+# FILE.py` runs the same cells as a script; figures then show only if you save them, with `plots.save(axes[0].figure, "gap")`.
 
 # %%
 import numpy as np
