@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 Kind = TypeVar("Kind", bound="Table")
+
+KINDS = {
+    "comparison": ("comparison", "Comparison"),
+    "attribution": ("attribution", "Attribution"),
+    "patching": ("patching", "Patching"),
+    "sweep": ("sweeps", "Sweep"),
+    "evaluation": ("evaluation", "Evaluation"),
+}
+"""Kind of a saved result -> its module and class, loaded when it is asked for."""
 
 Frame = Any
 """A pandas data frame. pandas types its own selections too loosely to be checked."""
@@ -96,7 +106,7 @@ class Table:
 
     @classmethod
     def load(cls: type[Kind], path: str | Path) -> Kind:
-        """Read what `save` wrote.
+        """Read what `save` wrote; as `Table`, a result of any kind.
 
         Raises:
             StorageError: It can't be read, or is another kind of table.
@@ -110,10 +120,12 @@ class Table:
             frame = pd.read_csv(path, dtype=strings, keep_default_na=False, na_values={n: [""] for n in set(meta["types"]) - set(strings)})
         except (OSError, ValueError, KeyError) as error:
             raise StorageError(f"{path}, which can't be read ({error})", "a CSV with its JSON beside it", "check the path") from None
-        if meta["kind"] != cls.kind:
+        made = KINDS.get(meta["kind"]) if cls is Table else None
+        kind: type[Any] = cls if made is None else getattr(import_module(f"guardlens.{made[0]}"), made[1])
+        if meta["kind"] != kind.kind:
             raise StorageError(f"a table of the kind {meta['kind']!r}", cls.kind, "load it with its own class")
-        columns = {name: frame[name].to_numpy(dtype=_DTYPES[kind]) for name, kind in meta["types"].items()}
-        return cls(columns, meta["facts"], Provenance(**meta["provenance"]))
+        columns = {name: frame[name].to_numpy(dtype=_DTYPES[letter]) for name, letter in meta["types"].items()}
+        return kind(columns, meta["facts"], Provenance(**meta["provenance"]))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} rows: {', '.join(self.columns)})"

@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guardlens import Table, errors
+from guardlens import Table, errors, tables
 
 
 class Other(Table):
@@ -62,3 +63,20 @@ def test_errors(tmp_path):
         Other.load(tmp_path / "t")
     with pytest.raises(errors.StorageError, match=r"no.csv, which can't be read[\s\S]*a CSV with its JSON beside it"):
         Table.load(tmp_path / "no")
+
+
+def test_a_result_of_any_kind_is_loaded_as_what_it_is(tmp_path):
+    kinds = {each.kind: each for each in every_subclass(Table) if each.__module__.startswith("guardlens.")}
+    assert {kind: (f"guardlens.{module}", name) for kind, (module, name) in tables.KINDS.items()} == {
+        kind: (each.__module__, each.__name__) for kind, each in kinds.items()
+    }
+    for each in kinds.values():
+        each({"score": np.array(["kl"])}, {"n": 1}).save(tmp_path / each.kind)
+        loaded = Table.load(tmp_path / each.kind)
+        assert type(loaded) is each and loaded.facts == {"n": 1}
+
+
+def every_subclass(of):
+    """With the modules of all results imported."""
+    [importlib.import_module(f"guardlens.{name}") for name in ("comparison", "attribution", "patching", "sweeps", "evaluation")]
+    return [found for each in of.__subclasses__() for found in (each, *each.__subclasses__())]

@@ -87,7 +87,7 @@ def raw_collect(subject: gl.HookedModel, batch: Batch) -> Tensor:
     """Collection by hooks that copy the last token."""
     kept: list[Tensor] = []
     handles = [
-        subject.hf.get_submodule(path).register_forward_hook(lambda module, args, out: kept.append(out[:, -2].clone()))
+        subject.hf.get_submodule(path).register_forward_hook(lambda module, args, out: kept.append(out[:, -1].clone()))
         for path in subject.cfg.blocks
     ]
     try:
