@@ -182,54 +182,56 @@ class HookedModel:
             SiteError, PlanError: A plan asks for what this model, run or layout does not have.
             NumericsError: NaN or infinity in a read or in the logits; layer and query are named.
         """
-        lanes: list[Intervention] = list(plans) if isinstance(plans, Sequence) else [plans]
         kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
+        lanes = list(plans) if isinstance(plans, Sequence) else [plans]
+        self._require_runnable(batch, lanes, read)
+        self._require_kept(kept, batch, logits, new_tokens)
+        options = {"pad_token_id": self._pad_token_id, **generation}
+        asked = Asked(self.cfg, batch, [plan.to(self.hf.device) for plan in lanes], read, logits, new_tokens, seed, options)
+        if new_tokens:
+            return self._answered(asked, kept, prefix)
+        return self._shared(asked, kept, prefix, layout) if kept or len(lanes) > 1 or layout != "auto" else self._alone(asked, prefix)
+
+    def _shared(self, asked: Asked, kept: Prefill | None, prefix: Prefix | None, layout: str) -> Run:
+        """Plans that share what they can: the cheapest way, or the one that was asked for."""
+        why = asked.unbranchable if layout in ("auto", "branch") else f"{layout}s were asked for"
+        if not why:
+            start = kept or self.prefill(asked.batch, prefix)
+            if start.stem is not None:
+                return run_tails(self._engine, asked, self._held(asked, start.held), start.stem, asked.tail)[0]
+            why = start.flaw
+        if layout == "branch":
+            raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the prompts' ends", 'choose layout="auto"')
+        forks = layout == "fork" or (layout == "auto" and asked.forks and self._trials.forks(asked.batch))
+        run = (run_forks if forks else run_tiles)(self._engine, asked, self._held(asked, kept.held if kept else None))
+        return replace(run, why=why)
+
+    def _alone(self, asked: Asked, prefix: Prefix | None) -> Run:
+        """One plan: a plain run, or one that goes on behind what all prompts begin with."""
+        shared = None if prefix is None else prefix.begins(asked.batch)
+        held = self._held(asked)
+        if shared is not None and asked.follows(shared.rest(asked.batch)):
+            return run_tails(self._engine, asked, held, shared.stem(asked.batch), shared.rest(asked.batch))[0]
+        return run_tiles(self._engine, asked, held)
+
+    def _answered(self, asked: Asked, kept: Prefill | None, prefix: Prefix | None) -> Run:
+        """Answers: behind what is kept of the prompts, or what they begin with alike, where that can be."""
+        shared = None if prefix is None else prefix.begins(asked.batch)
+        if (kept or shared) and asked.follow_prompts:
+            start = kept or self.prefill(asked.batch, shared)
+            if start.stem is not None and self._trials.answers(start.stem):
+                return run_answers(self._engine, asked, self._held(asked, start.held), start.stem)
+        run = run_tiles(self._engine, asked, self._held(asked))
+        return replace(run, why="answers are generated" if len(asked.plans) > 1 else "")
+
+    def _require_kept(self, kept: Prefill | None, batch: Batch, logits: str | None, new_tokens: int) -> None:
+        """Refuse prompts that are not this model's own, and answers where they can't be scored."""
         if kept:
             self.require_own(kept)
         if (logits == "answer" or batch.answered) and not (kept and batch.answered and not new_tokens):
             raise PlanError("an answer behind no kept prompts", "kept prompts", "say model.prefill(batch).answering(tokens)")
-        self._require_runnable(batch, lanes, read)
         if kept and batch.answered and kept.stem is None:
             self._trials.require_answers(batch, kept.logits)
-        lanes = [plan.to(self.hf.device) for plan in lanes]
-        asked = Asked(self.cfg, batch, lanes, read, logits, new_tokens)
-        if new_tokens:
-            return self._answered(asked, kept, prefix, seed, generation)
-        why = ""
-        if kept or len(lanes) > 1 or layout != "auto":
-            why = asked.unbranchable if layout == "auto" or layout == "branch" else f"{layout}s were asked for"
-            if not why:
-                start = kept or self.prefill(batch, prefix)
-                why = start.flaw
-                if start.stem is not None:
-                    held = self._held(batch, lanes, start.held)
-                    return run_tails(self._engine, start.stem, asked.tail, lanes, read, logits, held)[0]
-            if layout == "fork" or (layout == "auto" and asked.forks and self._trials.forks(batch)):
-                return replace(run_forks(self._engine, batch, lanes, read, logits, self._held(batch, lanes)), why=why)
-        if layout == "branch":
-            raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the prompts' ends", 'choose layout="auto"')
-        held = self._held(batch, lanes)
-        shared = None if prefix is None or len(lanes) > 1 else prefix.begins(batch)
-        if shared is not None and asked.follows(shared.rest(batch)):
-            return run_tails(self._engine, shared.stem(batch), shared.rest(batch), lanes, read, logits, held)[0]
-        return replace(run_tiles(self._engine, batch, lanes, read, logits, held), why=why)
-
-    def _answered(self, asked: Asked, kept: Prefill | None, prefix: Prefix | None, seed: int | None, generation: Mapping[str, Any]) -> Run:
-        """Answers: behind what is kept of the prompts, or what they begin with alike, where that can be."""
-        options = {"pad_token_id": self._pad_token_id, **generation}
-        shared = prefix.begins(asked.batch) if prefix is not None else None
-        if (kept or shared) and asked.answers() and options.get("use_cache", True):
-            start = kept or self.prefill(asked.batch, shared)
-            if start.stem is not None and self._trials.answers(start.stem):
-                held = self._held(asked.batch, asked.plans, start.held)
-                return run_answers(
-                    self._engine, start.stem, asked.plans, asked.read, held, new_tokens=asked.new_tokens, seed=seed, generation=options
-                )
-        held, why = self._held(asked.batch, asked.plans), "answers are generated" if len(asked.plans) > 1 else ""
-        run = run_tiles(
-            self._engine, asked.batch, asked.plans, asked.read, None, held, new_tokens=asked.new_tokens, seed=seed, generation=options
-        )
-        return replace(run, why=why)
 
     def _require_runnable(self, batch: Batch, plans: Sequence[Intervention], read: Sequence[Site]) -> None:
         """Refuse what is no batch, no site or no plan, and plans and sites that this model has no place for."""
@@ -261,7 +263,7 @@ class HookedModel:
         made = self._trials.stem(batch, None if prefix is None else prefix.begins(batch))
         if made is not None:
             return Prefill(batch, *made, models=self.ids)
-        plain = run_tiles(self._engine, batch, [nothing], (), "last", {}).logits
+        plain = run_tiles(self._engine, Asked(self.cfg, batch, [nothing]), {}).logits
         assert plain is not None
         return Prefill(batch, None, plain[0], flaw=self._trials.flaws["branches", batch.beside_image], models=self.ids)
 
@@ -400,24 +402,24 @@ class HookedModel:
         }
         return captioned(repr(self), facts(named))
 
-    def _held(self, batch: Batch, plans: Sequence[Intervention], known: dict[Any, Tensor] | None = None) -> Held:
+    def _held(self, asked: Asked, known: dict[Any, Tensor] | None = None) -> Held:
         """The states that the plans need of other presentations' runs: one unedited forward per presentation.
 
         Where what is `known` is kept, all layers are read at once, so that whatever layer asks next has its state.
         """
-        wanted = required_runs(plans, self.cfg.n_layers)
+        wanted = required_runs(asked.plans, self.cfg.n_layers)
         held = {} if known is None else known
         missing = {state: layers for state, layers in wanted.items() if any((state, layer) not in held for layer in layers)}
         for presentation in {state.run for state in missing if state.run is not None}:
-            model, other = self.source(batch, presentation)
-            asked = {state: layers for state, layers in missing.items() if state.run == presentation}
+            model, other = self.source(asked.batch, presentation)
+            sought = {state: layers for state, layers in missing.items() if state.run == presentation}
             if known is not None:
                 computed = model.cfg.computed(other.beside_image)
-                asked |= {
+                sought |= {
                     state: {point.layer for point in computed if point.hook == site_of(state, layers).hook}
-                    for state, layers in asked.items()
+                    for state, layers in sought.items()
                 }
-            sites = {state: site_of(state, layers) for state, layers in asked.items()}
+            sites = {state: site_of(state, layers) for state, layers in sought.items()}
             reads = model.run(other, read=tuple(dict.fromkeys(sites.values())), logits=None).reads
             for state, site in sites.items():
                 for index, point in enumerate(site.points(self.cfg.n_layers)):

@@ -17,6 +17,7 @@ from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
 from guardlens.prefixes import Prefix, Stem, prefix_of, stem_of
 from guardlens.runs import agree
 from guardlens.sites import Positions, Site
+from guardlens.ways import Asked
 
 Made = TypeVar("Made")
 
@@ -71,7 +72,7 @@ class Trials:
             )
 
     def _sees_no_answer(self, batch: Batch, plain: Float[Tensor, "query vocab"]) -> bool:
-        found = run_tiles(self.engine, batch, [nothing], (), "answer", {}).logits
+        found = run_tiles(self.engine, self._asked(batch, logits="answer"), {}).logits
         assert found is not None
         _require_agreement(found[:, :, 0], plain, "logits at the prompt's last token depend on what follows")
         return True
@@ -81,6 +82,9 @@ class Trials:
         if what not in self.flaws:
             self._tried(what, check)
         return not self.flaws[what]
+
+    def _asked(self, batch: Batch, plans: Sequence[Intervention] = (nothing,), **more: Any) -> Asked:
+        return Asked(self.engine.cfg, batch, plans, **more)
 
     def _tried(self, what: tuple[str, bool], make: Callable[[], Made]) -> Made | None:
         if self.flaws.get(what):
@@ -101,7 +105,7 @@ class Trials:
             stem, logits = stem_of(engine.decoder, batch, engine.last_logits)
         else:
             own = prefix.own()
-            run, stem = run_tails(engine, own.stem(batch), own.rest(batch), [nothing], (), "last", {}, keep=True)
+            run, stem = run_tails(engine, self._asked(batch), {}, own.stem(batch), own.rest(batch), keep=True)
             logits = run.logits[0]  # type: ignore[index]
         branches, width = partial(self._branches, stem), batch.mask.shape[1]
         if width > self.widest.get(batch.beside_image, 0):  # a window or a chunk shows only in prompts that are longer than it
@@ -114,12 +118,12 @@ class Trials:
         return stem, logits
 
     def _branches(self, stem: Stem, plans: Sequence[Intervention]) -> Float[Tensor, "lane query vocab"]:
-        found = run_tails(self.engine, stem, stem.batch.select("last"), plans, (), "last", {})[0].logits
+        found = run_tails(self.engine, self._asked(stem.batch, plans), {}, stem, stem.batch.select("last"))[0].logits
         assert found is not None
         return found
 
     def _whole(self, batch: Batch, plans: Sequence[Intervention]) -> Float[Tensor, "lane query vocab"]:
-        found = run_tiles(self.engine, batch, plans, (), "last", {}).logits
+        found = run_tiles(self.engine, self._asked(batch, plans), {}).logits
         assert found is not None
         return found
 
@@ -129,15 +133,16 @@ class Trials:
             pair, site = two(), Site()
             shared = made.begins(pair)
             assert shared is not None
-            run, _ = run_tails(self.engine, shared.stem(pair), shared.rest(pair), [nothing], [site], None, {})
-            whole = run_tiles(self.engine, pair, [nothing], [site], None, {}).reads[site]
+            asked = self._asked(pair, read=[site], logits=None)
+            run, _ = run_tails(self.engine, asked, {}, shared.stem(pair), shared.rest(pair))
+            whole = run_tiles(self.engine, asked, {}).reads[site]
             same = "prompts that continue from a common beginning have other states than on their own"
             _require_agreement(run.reads[site], whole[0], same)
         return made
 
     def _forks(self, batch: Batch) -> bool:
         plan = _push("all", self.engine.cfg.n_layers // 2)
-        forked = run_forks(self.engine, batch, [plan], (), "last", {}).logits
+        forked = run_forks(self.engine, self._asked(batch, [plan]), {}).logits
         _require_agreement(forked, self._whole(batch, [plan])[0], "a run that begins at a later block differs from a whole run")
         return True
 
@@ -148,9 +153,9 @@ class Trials:
             taken.append(scores)
             return scores
 
-        options: dict[str, Any] = {"logits_processor": [noted]}
-        run_answers(self.engine, stem, [nothing], (), {}, new_tokens=3, generation=options)
-        run_tiles(self.engine, stem.batch, [nothing], (), "last", {}, new_tokens=3, generation=options)
+        asked = self._asked(stem.batch, new_tokens=3, generation={"logits_processor": [noted]})
+        run_answers(self.engine, asked, {}, stem)
+        run_tiles(self.engine, asked, {})
         half = len(taken) // 2
         same = "answers behind what is kept of the prompts differ from those of whole prompts"
         _require_agreement(torch.stack(taken[:half])[None], torch.stack(taken[half:]), same)

@@ -4,10 +4,11 @@ The rule: *branches* where the ends of the prompts that they copy are at most ha
 skip add up to more than the one run that they begin with; else *tiles*.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -41,6 +42,8 @@ class Asked:
         read: Sites to read.
         logits: `"last"`, `"answer"`, `"all"` or none.
         new_tokens: How many tokens are generated.
+        seed: Of the draws, where they are sampled.
+        generation: Options of transformers' `generate`.
     """
 
     cfg: Architecture
@@ -49,6 +52,8 @@ class Asked:
     read: Sequence[Site] = ()
     logits: str | None = "last"
     new_tokens: int = 0
+    seed: int | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def unbranchable(self) -> str:
@@ -70,9 +75,11 @@ class Asked:
         """Whether a run can go on behind a prefix: whether all that it edits and reads is in the `rest` of the prompts."""
         return not any(self._unsuited.values()) and not (self.tail & ~rest).any()
 
-    def answers(self) -> bool:
+    @property
+    def follow_prompts(self) -> bool:
         """Whether answers can be generated behind what is kept of the prompts: whether only their last tokens are edited and read."""
-        return not any(self._unsuited.values()) and set(self._positions) <= {"last"}
+        cached = self.generation.get("use_cache", True)
+        return cached and not any(self._unsuited.values()) and set(self._positions) <= {"last"}
 
     @cached_property
     def tail(self) -> Bool[Tensor, "query seq"]:

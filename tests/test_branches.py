@@ -290,9 +290,9 @@ class TestKept:
     def test_the_text_twin_runs_once_however_many_plans_ask(self, vlm, batch, gated, basis, monkeypatch):
         runs, real = [], engine.run_tiles
 
-        def note(of, batch, *rest, **options):
-            runs.append(batch.presentation.name)
-            return real(of, batch, *rest, **options)
+        def note(of, asked, held):
+            runs.append(asked.batch.presentation.name)
+            return real(of, asked, held)
 
         monkeypatch.setattr(engine, "run_tiles", note)
         kept = vlm.prefill(batch)

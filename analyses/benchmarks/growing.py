@@ -18,7 +18,7 @@ def growth(plan: Plan) -> Iterator[Row]:
     yield from cell(plan, [axis for axis, values in axes.items() if start[axis] in values], **start)
     for axis, values in axes.items():
         for value in values:
-            if True:
+            if value != start[axis]:
                 yield from cell(plan, [axis], **start | {axis: value})
 
 
