@@ -60,7 +60,7 @@ def test_memory_is_what_a_way_takes_beyond_what_is_there():
     ],
 )
 def test_verdicts(found, target, expected):
-    assert rows.verdict(*found, target) == expected
+    assert rows.reached(dict(zip(("ratio", "low", "high"), found, strict=True)) | {"target": target}) == expected
 
 
 def test_all_ways_of_a_sweep_compute_the_same():
@@ -223,7 +223,7 @@ def test_results_are_written_with_the_page(tmp_path):
     ]
     command.write(pd.DataFrame(measured), tmp_path, command.facts(TINY, False, "tiny", 2))
     summary, page = json.loads((tmp_path / "summary.json").read_text()), (tmp_path / "benchmarks.md").read_text()
-    assert set(summary["ratios"]) == {"sweep_layers"} and summary["ratios"]["sweep_layers"]["ratio"] == 1.25
+    assert set(summary["ratios"]) == {"sweep_layers"} and summary["ratios"]["sweep_layers"]["reached"] == "missed by 4 %"
     assert summary["command"] == "python -m analyses.benchmarks --size tiny" and summary["device"].startswith("CPU")
     assert "| `sweep_layers` | guardlens | 1.25 | 1.22 to 1.29 | plain forwards | 0.5 | <= 1.2 | missed by 4 % |" in page
     assert "**`sweep_layers` (1.25, missed by 4 %), `sweep_again`.**" in page

@@ -14,7 +14,7 @@ import typer
 from analyses.benchmarks import breakdown, drawing, peers
 from analyses.benchmarks.experiments import ALL
 from analyses.benchmarks.page import page
-from analyses.benchmarks.rows import PLANS, Plan, Row, verdict
+from analyses.benchmarks.rows import PLANS, Plan, Row, reached
 from guardlens.figure_style import Rows
 
 
@@ -47,7 +47,7 @@ def main(
 
 def said(row: Row) -> str:
     """A row as it is printed while the benchmarks run."""
-    met = verdict(row["ratio"], row["low"], row["high"], row["target"])
+    met = reached(row)
     target = f"  (target {row['target']}: {met})" if met else ""
     return f"{row['what']:22s} {row['way']}: {row['ratio']:.3g} [{row['low']:.3g}, {row['high']:.3g}] {row['unit']}{target}"
 
@@ -73,7 +73,8 @@ def write(frame: Rows, out: Path, facts: dict[str, Any]) -> None:
     frame.to_csv(out / "results.csv", index=False)
     ratios: dict[str, Any] = {}
     for row in frame[~frame["what"].isin(["growth", breakdown.NAME])].to_dict("records"):
-        ratios.setdefault(row["what"], {name: row[name] for name in ("ratio", "low", "high", "target", "unit", "way")})
+        numbers = {name: row[name] for name in ("ratio", "low", "high", "target", "unit", "way")}
+        ratios.setdefault(row["what"], numbers | {"reached": reached(row)})
     (out / "summary.json").write_text(json.dumps({"ratios": ratios, **facts}, indent=1) + "\n")
     (out / "benchmarks.md").write_text(page(frame, facts))
     if "growth" in set(frame["what"]):

@@ -1,7 +1,9 @@
 """Where the time goes: the parts of what is measured, in the same unit, so that a measurement explains each target that is missed."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 import guardlens as gl
@@ -43,11 +45,18 @@ def _compiled(subject: gl.HookedModel, kept: Prefill, cells: list[Intervention])
     return compile_taps(cells, (), layout, kept.batch, subject.cfg.n_layers, {})
 
 
-def _masked(subject: gl.HookedModel, kept: Prefill, lanes: int) -> object:
+def _inputs(subject: gl.HookedModel, kept: Prefill, lanes: int) -> dict[str, Any]:
     assert kept.stem is not None
     layout = kept.stem.tails(kept.batch.select("last"), lanes)
     config = subject.hf.config.get_text_config(decoder=True)
     return kept.stem.inputs(layout, config, subject.hf.dtype)
+
+
+def _alone(subject: gl.HookedModel, inputs: Mapping[str, Any], kept: Prefill) -> object:
+    """The decoder on the branches' tokens, behind the same keys: no plan, no check, no logits."""
+    assert kept.stem is not None
+    with torch.no_grad(), kept.stem.unchanged():
+        return subject.hf.get_submodule(subject.cfg.decoder)(**inputs)
 
 
 def _sweep(plan: Plan) -> Iterator[Row]:
@@ -62,11 +71,13 @@ def _sweep(plan: Plan) -> Iterator[Row]:
     yield from _parts("sweep_layers, sweep_grid, sweep_again", head, plan.repeats, FORWARDS)
     for of, strengths in (("sweep_layers, sweep_again", 1), ("sweep_grid, sweep_again", plan.strengths)):
         cells = ways.cells(subject, edit, strengths)
+        inputs = _inputs(subject, kept, len(cells))
         parts: dict[str, Way] = {
             UNIT: head[UNIT],
+            f"floor: the decoder alone on {len(cells)} branches": lambda inputs=inputs: _alone(subject, inputs, kept),
             f"{len(cells)} branches, edited": lambda cells=cells: subject.run(kept, cells),
             f"{len(cells)} branches, no edits and no trace": lambda cells=cells: subject.run(kept, [nothing] * len(cells)),
-            f"of {len(cells)} branches: the mask and the positions": lambda cells=cells: _masked(subject, kept, len(cells)),
+            f"of {len(cells)} branches: the mask and the positions": lambda cells=cells: _inputs(subject, kept, len(cells)),
             f"of {len(cells)} branches: plans compiled to taps": lambda cells=cells: _compiled(subject, kept, cells),
         }
         yield from _parts(of, parts, plan.repeats, FORWARDS)

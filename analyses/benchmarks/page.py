@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from analyses.benchmarks import breakdown, peers
-from analyses.benchmarks.rows import verdict
+from analyses.benchmarks.rows import reached
 from guardlens.figure_style import Rows
 
 GPU = "python -m analyses.benchmarks --device cuda --size 7b --dtype bfloat16"
@@ -42,11 +42,10 @@ def _opening(frame: Rows, facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(frame: Rows) -> Iterator[str]:
-    yield "| what | way | result | spread | in | seconds | target | |"
+    yield "| what | way | result | spread | in | seconds | target | reached |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in frame[~frame["what"].isin(["growth", breakdown.NAME])].to_dict("records"):
-        met = verdict(row["ratio"], row["low"], row["high"], row["target"])
-        yield f"| `{row['what']}` | {row['way']} | {_numbers(row)} | {row['unit']} | {_seconds(row)} | {row['target']} | {met} |"
+        yield f"| `{row['what']}` | {row['way']} | {_numbers(row)} | {row['unit']} | {_seconds(row)} | {row['target']} | {reached(row)} |"
     yield ""
 
 
@@ -82,7 +81,7 @@ def _where(frame: Rows) -> Iterator[str]:
 
 def _met(frame: Rows, name: str) -> str:
     found = frame[(frame["what"] == name) & (frame["target"] != "")].to_dict("records")
-    return f" ({found[0]['ratio']:.3g}, {verdict(*(found[0][key] for key in ('ratio', 'low', 'high', 'target')))})" if found else ""
+    return f" ({found[0]['ratio']:.3g}, {reached(found[0])})" if found else ""
 
 
 def _closing(facts: dict[str, Any]) -> Iterator[str]:

@@ -89,13 +89,13 @@ def row(what: str, way: str, found: Mapping[str, float], target: str = "", unit:
     return {"what": what, "way": way, **numbers, "unit": unit, "target": target, **about}
 
 
-def verdict(ratio: float, low: float, high: float, target: str) -> str:
+def reached(row: Row) -> str:
     """Whether a target (`"<= 1.2"`, `">= 70"`) is met, and by how much it is missed; nothing without a target."""
-    if not target:
+    if not row["target"]:
         return ""
-    sign, bound = target.split()[0], float(target.split()[1])
-    if ratio <= bound if sign == "<=" else ratio >= bound:
+    sign, bound = row["target"].split()[0], float(row["target"].split()[1])
+    short, nearest = (row["ratio"] / bound, row["low"] / bound) if sign == "<=" else (bound / row["ratio"], bound / row["high"])
+    if short <= 1:
         return "met"
-    excess, reached = (ratio / bound - 1, low <= bound) if sign == "<=" else (bound / ratio - 1, high >= bound)
-    size = f"{100 * excess:.0f} %" if excess < 1 else f"a factor of {1 + excess:.1f}"
-    return f"missed by {size}" + (", within the spread" if reached else "")
+    size = f"{100 * (short - 1):.0f} %" if short < 2 else f"a factor of {short:.1f}"
+    return f"missed by {size}" + (", within the spread" if nearest <= 1 else "")
