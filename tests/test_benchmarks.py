@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import typer
 
 import guardlens as gl
 from analyses.benchmarks import __main__ as command
@@ -131,6 +132,15 @@ def test_a_shared_image_changes_no_sweep_and_no_answer():
     assert torch.equal(ways.guarded_generate(subject, batch, iv.nothing, 4, shared=True)[0], plain)
 
 
+def test_all_ways_to_generate_under_an_edit_give_the_same_tokens():
+    subject = subjects.model(TINY.size)
+    batch, ssd = subject.batch(subjects.queries(2), subjects.blank(TINY.size)), subjects.directions(subject)
+    vectors, width = subjects.pushes(subject, ssd, 20.0), batch.mask.shape[1]
+    naive = ways.hooked_generate(subject, batch, vectors, [0, 2], 4)[:, width:]
+    assert torch.equal(ways.guarded_generate(subject, batch, iv.add(ssd, 20.0).at(layers=[0, 2]), 4)[0], naive)
+    assert not torch.equal(ways.plain_generate(subject, batch, 4)[:, width:], naive)
+
+
 @pytest.mark.parametrize("name", [name for name in experiments.ALL if name != "imports"])
 def test_every_experiment_reports_finite_numbers_with_their_spread(name):
     found = list(experiments.ALL[name](TINY))
@@ -154,7 +164,7 @@ def test_every_part_of_the_time_belongs_to_a_target():
 
 def test_curves_grow_from_one_point_that_is_measured_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(growing, "cell", lambda plan, axes, **point: asked.append((axes, tuple(point.values()))) or iter(()))
+    monkeypatch.setattr(growing, "timed", lambda plan, axes, **point: asked.append((axes, tuple(point.values()))) or iter(()))
     assert not list(growing.growth(TINY))
     assert asked == [
         (["layers", "side", "strengths", "queries"], (3, 4, 1, 1)),
@@ -165,9 +175,14 @@ def test_curves_grow_from_one_point_that_is_measured_once(monkeypatch):
     ]
 
 
+def test_what_is_timed_comes_before_what_is_weighed():
+    names = list(experiments.ALL)
+    assert [name for name in names if "memory" in name] == names[-3:]
+
+
 def test_the_peer_is_measured_where_it_is_installed(monkeypatch):
     def rows_of_the_peer():
-        found = [row for name in ("sweeps", "collection") for row in experiments.ALL[name](TINY)]
+        found = [row for name in ("sweeps", "collection", "collection_memory") for row in experiments.ALL[name](TINY)]
         return [row["what"] for row in found if row["way"].startswith(peers.NAME)]
 
     monkeypatch.setattr(peers, "installed", lambda: False)
@@ -247,6 +262,11 @@ def test_the_command_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
     out = " ".join(capsys.readouterr().out.split())
     assert peers.COMMAND in out and "sweep_tokens" in out
     assert json.loads((tmp_path / "summary.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_experiment_that_is_unknown_is_refused(tmp_path):
+    with pytest.raises(typer.BadParameter, match="no experiment 'sweep'; there are sweeps, tokens"):
+        command.main(tmp_path, only=["tokens", "sweep"], threads=torch.get_num_threads())
 
 
 @pytest.mark.slow

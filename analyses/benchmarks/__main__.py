@@ -37,7 +37,9 @@ def main(
     if not peers.installed():
         console.print(f"Without {peers.NAME}, which is not installed; with it: {peers.COMMAND}", highlight=False)
     plan, rows = plan.quick() if quick else plan, []
-    for name in only or ALL:
+    if unknown := set(only or ()) - set(ALL):
+        raise typer.BadParameter(f"no experiment {min(unknown)!r}; there are {', '.join(ALL)}", param_hint="--only")
+    for name in (name for name in ALL if not only or name in only):
         for row in ALL[name](plan):
             rows.append(row | {"experiment": name})
             console.print(said(row), highlight=False)

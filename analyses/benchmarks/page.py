@@ -61,7 +61,8 @@ def _figure(frame: Rows) -> Iterator[str]:
     if "growth" in set(frame["what"]):
         yield "![Time and peak memory of a layer map over layers, tokens, strengths and queries](../figures/growth.png)"
         yield ""
-        yield "*The layer map with guardlens, with a forward per cell (two of the layers timed), and one plain forward, as it grows.*"
+        yield "*The layer map with guardlens, with a forward per cell (two of the layers timed), and one plain forward of the batch, as it"
+        yield "grows. Over queries, guardlens computes the image that they share once, which a plain forward does not.*"
         yield ""
 
 

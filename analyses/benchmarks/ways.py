@@ -120,6 +120,26 @@ def plain_generate(subject: gl.HookedModel, batch: Batch, new_tokens: int) -> Te
     )
 
 
+def hooked_generate(subject: gl.HookedModel, batch: Batch, vectors: Sequence[Tensor], layers: Sequence[int], new_tokens: int) -> Tensor:
+    """The same, with hooks that add vectors to the last token of the prompts."""
+
+    def pushed(vector: Tensor) -> Callable[..., Tensor]:
+        def push(module: Any, args: Any, out: Tensor) -> Tensor:
+            if out.shape[1] > 1:  # the prompts, not a decode step
+                out = out.clone()
+                out[:, -1] += vector
+            return out
+
+        return push
+
+    handles = [subject.hf.get_submodule(subject.cfg.blocks[layer]).register_forward_hook(pushed(vectors[layer])) for layer in layers]
+    try:
+        return plain_generate(subject, batch, new_tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def guarded_generate(subject: gl.HookedModel, batch: Batch, plan: Intervention, new_tokens: int, shared: bool = False) -> Tensor | None:
     """guardlens' answers; with what the prompts begin with alike computed once if it is `shared`."""
     prefix = subject.share(batch) if shared else None
