@@ -215,21 +215,25 @@ class Layout:
             return dict(inputs)
         return {name: torch.cat([value] * self.lanes, dim=-1 if name in packed else 0) for name, value in inputs.items()}
 
-    def find(self, lane: int, chosen: Bool[Tensor, "query seq"]) -> Placement:
-        """Where lane `lane` has the tokens chosen in the batch, ordered by query, then column.
+    def find(self, chosen: Bool[Tensor, "query seq"]) -> tuple[Placement, ...]:
+        """Where each lane has the tokens chosen in the batch, ordered by query, then column.
 
         Raises:
-            PlanError: It has not all of them: some are cached, or shared with other lanes.
+            PlanError: Not all of them are there: some are cached.
         """
-        here = self.gather(chosen) & (self.lane == lane)
-        rows, columns = here.nonzero(as_tuple=True)
-        if len(rows) != int(chosen.sum()):
+        rows, columns = (self.gather(chosen) & (self.lane != HOLE)).nonzero(as_tuple=True)
+        number = int(chosen.sum())
+        if len(rows) != self.lanes * number:
             raise PlanError(
-                f"{int(chosen.sum())} chosen tokens of which {len(rows)} are computed in the layout {self.name!r}",
+                f"{number} chosen tokens of which {len(rows) // self.lanes} are computed in the layout {self.name!r}",
                 "tokens that are all computed",
                 'choose layout="tile"',
             )
-        return Placement(rows, columns, self.query[rows, columns])
+        order = self.lane[rows, columns].argsort(stable=True)
+        split = [index[order].split(number) for index in (rows, columns, self.query[rows, columns])]
+        return (
+            tuple(Placement(*places) for places in zip(*split, strict=True)) if number else (Placement(rows, columns, rows),) * self.lanes
+        )
 
     def decoding(self, lane: int, new: int = 1) -> Placement:
         """Where lane `lane` has its `new` newest tokens during decoding: the last columns, ordered by query, then column."""

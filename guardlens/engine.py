@@ -168,7 +168,7 @@ class Trunk:
     Attributes:
         inputs: What the decoder was called with.
         states: What went into some blocks, by layer.
-        whole: For each block, whether it gives a tuple.
+        whole: For each block that ran, whether it gives a tuple.
     """
 
     inputs: dict[str, Any]
@@ -194,7 +194,7 @@ class Trunk:
         before = [block.__dict__.get("forward") for block in blocks]
         try:
             for block in blocks:
-                block.forward = partial(_handed_on, self.whole[block])
+                block.forward = partial(_handed_on, self.whole.get(block, False))
             yield
         finally:
             for block, forward in zip(blocks, before, strict=True):

@@ -63,7 +63,7 @@ def run_tails(
     taps, record = compile_taps(asked.plans, asked.read, layout, batch, engine.cfg.n_layers, held)
     at = None
     if asked.logits is not None:
-        found = [layout.find(lane, scored(batch, asked.logits)) for lane in range(lanes)]
+        found = layout.find(scored(batch, asked.logits))
         at = torch.cat([places.rows for places in found]), torch.cat([places.columns for places in found])
     inputs = stem.inputs(layout, engine.config, engine.hf.dtype)
     if keep:
@@ -120,8 +120,9 @@ def _by_query(raw: Float[Tensor, "state vocab"] | None, asked: Asked, lanes: int
 def _scored_of(raw: Float[Tensor, "lane query seq vocab"], batch: Batch, logits: str | None) -> Float[Tensor, "lane query ... vocab"]:
     if logits == "answer":
         return raw[:, :, :-1]
-    last = batch.select("last").long().argmax(dim=1) if batch.padded_right else torch.full((len(batch.queries),), raw.shape[2] - 1)
-    return raw[:, torch.arange(len(last)), last.to(raw.device)]
+    if not batch.padded_right:
+        return raw[:, :, -1 - batch.answered]
+    return raw[:, torch.arange(len(batch.queries)), batch.select("last").long().argmax(dim=1).to(raw.device)]
 
 
 def _kept(batch: Batch, logits: str | None) -> int | None:

@@ -20,7 +20,7 @@ from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.plan import require_plan
 from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
 from guardlens.notebooks import captioned, facts
-from guardlens.prefixes import Prefill, Prefix
+from guardlens.prefixes import Prefill, Prefix, answers_kind
 from guardlens.program import Held, required_runs, site_of
 from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise, words_of
 from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
@@ -183,11 +183,11 @@ class HookedModel:
             NumericsError: NaN or infinity in a read or in the logits; layer and query are named.
         """
         kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
-        lanes = list(plans) if isinstance(plans, Sequence) else [plans]
+        lanes, device = list(plans) if isinstance(plans, Sequence) else [plans], self.hf.device
         self._require_runnable(batch, lanes, read)
         self._require_kept(kept, batch, logits, new_tokens)
         options = {"pad_token_id": self._pad_token_id, **generation}
-        asked = Asked(self.cfg, batch, [plan.to(self.hf.device) for plan in lanes], read, logits, new_tokens, seed, options)
+        asked = Asked(self.cfg, batch, [plan.to(device) for plan in lanes], read, logits, new_tokens, seed, options)
         if new_tokens:
             return self._answered(asked, kept, prefix)
         return self._shared(asked, kept, prefix, layout) if kept or len(lanes) > 1 or layout != "auto" else self._alone(asked, prefix)
@@ -195,29 +195,34 @@ class HookedModel:
     def _shared(self, asked: Asked, kept: Prefill | None, prefix: Prefix | None, layout: str) -> Run:
         """Plans that share what they can: the cheapest way, or the one that was asked for."""
         why = asked.unbranchable if layout in ("auto", "branch") else f"{layout}s were asked for"
+        if not why and asked.batch.answered and self._engine.stretches:
+            why = "an answer may stretch what positions mean"
         if not why:
             start = kept or self.prefill(asked.batch, prefix)
             if start.stem is not None:
-                return run_tails(self._engine, asked, self._held(asked, start.held), start.stem, asked.tail)[0]
+                run, _ = run_tails(self._engine, asked, self._held(asked, start.held), start.stem, asked.tail)
+                return replace(run, layout="branch")
             why = start.flaw
         if layout == "branch":
             raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the prompts' ends", 'choose layout="auto"')
+        if layout == "fork" and asked.unforkable:
+            raise PlanError(f"plans that can't run as forks: {asked.unforkable}", "edits and reads from a block on", 'choose layout="auto"')
         forks = layout == "fork" or (layout == "auto" and asked.forks and self._trials.forks(asked.batch))
         run = (run_forks if forks else run_tiles)(self._engine, asked, self._held(asked, kept.held if kept else None))
-        return replace(run, why=why)
+        return replace(run, layout="fork" if forks else "tile", why=why)
 
     def _alone(self, asked: Asked, prefix: Prefix | None) -> Run:
         """One plan: a plain run, or one that goes on behind what all prompts begin with."""
-        shared = None if prefix is None else prefix.begins(asked.batch)
-        held = self._held(asked)
+        shared, held = self._begins(prefix, asked.batch), self._held(asked)
         if shared is not None and asked.follows(shared.rest(asked.batch)):
             return run_tails(self._engine, asked, held, shared.stem(asked.batch), shared.rest(asked.batch))[0]
         return run_tiles(self._engine, asked, held)
 
     def _answered(self, asked: Asked, kept: Prefill | None, prefix: Prefix | None) -> Run:
         """Answers: behind what is kept of the prompts, or what they begin with alike, where that can be."""
-        shared = None if prefix is None else prefix.begins(asked.batch)
-        if (kept or shared) and asked.follow_prompts:
+        shared = self._begins(prefix, asked.batch)
+        hopeless = not kept and self._trials.flaws.get((answers_kind(asked.batch, shared=True), asked.batch.beside_image))
+        if (kept or shared) and asked.follow_prompts and not hopeless:
             start = kept or self.prefill(asked.batch, shared)
             if start.stem is not None and self._trials.answers(start.stem):
                 return run_answers(self._engine, asked, self._held(asked, start.held), start.stem)
@@ -260,16 +265,28 @@ class HookedModel:
         """
         if batch.answered:
             raise PlanError("prompts with answers", "prompts alone", "keep them first, then say kept.answering(tokens)")
-        made = self._trials.stem(batch, None if prefix is None else prefix.begins(batch))
+        shared = self._begins(prefix, batch)
+        made = None if batch.padded_right else self._trials.stem(batch, shared)
         if made is not None:
             return Prefill(batch, *made, models=self.ids)
+        flaw = "the batch is padded on the right" if batch.padded_right else self._trials.flaws["branches", batch.beside_image]
         plain = run_tiles(self._engine, Asked(self.cfg, batch, [nothing]), {}).logits
         assert plain is not None
-        return Prefill(batch, None, plain[0], flaw=self._trials.flaws["branches", batch.beside_image], models=self.ids)
+        return Prefill(batch, None, plain[0], flaw=flaw, models=self.ids)
+
+    def _begins(self, prefix: Prefix | None, batch: Batch) -> Prefix | None:
+        """What of a prefix a batch begins with.
+
+        Raises:
+            MismatchError: Another model computed it.
+        """
+        if prefix is not None and prefix.model != self.id:
+            raise MismatchError(f"a prefix of {prefix.model}", f"one of {self.id}", "share the prompts anew with this model")
+        return None if prefix is None else prefix.begins(batch)
 
     def together(self, kept: Prefill, plans: Iterable[Intervention]) -> Iterator[list[Intervention]]:
         """Plans in their order, as many at once as fit in a run on these prompts."""
-        return together(self.cfg, kept, plans)
+        return together(self.cfg, kept, plans, lambda: self._trials.forks(kept.batch))
 
     def require_own(self, kept: Prefill) -> None:
         """Refuse prompts that another model has computed, or that another LLM stood beside.
@@ -286,10 +303,12 @@ class HookedModel:
         The first one of a model is checked: prompts that continue from it must have the states that they have on their own.
         """
         length = 0 if batch.padded_right or self._engine.stretches else batch.common_start
-        if (len(batch.queries) - 1) * length < WORTH:
+        apart = bool((batch.image & (batch.mask.cumsum(1) > length)).any())  # images that follow can't run behind a cache
+        if apart or (len(batch.queries) - 1) * length < WORTH:
             return None
         first = self.batch(batch.queries[:1], batch.presentation)
-        return self._trials.prefix(first, length, lambda: self.batch(batch.queries[:2], batch.presentation))
+        made = self._trials.prefix(first, length, lambda: self.batch(batch.queries[:2], batch.presentation))
+        return None if made is None else replace(made, model=self.id)
 
     @cached_property
     def _trials(self) -> Trials:

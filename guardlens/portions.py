@@ -14,6 +14,7 @@ from guardlens.errors import ModelError, QueryError
 from guardlens.model import HookedModel
 from guardlens.prefixes import Prefix
 from guardlens.queries import Presentation, Query
+from guardlens.trials import out_of_memory
 
 Result = TypeVar("Result")
 
@@ -169,7 +170,7 @@ def joined(portions: Iterable[Portion], queries: int, axis: int = 0) -> Tensor:
 
 def _require_out_of_memory(error: RuntimeError, part: Sequence[Query]) -> None:
     """Raise what is no lack of memory, and one that no smaller batch can mend."""
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    if not out_of_memory(error):
         raise error
     if len(part) == 1:
         raise ModelError(

@@ -9,7 +9,7 @@ and of its own copy, and nothing of the others. Copies of the last token alone a
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Stem:
         row: The row of the cache that each prompt is in: one for all, or one each.
         keys: The column of the cache that each token's keys are in; `HOLE` where there are none.
         positions: What the decoder is told of each token's position, in as many dimensions as the family counts.
+        shared: Whether the prompts go on behind a common beginning.
     """
 
     batch: Batch
@@ -39,6 +40,7 @@ class Stem:
     row: Int[Tensor, "query"]
     keys: Int[Tensor, "query seq"]
     positions: Num[Tensor, "*dimension query seq"]
+    shared: bool = False
 
     @property
     def bytes(self) -> int:
@@ -51,7 +53,7 @@ class Stem:
         new = torch.arange(1, tokens.shape[1] + 1, device=self.positions.device)
         keys = torch.cat([self.keys, self.keys.new_full((len(self.keys), len(new)), HOLE)], dim=1)
         positions = torch.cat([self.positions, self.positions[..., -1:] + new], dim=-1)
-        return Stem(self.batch.answering(tokens), self.cache, self.row, keys, positions)
+        return replace(self, batch=self.batch.answering(tokens), keys=keys, positions=positions)
 
     def tails(self, tail: Bool[Tensor, "query seq"], lanes: int) -> Layout:
         """Copies of these ends of the prompts, in the rows that their beginnings are in."""
@@ -92,12 +94,11 @@ class Stem:
         behind = max(layer.get_seq_length() for layer in self.cache.layers) - layout.lane.shape[1]
         rows, places = (layout.lane == 0).nonzero(as_tuple=True)
         keys = self.keys.index_put((layout.query[rows, places], layout.column[rows, places]), behind + places)
-        return Stem(self.batch, self.cache, self.row, keys, self.positions)
+        return replace(self, keys=keys)
 
     def unpacked(self, queries: Int[Tensor, "row"]) -> Any:
         """A cache of the model's own form, with a row for each of these queries and its keys in the prompt's columns but the last."""
-        kept = copy.copy(self.cache)
-        kept.layers = [copy.copy(layer) for layer in self.cache.layers]
+        kept = rows_of(self.cache)
         rows, columns = self.row[queries][:, None], self.keys[queries, :-1].clamp_min(0)
         for layer in kept.layers:
             if layer.is_initialized:  # those that share another layer's keys never are
@@ -148,7 +149,7 @@ class Prefill:
         """The same prompts with an answer behind each, as if the model had given it; see `Batch.answering`."""
         stem = None if self.stem is None else self.stem.answering(tokens)
         batch = self.batch.answering(tokens) if stem is None else stem.batch
-        return Prefill(batch, stem, self.logits, self.held, self.flaw, self.models)
+        return replace(self, batch=batch, stem=stem)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,12 +161,14 @@ class Prefix:
         picture: Digest of the images in it.
         cache: Keys and values, in one row.
         positions: Of its tokens and of the one that follows.
+        model: The model that computed it.
     """
 
     ids: Int[Tensor, "column"]
     picture: str
     cache: Any
     positions: Num[Tensor, "*dimension 1 column+1"]
+    model: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -175,32 +178,56 @@ class Prefix:
         length = min(len(self), batch.common_start)
         first = batch.inputs["input_ids"][0][batch.mask[0]][:length]
         same = int((first == self.ids[:length]).long().cumprod(0).sum())
-        beyond = bool(batch.image[0][batch.mask[0]][same:].any())
+        beyond = bool((batch.image & (batch.mask.cumsum(1) > same)).any())
         if not same or beyond or batch.pictures[:1] != (self.picture,):
             return None
         return self if same == len(self) else self.cut(same)
 
     def cut(self, length: int) -> "Prefix":
         """Its first tokens."""
-        cache = self.own().cache
+        cache = rows_of(self.cache, 1)
         cache.crop(length - len(self))
-        return Prefix(self.ids[:length], self.picture, cache, self.positions[..., : length + 1])
-
-    def own(self) -> "Prefix":
-        """A copy whose keys and values may grow."""
-        return Prefix(self.ids, self.picture, copy.deepcopy(self.cache), self.positions)
+        return replace(self, ids=self.ids[:length], cache=cache, positions=self.positions[..., : length + 1])
 
     def stem(self, batch: Batch) -> Stem:
-        """As the beginning of a batch's prompts, padded on the left: in one row, whatever their number."""
+        """As the beginning of a batch's prompts, padded on the left. The prefix itself stays as it is.
+
+        What follows lies beside each other in as few rows as hold no more of it than of the prefix: in a row, each token's attention is
+        worked out for all others, so that longer rows would cost more than they save.
+        """
         index = batch.mask.cumsum(1) - 1
+        longest = max(1, int((index[:, -1] + 1 - len(self)).max()))
+        row = torch.arange(len(index), device=index.device) // max(1, max(len(self), SHORT) // longest)
         keys = torch.where(batch.mask & (index < len(self)), index, HOLE)
         known, beyond = index.clamp(0, len(self)), (index - len(self)).clamp_min(0)
         positions = self.positions[..., 0, :][..., known] + beyond
-        return Stem(batch, self.cache, torch.zeros_like(index[:, 0]), keys, positions)
+        return Stem(batch, rows_of(self.cache, int(row[-1]) + 1), row, keys, positions, shared=True)
 
     def rest(self, batch: Batch) -> Bool[Tensor, "query seq"]:
         """What follows it in a batch's prompts."""
         return batch.mask & (batch.mask.cumsum(1) > len(self))
+
+
+def answers_kind(batch: Batch, shared: bool) -> str:
+    """What decides how answers count positions: whether prompts share a beginning, and whether they are padded."""
+    return f"answers{' behind a prefix' if shared else ''}{'' if bool(batch.mask.all()) else ', padded'}"
+
+
+SHORT = 256
+"""Tokens that a row behind a prefix may always hold."""
+
+
+def rows_of(cache: Any, rows: int | None = None) -> Any:
+    """A cache with the same keys and values, in so many rows if it has one. What is added to it later leaves the given one as it is.
+
+    The rows are views: what follows is joined to them in new tensors anyway.
+    """
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in found.layers:
+        if rows is not None and layer.is_initialized:  # those that share another layer's keys never are
+            layer.keys, layer.values = (tensor.expand(rows, *tensor.shape[1:]) for tensor in (layer.keys, layer.values))
+    return found
 
 
 def rule_of(config: Any, mask: Bool[Tensor, "query seq"], new: int, dtype: torch.dtype) -> Rule:

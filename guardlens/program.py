@@ -6,7 +6,7 @@ Then come states that later layers ask for, then reads, which therefore see ever
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +16,7 @@ from guardlens.batches import Batch, Layout, Placement
 from guardlens.errors import PlanError
 from guardlens.interventions.plan import Intervention, Step, resolved, source_of
 from guardlens.interventions.states import Context, State
-from guardlens.sites import Point, Site
+from guardlens.sites import Point, Positions, Site
 
 Held = Mapping[tuple[State, int | None], Float[Tensor, "query d_model"]]
 Verdicts = dict[tuple[int, int, int | None], Bool[Tensor, "query"]]
@@ -169,38 +169,32 @@ def compile_taps(
         SiteError: A layer out of range, or no token at some positions.
         PlanError: A plan asks for a state that comes too late.
     """
-    record = Record(held)
+    record, queries = Record(held), len(batch.queries)
     early: list[Tap] = []
     late: list[Tap] = []
+
+    @cache
+    def places(positions: Positions | None, answer: bool = False) -> tuple[Placement, ...]:
+        """Of some tokens of the prompts, and of the answers behind them, in each lane."""
+        chosen = torch.zeros_like(batch.mask) if positions is None else batch.select(positions)
+        return layout.find(chosen | batch.answer if answer else chosen)
+
     for lane, plan in enumerate(plans):
         for number, step in enumerate(plan.steps):
+            decode, answer = step.phase != "prefill", step.phase != "prefill" and batch.answered > 0
+            positions = None if step.phase == "decode" else step.site.positions
+            prompt = places(positions, answer)[lane] if positions is not None or answer else None
             for point in step.site.points(n_layers):
-                for tap in _holds(step, point, lane, layout, batch, n_layers, record):
-                    (early if tap.point == point else late).append(tap)
-                early.append(_apply(step, point, lane, number, layout, batch, n_layers, record))
+                for state in step.requires:
+                    if state.run is None:
+                        source, held_at = source_of(state, point, n_layers), places(state.positions)[lane]
+                        hold = Hold(record, (lane, resolved(state, point), source.layer), held_at, queries)
+                        (early if source == point else late).append(Tap(source, hold))
+                early.append(Tap(point, Apply(record, lane, number, step, point, n_layers, layout, prompt), decode))
     for site in reads:
-        chosen = batch.select(site.positions)
-        places = tuple(layout.find(lane, chosen) for lane in range(layout.lanes))
-        late += [Tap(point, Read(record, site, point, places, len(batch.queries))) for point in site.points(n_layers)]
+        late += [Tap(point, Read(record, site, point, places(site.positions), queries)) for point in site.points(n_layers)]
     holds_first = sorted(late, key=lambda tap: isinstance(tap.fn, Read))
     return sorted(early + holds_first, key=lambda tap: tap.point.order), record
-
-
-def _apply(step: Step, point: Point, lane: int, number: int, layout: Layout, batch: Batch, n_layers: int, record: Record) -> Tap:
-    chosen = batch.select(step.site.positions) if step.phase != "decode" else torch.zeros_like(batch.mask)
-    chosen = chosen | batch.answer if step.phase != "prefill" else chosen
-    prompt = layout.find(lane, chosen) if step.phase != "decode" or batch.answered else None
-    return Tap(point, Apply(record, lane, number, step, point, n_layers, layout, prompt), step.phase != "prefill")
-
-
-def _holds(step: Step, point: Point, lane: int, layout: Layout, batch: Batch, n_layers: int, record: Record) -> list[Tap]:
-    taps = []
-    for state in step.requires:
-        if state.run is None:
-            source = source_of(state, point, n_layers)
-            places = layout.find(lane, batch.select(state.positions))
-            taps.append(Tap(source, Hold(record, (lane, resolved(state, point), source.layer), places, len(batch.queries))))
-    return taps
 
 
 def site_of(state: State, layers: set[int | None]) -> Site:

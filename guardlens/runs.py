@@ -62,7 +62,7 @@ def checked(logits: Float[Tensor, "lane query *token vocab"], batch: Batch) -> F
     return logits
 
 
-def agree(mine: Float[Tensor, "lane *shape"], expected: Float[Tensor, "*shape"]) -> bool:
+def agree(mine: Float[Tensor, "*lane row value"], expected: Float[Tensor, "*known row value"]) -> bool:
     """Whether two ways to compute one thing differ by rounding alone."""
     tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
     return bool((mine - expected).abs().max() <= tolerance * expected.abs().max())

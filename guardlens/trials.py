@@ -14,8 +14,8 @@ from guardlens.engine import Engine
 from guardlens.errors import GuardlensError, ModelError
 from guardlens.interventions import Context, Custom, Intervention, Step, nothing
 from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
-from guardlens.prefixes import Prefix, Stem, prefix_of, stem_of
-from guardlens.runs import agree
+from guardlens.prefixes import Prefix, Stem, answers_kind, prefix_of, stem_of
+from guardlens.runs import Run, agree
 from guardlens.sites import Positions, Site
 from guardlens.ways import Asked
 
@@ -55,7 +55,7 @@ class Trials:
 
     def answers(self, stem: Stem) -> bool:
         """Whether answers behind what is kept of the prompts are those of whole prompts."""
-        return self._holds(("answers", stem.batch.beside_image), lambda: self._answers(stem))
+        return self._holds((answers_kind(stem.batch, stem.shared), stem.batch.beside_image), lambda: self._answers(stem))
 
     def require_answers(self, batch: Batch, plain: Float[Tensor, "query vocab"]) -> None:
         """Refuse answers behind prompts where the prompts would see them: of models without branches, which alone rest on that.
@@ -91,9 +91,11 @@ class Trials:
             return None
         try:
             made = make()
-        except (GuardlensError, torch.OutOfMemoryError):
+        except GuardlensError:
             raise
         except Exception as error:  # a foreign model or cache may fail in any way, and the table must say so
+            if out_of_memory(error):
+                raise
             self.flaws[what] = str(error) if isinstance(error, Disagreement) else f"{type(error).__name__}: {error}".splitlines()[0]
             return None
         self.flaws.setdefault(what, "")
@@ -104,8 +106,7 @@ class Trials:
         if prefix is None:
             stem, logits = stem_of(engine.decoder, batch, engine.last_logits)
         else:
-            own = prefix.own()
-            run, stem = run_tails(engine, self._asked(batch), {}, own.stem(batch), own.rest(batch), keep=True)
+            run, stem = run_tails(engine, self._asked(batch), {}, prefix.stem(batch), prefix.rest(batch), keep=True)
             logits = run.logits[0]  # type: ignore[index]
         branches, width = partial(self._branches, stem), batch.mask.shape[1]
         if width > self.widest.get(batch.beside_image, 0):  # a window or a chunk shows only in prompts that are longer than it
@@ -141,25 +142,40 @@ class Trials:
         return made
 
     def _forks(self, batch: Batch) -> bool:
-        plan = _push("all", self.engine.cfg.n_layers // 2)
-        forked = run_forks(self.engine, self._asked(batch, [plan]), {}).logits
-        _require_agreement(forked, self._whole(batch, [plan])[0], "a run that begins at a later block differs from a whole run")
+        layers = self.engine.cfg.n_layers
+        plans = [_push("all", layers // 2), _push("all", layers - 1)]
+        forked = run_forks(self.engine, self._asked(batch, plans), {}).logits
+        _require_agreement(forked, self._whole(batch, plans), "a run that begins at a later block differs from a whole run")
         return True
 
     def _answers(self, stem: Stem) -> bool:
-        taken: list[Tensor] = []
+        def logits(run: Callable[[Asked], Run]) -> list[Float[Tensor, "query vocab"]]:
+            """Those that the first answers were chosen by."""
+            taken: list[Tensor] = []
 
-        def noted(ids: Tensor, scores: Tensor) -> Tensor:
-            taken.append(scores)
-            return scores
+            def noted(ids: Tensor, scores: Tensor) -> Tensor:
+                taken.append(scores.to(self.engine.hf.dtype))  # which `generate` widens
+                return scores
 
-        asked = self._asked(stem.batch, new_tokens=3, generation={"logits_processor": [noted]})
-        run_answers(self.engine, asked, {}, stem)
-        run_tiles(self.engine, asked, {})
-        half = len(taken) // 2
-        same = "answers behind what is kept of the prompts differ from those of whole prompts"
-        _require_agreement(torch.stack(taken[:half])[None], torch.stack(taken[half:]), same)
+            run(self._asked(stem.batch, new_tokens=3, generation={"logits_processor": [noted]}))
+            if not taken:
+                raise Disagreement("its own generate hands no logits to a processor, so that answers can't be compared")
+            return taken
+
+        behind, whole = (
+            logits(lambda asked: run_answers(self.engine, asked, {}, stem)),
+            logits(lambda asked: run_tiles(self.engine, asked, {})),
+        )
+        for mine, expected in zip(behind, whole, strict=False):
+            _require_agreement(mine[None], expected, "answers behind what is kept of the prompts differ from those of whole prompts")
+            if not torch.equal(mine.argmax(-1), expected.argmax(-1)):
+                break  # two tokens are equally likely up to rounding, and from here on the answers are others
         return True
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was no room, on a GPU or in the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _require_agreement(mine: Tensor | None, expected: Tensor, what: str) -> None:

@@ -4,7 +4,7 @@ The rule: *branches* where the ends of the prompts that they copy are at most ha
 skip add up to more than the one run that they begin with; else *tiles*.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, islice
@@ -24,8 +24,11 @@ from guardlens.sites import BLOCKS, HOOKS, Point, Positions, Site
 TOKENS = 4096
 """Tokens of branches in one forward."""
 
-ROWS = 256
-"""Prompts in one forward of tiles."""
+BESIDE = 1024
+"""Tokens of branches in one row, each of which attends to all of them."""
+
+COPIES = 4
+"""Copies of the batch in one forward of tiles; more would not be halved with a batch that does not fit."""
 
 LOGITS = 2**27
 """Logits in one forward."""
@@ -65,11 +68,21 @@ class Asked:
         return "" if short and not (self.tail & self.batch.image).any() else f"the positions {self._earliest!r} are edited or read"
 
     @cached_property
+    def unforkable(self) -> str:
+        """Why the plans can't run as forks; empty if they can."""
+        stages = [HOOKS[point.hook].stage for plan in self.plans for point in points_of(plan, self.read, self.cfg.n_layers)]
+        reasons = {
+            "answers are generated": self.new_tokens > 0,
+            **self._unsuited,
+            "something before the blocks is edited or read": min(stages, default=BLOCKS) < BLOCKS,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
+
+    @cached_property
     def forks(self) -> bool:
         """Whether forks are worth their while."""
-        if self.new_tokens or any(self._unsuited.values()):
-            return False
-        return sum(first_block(plan, self.read, self.cfg.n_layers) for plan in self.plans) > self.cfg.n_layers
+        starts = [first_block(plan, self.read, self.cfg.n_layers) for plan in self.plans]
+        return not self.unforkable and sum(starts) > self.cfg.n_layers
 
     def follows(self, rest: Bool[Tensor, "query seq"]) -> bool:
         """Whether a run can go on behind a prefix: whether all that it edits and reads is in the `rest` of the prompts."""
@@ -78,7 +91,7 @@ class Asked:
     @property
     def follow_prompts(self) -> bool:
         """Whether answers can be generated behind what is kept of the prompts: whether only their last tokens are edited and read."""
-        cached = self.generation.get("use_cache", True)
+        cached = self.generation.get("use_cache", True) and not {"cache_implementation", "past_key_values"} & set(self.generation)
         return cached and not any(self._unsuited.values()) and set(self._positions) <= {"last"}
 
     @cached_property
@@ -110,7 +123,7 @@ class Asked:
 
     @property
     def _earliest(self) -> Positions:
-        return max(self._positions, key=lambda positions: int(self._from(positions).sum()))
+        return max(self._positions, key=lambda positions: int(self._from(positions).sum()), default="last")
 
     def _from(self, positions: Positions) -> Bool[Tensor, "query seq"]:
         return self.batch.select(positions).cumsum(1) > 0
@@ -127,9 +140,9 @@ def points_of(plan: Intervention, read: Sequence[Site], n_layers: int) -> Iterat
 
 
 def first_block(plan: Intervention, read: Sequence[Site], n_layers: int) -> int:
-    """The first block that a run of a plan looks into; 0 also where it looks before the blocks, the last where only behind them."""
-    stages = [(HOOKS[point.hook].stage, point.layer or 0) for point in points_of(plan, read, n_layers)]
-    return min((0 if stage < BLOCKS else layer if stage == BLOCKS else n_layers - 1 for stage, layer in stages), default=n_layers - 1)
+    """The first block that a run of a plan looks into; the last where it looks only behind them."""
+    points = points_of(plan, read, n_layers)
+    return min((point.layer or 0 for point in points if HOOKS[point.hook].stage == BLOCKS), default=n_layers - 1)
 
 
 def scored(batch: Batch, logits: str) -> Bool[Tensor, "query seq"]:
@@ -137,20 +150,32 @@ def scored(batch: Batch, logits: str) -> Bool[Tensor, "query seq"]:
     return batch.select("last") if logits == "last" else batch.answer.roll(-1, dims=1)
 
 
-def together(cfg: Architecture, kept: Prefill, plans: Iterable[Intervention]) -> Iterator[list[Intervention]]:
-    """The plans in their order, as many at once as fit in a run."""
+def together(cfg: Architecture, kept: Prefill, plans: Iterable[Intervention], forks: Callable[[], bool]) -> Iterator[list[Intervention]]:
+    """The plans in their order, as many at once as fit in a run.
+
+    Args:
+        cfg: The model's parts.
+        kept: The prompts.
+        plans: One per lane.
+        forks: Says whether the model's forks hold.
+    """
     logits = "answer" if kept.batch.answered else "last"
+    most = max(1, LOGITS // (cfg.d_vocab * len(kept) * max(1, kept.batch.answered)))
 
     def asked(plans: Sequence[Intervention]) -> Asked:
         return Asked(cfg, kept.batch, plans, logits=logits)
 
-    most = max(1, LOGITS // (cfg.d_vocab * len(kept) * max(1, kept.batch.answered)))
+    def at_once(why: str, plans: Sequence[Intervention]) -> int:
+        if why:
+            return most if asked(plans).forks and forks() else COPIES
+        assert kept.stem is not None
+        tails = [asked([plan]).tail.sum(1) for plan in plans]
+        longest = max(tails, key=lambda tail: int(tail.sum()))
+        fullest = int(torch.bincount(kept.stem.row, weights=longest.double()).max())
+        return max(1, min(most, TOKENS // int(longest.sum()), BESIDE // fullest))
+
     for why, alike in groupby(plans, lambda plan: kept.flaw or asked([plan]).unbranchable):
         alike = list(alike)
-        if why:
-            size = most if asked(alike).forks else max(1, ROWS // len(kept))
-        else:
-            size = min(most, max(1, TOKENS // max(int(asked([plan]).tail.sum()) for plan in alike)))
-        rest = iter(alike)
+        rest, size = iter(alike), at_once(why, alike)
         while part := list(islice(rest, size)):
             yield part

@@ -62,7 +62,7 @@ def test_tile_lays_lanes_below_each_other(side):
     spread = layout.spread(batch.inputs)["input_ids"]
     seen = []
     for lane in range(3):
-        rows, columns, queries = layout.find(lane, chosen)
+        rows, columns, queries = layout.find(chosen)[lane]
         assert rows.tolist() == [q + 2 * lane for q in queries.tolist()]
         assert torch.equal(spread[rows, columns], batch.inputs["input_ids"][chosen])
         seen += list(zip(rows.tolist(), columns.tolist(), strict=True))

@@ -69,7 +69,6 @@ class TestEveryFamily:
         again = model.batch(TEXTS[:2], batch.presentation)
         close(model.run(model.prefill(again, prefix), plans).logits, model.run(again, plans, layout="tile").logits)
 
-
     def test_answers_behind_a_prefix_are_those_of_whole_prompts(self, name, eager_to_share):
         family, model = BY_NAME[name], loaded(name)
         batch = model.batch(TEXTS, shown(family, model))

@@ -120,7 +120,7 @@ def test_scores_of_an_answer_are_those_of_raw_hooks_on_prompts_and_answers(vlm, 
     text, (V,) = "sorry , i can not", (basis.at(5).T @ basis.at(5),)
     scores, plan = [AnswerLogProb(text), kl, AnswerKL(tokens=4)], iv.amplify(basis, 8.0).during(phase)
     found = gl.sweep(vlm, plan, QUERIES, GREY, scores=scores, layers=[5], placebos=0, progress=False)
-    assert found.facts["layout"] == ["plain"] and found.facts["units"]["answer_logprob"] == "log p('sorry , i can not') (nats)"
+    assert found.facts["layout"] == ["branch"] and found.facts["units"]["answer_logprob"] == "log p('sorry , i can not') (nats)"
     own = reference.generate(vlm.hf, batch.inputs, 5, lambda h: h, "always", 4)
     given = torch.tensor(vlm.tokenizer(text, add_special_tokens=False)["input_ids"]).expand(len(QUERIES), -1)
     width = batch.mask.shape[1]

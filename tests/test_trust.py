@@ -1,19 +1,21 @@
 """Where a cheaper way once gave something else without a word: each of these was red."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import guardlens as gl
-from guardlens import errors, gates, presentations
+from guardlens import errors, gates, prefixes, presentations, trials
 from guardlens import interventions as iv
 from guardlens import model as engine
+from guardlens.queries import Prompt, Query
 from guardlens.scores import kl, refusal_logodds
 from guardlens.sites import Site
 from tests.test_branches import plans_of
-from tests.test_families import BY_NAME, a_push, batch_of, close, loaded, pushing
+from tests.test_families import BY_NAME, a_push, batch_of, close, loaded, picture, pushing
 from tests.zoo.family import TEXTS, tokenizer
 from tests.zoo.text import SMALL, TEMPLATE
 
@@ -125,3 +127,173 @@ def test_the_unembedding_is_read_without_logits(vlm):
     run = vlm.run(batch, read=[Site("unembed")], logits=None)
     assert run.logits is None
     close(run.reads[Site("unembed")][0, :, 0], vlm.run(batch).logits[0])
+
+
+def fresh(name):
+    family = BY_NAME[name]
+    return gl.load(family.model(), processor=family.processor())
+
+
+class Mixed:
+    """Shows an image beside those queries that have one."""
+
+    name = "mixed"
+
+    def __call__(self, query):
+        return Prompt(query.text, query.images)
+
+
+@pytest.fixture
+def eager_to_share(monkeypatch):
+    monkeypatch.setattr(engine, "WORTH", 1)
+
+
+class TestFoundByTheSecondReader:
+    @pytest.mark.parametrize("name", ["EXAONE 4.5", "HyperCLOVA X Vision V2", "Llama"])
+    def test_answers_behind_a_prefix_are_checked_again_where_prompts_are_padded(self, name, eager_to_share):
+        """Some families count positions from columns, padding included, whatever they are told."""
+        model = fresh(name)
+        for texts in ([TEXTS[0]] * 4, TEXTS):
+            batch = model.batch(texts)
+            whole = model.hf.generate(**batch.inputs, max_new_tokens=6, do_sample=False, pad_token_id=model._pad_token_id)
+            assert model.generate(batch, max_new_tokens=6) == model.decode(whole[:, batch.mask.shape[1] :])
+
+    def test_logits_of_a_prompt_with_a_forced_answer_are_its_own(self, vlm, basis):
+        batch = vlm.batch(WORDS, GREY)
+        kept = vlm.prefill(batch).answering(batch.inputs["input_ids"][:, -4:])
+        plans = [iv.amplify(basis, 2.0).at(layers=[layer]) for layer in (2, 5, 7)]
+        expected = vlm.run(batch, plans, layout="tile").logits
+        for layout in ("tile", "branch", "fork"):
+            close(vlm.run(kept, plans, layout=layout).logits, expected)
+
+    def test_images_in_some_prompts_only_are_computed(self):
+        model, size = fresh("Qwen2.5-VL"), BY_NAME["Qwen2.5-VL"].images[0]
+        shown = [Query(f"how to mend the hat {row} ?", id=f"t{row}") for row in range(12)]
+        shown += [Query(f"mend hat {row} ?", id=f"i{row}", images=(picture(1, size),)) for row in range(8)]
+        alone = torch.cat([model.run(model.batch([query], Mixed()), read=[Site()]).reads[Site()][0] for query in shown])
+        close(gl.collect(model, shown, Mixed(), progress=False).states, alone, 1e-4)
+
+    def test_prompts_padded_on_the_right_are_not_kept(self, vlm, basis):
+        left, right = (vlm.batch(WORDS, GREY, padding_side=side) for side in ("left", "right"))
+        close(vlm.prefill(left).logits, vlm.run(left).logits[0])
+        kept = vlm.prefill(right)
+        assert (kept.flaw, kept.stem) == ("the batch is padded on the right", None)
+        close(kept.logits, vlm.run(left).logits[0])
+        assert vlm.run(kept, [iv.nothing, iv.amplify(basis)]).layout == "tile" and not vlm.prefill(left).flaw
+
+    @pytest.mark.parametrize("rope", ["dynamic", "default"])
+    def test_answers_where_positions_depend_on_the_length_of_the_prompt(self, rope):
+        config = LlamaConfig(**SMALL, max_position_embeddings=40, rope_parameters={"rope_theta": 1e4, "rope_type": rope, "factor": 4.0})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = gl.load(LlamaForCausalLM(config).eval(), processor=tokenizer(TEMPLATE))
+        batch, plans = model.batch(TEXTS), [iv.nothing, *plans_of(model)[1:3]]
+        kept = model.prefill(batch).answering(batch.inputs["input_ids"][:, :1].expand(-1, 60))
+        mine, tiles = model.run(kept, plans, logits="answer"), model.run(kept, plans, logits="answer", layout="tile")
+        assert mine.layout == ("tile" if rope == "dynamic" else "branch")
+        close(mine.logits, tiles.logits)
+
+    def test_forks_refuse_what_they_cant_do(self, vlm, basis):
+        batch = vlm.batch(WORDS, GREY)
+        plan = iv.amplify(basis).at(positions="all")
+        embedding = iv.custom(lambda states, context: states + 1).at(hook="embed", positions="all")
+        everywhere = [embedding, *(plan.at(layers=[layer]) for layer in (6, 7))]
+        for plans, options in ((everywhere, {}), ([plan] * 2, {"logits": "all"})):
+            with pytest.raises(errors.PlanError, match="plans that can't run as forks"):
+                vlm.run(batch, plans, layout="fork", **options)
+        run = vlm.run(batch, everywhere)
+        assert run.layout == "tile"
+        close(run.logits, vlm.run(batch, everywhere, layout="tile").logits)
+
+    def test_a_prefix_of_other_weights_is_refused(self, vlm, processor, eager_to_share):
+        other = copy.deepcopy(vlm.hf)
+        with torch.no_grad():
+            other.lm_head.weight.add_(1)
+        batch = vlm.batch(WORDS, GREY)
+        with pytest.raises(errors.MismatchError, match="a prefix of"):
+            gl.load(other, processor=processor).run(batch, prefix=vlm.share(batch))
+
+    def test_forks_of_a_model_whose_last_blocks_share_keys_are_refused(self):
+        from tests.zoo.gemma import gemma4, gemma4_processor
+
+        kinds = ["sliding_attention", "full_attention"] * 4
+        model = gl.load(gemma4(num_hidden_layers=8, layer_types=kinds, num_kv_shared_layers=2), processor=gemma4_processor())
+        batch, push = batch_of(BY_NAME["Gemma 4"], model), pushing(a_push(model)).at(positions="all")
+        run = model.run(batch, [push.at(layers=[layer]) for layer in range(8)])
+        assert run.layout == "tile" and "KeyError" in model._trials.flaws["forks", True]
+
+    def test_forks_over_blocks_that_run_only_beside_an_image(self):
+        model = fresh("Llama 3.2 Vision")
+        batch, push = model.batch(TEXTS), pushing(a_push(model)).at(positions="all")
+        layers = [point.layer for point in model.cfg.computed(False) if point.hook == "attn_out"]
+        plans = [push.at(layers=[layer]) for layer in layers]
+        close(model.run(batch, plans, layout="fork").logits, model.run(batch, plans, layout="tile").logits)
+
+    def test_generation_with_a_cache_of_ones_own(self, vlm, basis):
+        batch, options = vlm.batch(WORDS, GREY), {"cache_implementation": "static"}
+        kept = vlm.prefill(batch)
+        whole, mine = (vlm.run(prompts, iv.amplify(basis), new_tokens=4, generation=options).tokens for prompts in (batch, kept))
+        assert torch.equal(whole, mine)
+
+    def test_copies_are_halved_with_the_batch(self, vlm, basis, monkeypatch):
+        decoder, rows = vlm.hf.get_submodule(vlm.cfg.decoder), []
+
+        def cramped(module, args, kwargs):
+            rows.append(len(kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]))
+            if rows[-1] > 9:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        plan, options = iv.amplify(basis).at(positions="all"), {"layers": [0], "placebos": 0, "progress": False, "scores": [kl]}
+        expected = gl.sweep(vlm, plan, WORDS, GREY, strengths=[0.1 * step for step in range(1, 20)], **options).columns["value"]
+        handle = decoder.register_forward_pre_hook(cramped, with_kwargs=True)
+        try:
+            found = gl.sweep(vlm, plan, WORDS, GREY, strengths=[0.1 * step for step in range(1, 20)], **options).columns["value"]
+        finally:
+            handle.remove()
+        assert max(rows) == 16 and max(rows[2:]) <= 9
+        assert abs(found - expected).max() < 1e-4
+
+    def test_no_memory_is_no_flaw(self, vlm, monkeypatch):
+        def full(*rest, **options):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setitem(vlm.__dict__, "_trials", trials.Trials(vlm._engine))
+        monkeypatch.setattr(trials, "stem_of", full)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            vlm.prefill(vlm.batch(WORDS, GREY))
+        assert not vlm._trials.flaws
+
+    def test_prompts_of_one_token(self, vlm):
+        batch = vlm.batch("how")
+        short = replace(
+            batch,
+            inputs={name: value[:, -1:] for name, value in batch.inputs.items()},
+            **{name: getattr(batch, name)[:, -1:] for name in ("mask", "image", "instruction")},
+        )
+        run = vlm.run(short, [iv.nothing, iv.nothing])
+        assert run.why == "the positions 'last' are edited or read"
+        close(run.logits, vlm.run(short, [iv.nothing, iv.nothing], layout="tile").logits)
+
+    def test_pictures_of_their_own_leave_prefixes_of_common_ones_alone(self, eager_to_share):
+        model, size = fresh("LLaVA-1.5"), BY_NAME["LLaVA-1.5"].images[0]
+        own = [Query(text, images=(picture(row, size),)) for row, text in enumerate(TEXTS)]
+        assert model.share(model.batch(own, presentations.own)) is None
+        assert model.share(model.batch(TEXTS, presentations.blank("grey", size[0]))) is not None
+
+    def test_a_row_holds_no_more_than_the_prefix_is_long(self, eager_to_share, monkeypatch):
+        model = loaded("Llama")
+        monkeypatch.setattr(prefixes, "SHORT", 1)
+        batch = model.batch([f"{text} {text}" for text in TEXTS] * 3)
+        prefix = model.share(batch)
+        stem = prefix.stem(batch)
+        longest = int(batch.mask.sum(1).max()) - len(prefix)
+        assert stem.row.bincount().max() == max(1, len(prefix) // longest) and 1 < int(stem.row.max()) + 1 == len(stem.cache.layers[0].keys)
+        expected = model.run(batch, plans_of(model), layout="tile").logits
+        close(model.run(model.prefill(batch, prefix), plans_of(model)).logits, expected)
+
+    def test_half_precision_answers_are_not_refused_for_a_tie(self):
+        """Of a trained model; a random one may be all noise in half precision."""
+        model = gl.load("organism")
+        half = gl.load(copy.deepcopy(model.hf).to(torch.bfloat16), processor=model.processor)
+        half.run(half.prefill(half.batch(WORDS, GREY)), new_tokens=3)
+        assert half._trials.flaws["answers, padded", True] == ""

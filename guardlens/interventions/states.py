@@ -61,7 +61,7 @@ class Context:
     Attributes:
         hook: Short name of the hook.
         layer: The layer, None where the hook has none.
-        step: 0 in the prefill, then 1, 2, ... for each decode step.
+        step: 0 in the prefill, then 1, 2, ... for each decode step; 0 for all tokens of an answer that is only scored.
         query: Index in the batch of the query that each state belongs to.
         strength: The step's strength (applied by the engine, not by the edit).
 
