@@ -143,7 +143,8 @@ class HookedModel:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         device = self.hf.device  # pixels in the model's own precision, which not every family sees to
         inputs = {name: value.to(device, self.hf.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
-        known = {id(image): _described(image) for prompt in prompts for image in prompt.images}
+        seen = {id(image): image for prompt in prompts for image in prompt.images}
+        known = {number: _described(image) for number, image in seen.items()}
         pictures = tuple(digest(*(known[id(image)] for image in prompt.images)) for prompt in prompts)
         return Batch(items, presentation, inputs, mask.to(device), image.to(device), instruction.to(device), pictures)
 
