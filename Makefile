@@ -43,7 +43,7 @@ check: $(LINT) ## lint, formatting, types, and which module may import which; al
 
 docs: $(DOCS) ## execute the tutorials that changed, then build the documentation into site/
 	@echo "... executing the tutorials, into docs/tutorials"
-	@$(BIN)/python -m analyses.tutorials --out docs/tutorials
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m analyses.tutorials --out docs/tutorials
 	@echo "... building the documentation into site/"
 	@$(BIN)/python -m zensical build --clean --strict
 	@echo "... checking that Material for MkDocs builds it too"

@@ -76,6 +76,10 @@ class Batch:
         alike = len(set(self.pictures)) == 1 and not image[:, shared:].any()
         return shared if alike or not image.any() else min(shared, int(image.any(0).long().argmax()))
 
+    def __repr__(self) -> str:
+        answers = f", answers of {self.answered} tokens" if self.answered else ""
+        return f"Batch({len(self.queries)} prompts, {self.presentation.name!r}, {self.mask.shape[1]} tokens wide{answers})"
+
     def answering(self, tokens: Int[Tensor, "query new"]) -> "Batch":
         """The same prompts with an answer behind each, as if the model had given it. Rows of unlike length may end in any token.
 
@@ -134,7 +138,7 @@ class Batch:
 
 
 HOLE = -1
-"""The lane of a physical token that belongs to none."""
+"""The lane of a physical token that belongs to none, and the place of a token that is nowhere."""
 
 
 class Placement(NamedTuple):
@@ -200,10 +204,6 @@ class Layout:
 
         last = tail.shape[1] - 1
         return cls("plain" if lanes == 1 else "branch", lanes, placed(query, 0), placed(column, last), placed(lane, HOLE))
-
-    def covers(self, chosen: Bool[Tensor, "query seq"]) -> bool:
-        """Whether every chosen token is there in lane 0."""
-        return int((self.gather(chosen) & (self.lane == 0)).sum()) == int(chosen.sum())
 
     def gather(self, values: Shaped[Tensor, "query seq"]) -> Shaped[Tensor, "row width"]:
         """The batch's values at the physical tokens."""

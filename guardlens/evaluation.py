@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from guardlens.defences import Defence
 from guardlens.errors import MismatchError, PlanError, PresentationError, QueryError, require_type
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.interventions import Intervention
-from guardlens.judges import Judge
+from guardlens.judges import Judge, Verdict
 from guardlens.model import HookedModel, Queries
 from guardlens.portions import Portion, over_batches
 from guardlens.prefixes import Prefix
@@ -240,12 +240,19 @@ def _answer(model: HookedModel, arm: _Arm, judge: Judge, new_tokens: int, batch:
             "query": query.id,
             "label": query.label,
             "cluster": query.cluster or query.id,
-            "verdict": judge(query, answer),
+            "verdict": _verdict(judge, query, answer),
             "gate": float(gate),
             "answer": answer,
         }
         for query, answer, gate in zip(batch.queries, model.decode(run.tokens[0]), gates, strict=True)
     ]
+
+
+def _verdict(judge: Judge, query: Query, answer: str) -> Verdict:
+    found = judge(query, answer)
+    if found not in get_args(Verdict):
+        raise PlanError(f"the verdict {found!r} of {judge.name!r}", f"one of {', '.join(map(repr, get_args(Verdict)))}", "mend the judge")
+    return found
 
 
 def _require_presentable(queries: Sequence[Query], presentations: Sequence[Presentation]) -> None:

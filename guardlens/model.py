@@ -185,8 +185,13 @@ class HookedModel:
         """
         kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
         lanes, device = list(plans) if isinstance(plans, Sequence) else [plans], self.hf.device
+        if not lanes:
+            raise PlanError("no plans", "one at least", "hand in interventions.nothing for the unedited run")
         self._require_runnable(batch, lanes, read)
         self._require_kept(kept, batch, logits, new_tokens)
+        if layout not in LAYOUTS or (new_tokens and layout != "auto"):
+            found = f"the layout {layout!r}{' of generated answers' if layout in LAYOUTS else ''}"
+            raise PlanError(found, f"one of {', '.join(LAYOUTS)}, and auto for answers", "leave it out: the cheapest is chosen")
         options = {"pad_token_id": self._pad_token_id, **generation}
         asked = Asked(self.cfg, batch, [plan.to(device) for plan in lanes], read, logits, new_tokens, seed, options)
         if new_tokens:
@@ -198,6 +203,7 @@ class HookedModel:
         why = asked.unbranchable if layout in ("auto", "branch") else f"{layout}s were asked for"
         if not why and asked.batch.answered and self._engine.stretches:
             why = "an answer may stretch what positions mean"
+        why = why or self._trials.flaws.get(("branches", asked.batch.beside_image), "")
         if not why:
             start = kept or self.prefill(asked.batch, prefix)
             if start.stem is not None:
@@ -226,8 +232,8 @@ class HookedModel:
         if (kept or shared) and asked.follow_prompts and not hopeless:
             start = kept or self.prefill(asked.batch, shared)
             if start.stem is not None and self._trials.answers(start.stem):
-                return run_answers(self._engine, asked, self._held(asked, start.held), start.stem)
-        run = run_tiles(self._engine, asked, self._held(asked))
+                return replace(run_answers(self._engine, asked, self._held(asked, start.held), start.stem), layout="branch")
+        run = run_tiles(self._engine, asked, self._held(asked, kept.held if kept else None))
         return replace(run, why="answers are generated" if len(asked.plans) > 1 else "")
 
     def _require_kept(self, kept: Prefill | None, batch: Batch, logits: str | None, new_tokens: int) -> None:
@@ -361,6 +367,12 @@ class HookedModel:
         shown = text_only if presentation is None else presentation
         require_presentation(shown)
         if isinstance(queries, Batch):
+            if presentation not in (None, queries.presentation):
+                raise MismatchError(
+                    f"a batch that shows {queries.presentation.name!r}, with the presentation {shown.name!r}",
+                    "one of the two",
+                    "leave the presentation out, or hand in the queries",
+                )
             return queries
         if presentation is None and self.sees_images and any(query.images for query in as_queries(queries)):
             warnings.warn("images of queries are not shown: ask with presentations.own to show them, or with text_only", stacklevel=3)
@@ -374,7 +386,7 @@ class HookedModel:
 
     def generate(
         self,
-        queries: Queries | Batch,
+        queries: Queries | Batch | Prefill,
         presentation: Presentation | None = None,
         intervention: Intervention = nothing,
         *,
@@ -385,7 +397,7 @@ class HookedModel:
         """Answers under an intervention: a string for one query, else a list of them.
 
         Args:
-            queries: What to ask, or a batch.
+            queries: What to ask, a batch, or what `prefill` kept of one.
             presentation: How to show it; its text alone by default.
             intervention: What to change.
             max_new_tokens: The longest answer.
@@ -395,8 +407,9 @@ class HookedModel:
         Raises:
             PlanError: Options that give several answers per prompt.
         """
-        batch = self._asked(queries, presentation)
-        prefix = self.share(batch)
+        require_plan(intervention)
+        batch = queries if isinstance(queries, Prefill) else self._asked(queries, presentation)
+        prefix = None if isinstance(batch, Prefill) else self.share(batch)
         tokens = self.run(batch, intervention, new_tokens=max_new_tokens, seed=seed, generation=options, prefix=prefix).tokens
         answers = self.decode(tokens[0])  # type: ignore[index]
         return answers[0] if isinstance(queries, str | Query) else answers
@@ -468,6 +481,8 @@ class HookedModel:
 def _described(image: Any) -> bytes:
     return digest(repr((image.mode, image.size)).encode(), image.tobytes()).encode()
 
+
+LAYOUTS = ("auto", "branch", "fork", "tile")
 
 WORTH = 256
 """Tokens that a shared prefix must save in a batch to be computed apart."""

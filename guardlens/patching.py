@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens import interventions as iv
-from guardlens.errors import PlanError, QueryError
+from guardlens.errors import PlanError
 from guardlens.intervals import per_gap, percentile, resample_counts
 from guardlens.interventions.plan import Intervention
 from guardlens.keeping import Kept, over_prompts, shown
@@ -21,7 +21,7 @@ from guardlens.progress import track
 from guardlens.queries import Presentation, Query, text_only
 from guardlens.scores import refusal_logodds
 from guardlens.sites import HOOKS, Point, parse
-from guardlens.sweeps import AnyScore, scored
+from guardlens.sweeps import AnyScore, require_told_apart, scored
 from guardlens.tables import Frame, Table
 
 WHOLE = -1
@@ -148,8 +148,7 @@ def activation_patching(
         [0, 0, 0, 0, 0, 1, 1, 1]
     """
     items, presentation = shown(queries, presentation)
-    if len({query.id for query in items}) < len(items):
-        raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
+    require_told_apart(items, scores)
     names = [parse(name).hook for name in ([hooks] if isinstance(hooks, str) else hooks)]
     plans = {cell: cell.plan(source) for name in names for cell in _cells(model, name, layers)}
     ran: set[str] = set()

@@ -140,6 +140,9 @@ class Prefill:
     def __len__(self) -> int:
         return len(self.batch.queries)
 
+    def __repr__(self) -> str:
+        return f"Prefill({self.batch!r}, {self.flaw or f'{self.bytes / 2**20:.1f} MiB'})"
+
     @property
     def bytes(self) -> int:
         """What the keys and values take."""
@@ -172,6 +175,9 @@ class Prefix:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"Prefix({len(self)} tokens)"
 
     def begins(self, batch: Batch) -> "Prefix | None":
         """As much of it as all prompts of a batch begin with; None if that is nothing, or less than its images."""

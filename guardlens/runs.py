@@ -33,6 +33,11 @@ class Run:
     layout: str
     why: str = ""
 
+    def __repr__(self) -> str:
+        shapes = {"logits": self.logits, "tokens": self.tokens, **{f"reads[{site.hook}]": value for site, value in self.reads.items()}}
+        found = "".join(f", {name} {tuple(value.shape)}" for name, value in shapes.items() if value is not None)
+        return f"Run({self.layout}{f': {self.why}' if self.why else ''}{found})"
+
 
 def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int) -> dict[Site, Float[Tensor, "lane query layer d_model"]]:
     """What was written down at each site, layer by layer.

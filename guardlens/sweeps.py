@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.batches import Batch
-from guardlens.errors import MismatchError, PlanError
+from guardlens.errors import MismatchError, PlanError, QueryError, require_type
 from guardlens.intervals import percentile, resample_counts
 from guardlens.interventions.plan import Intervention, require_plan
 from guardlens.keeping import Kept, over_prompts, shown
@@ -20,7 +20,7 @@ from guardlens.model import HookedModel, Queries
 from guardlens.portions import joined
 from guardlens.prefixes import Prefill
 from guardlens.progress import track
-from guardlens.queries import Presentation, text_only
+from guardlens.queries import Presentation, Query, text_only
 from guardlens.runs import Run
 from guardlens.scores import AnswerScore, Score, kl, refusal_logodds
 from guardlens.tables import Frame, Table
@@ -87,12 +87,14 @@ class Sweep(Table):
 
         Args:
             k: How many layers.
-            plan: Its name, where the sweep holds several.
+            plan: Its name; needed where the sweep holds several.
 
         Raises:
-            MismatchError: The sweep has no refusal log-odds, no labels, or fewer single layers.
+            MismatchError: The sweep has no refusal log-odds, no labels, fewer single layers, or several plans and none was named.
         """
-        frame = self.frame
+        frame, plans = self.frame, sorted(map(str, set(self.columns["plan"])))
+        if plan not in plans if plan else len(plans) > 1:
+            raise MismatchError(f"the plan {plan!r}" if plan else "several plans", f"one of {plans}", "say best(k, plan=...)")
         frame = frame[(frame["arm"] == "edit") & (frame["score"] == refusal_logodds.name) & ~frame["layers"].str.contains("+", regex=False)]
         frame = frame[frame["plan"] == (plan or frame["plan"].iloc[0])] if len(frame) else frame
         if frame["layer"].nunique() < k or set(frame["label"]) != {"harmful", "harmless"}:
@@ -131,7 +133,7 @@ def sweep(
     *,
     scores: Sequence[AnyScore] = (refusal_logodds, kl),
     strengths: Sequence[float] = (1.0,),
-    layers: Sequence[int | Sequence[int]] | None = None,
+    layers: int | Sequence[int | Sequence[int]] | None = None,
     placebos: int = 1,
     batch_size: int | None = None,
     progress: bool = True,
@@ -165,6 +167,7 @@ def sweep(
         ['branch']
     """
     items, presentation = shown(queries, presentation)
+    require_told_apart(items, scores)
     named = dict(plans) if isinstance(plans, Mapping) else {"edit": plans}
     for plan in named.values():
         require_plan(plan)
@@ -173,9 +176,11 @@ def sweep(
         raise PlanError(
             f"the plan {bound!r}, whose layers are all set", "a step without layers, for the sweep to move", "leave .at(layers=...) out"
         )
-    wanted = range(model.cfg.n_layers) if layers is None else layers
+    wanted = range(model.cfg.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers
     groups = [(group,) if isinstance(group, int) else tuple(group) for group in wanted]
     grid = _grid(named, groups, strengths, placebos)
+    if not grid:
+        raise PlanError(f"{len(groups)} layers and the strengths {list(strengths)}", "a cell at least; strength 0 is none", "name some")
     ran: set[str] = set()
     title = f"sweep, {len(grid)} cells, {presentation.name}"
     prompts = queries if isinstance(queries, Kept) else items
@@ -190,6 +195,20 @@ def sweep(
         "units": {score.name: score.unit for score in scores},
     }
     return Sweep(_columns(list(grid), items, scores, values), facts, model.provenance)
+
+
+def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> None:
+    """Refuse queries of one id and scores of one name, which a table would take for one.
+
+    Raises:
+        QueryError, PlanError: As said.
+    """
+    if len({query.id for query in queries}) < len(queries):
+        raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
+    for score in scores:
+        require_type(score, Score, PlanError, "hand in scores such as [scores.kl, scores.AnswerKL()]")
+    if len({score.name for score in scores}) < len(scores):
+        raise PlanError("two scores of one name", "a name for each", "say scores.AnswerLogProb(text, name=...)")
 
 
 def _grid(

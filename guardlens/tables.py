@@ -96,8 +96,8 @@ class Table:
         return type(self)({name: values[keep] for name, values in self.columns.items()}, self.facts, self.provenance)
 
     def save(self, path: str | Path) -> None:
-        """Write `path` as CSV, and the facts and the provenance as JSON beside it."""
-        path = Path(path).with_suffix(".csv")
+        """Write `path`, which may leave out `.csv`, and the facts and the provenance as JSON beside it."""
+        path = _csv(path)
         with atomic(path) as partial:
             self.frame.to_csv(partial, index=False, lineterminator="\r\n")  # so that a lone \r in an answer is quoted, too
         types = {name: str(values.dtype.kind) for name, values in self.columns.items()}
@@ -113,7 +113,7 @@ class Table:
         """
         import pandas as pd
 
-        path = Path(path).with_suffix(".csv")
+        path = _csv(path)
         try:
             meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             strings = {name: str for name, kind in meta["types"].items() if kind in "UO"}
@@ -132,6 +132,12 @@ class Table:
 
     def _repr_html_(self) -> str:
         return captioned(repr(self), first_rows(self.frame))
+
+
+def _csv(path: str | Path) -> Path:
+    """The path with its ending; a point in a name (`alpha_0.25`) is none."""
+    path = Path(path)
+    return path if path.suffix == ".csv" else path.with_name(f"{path.name}.csv")
 
 
 _DTYPES = {"U": object, "O": object, "f": float, "i": int, "b": bool}

@@ -71,13 +71,12 @@ class Trials:
                 "score the prompt's last token, or generated answers",
             )
 
-    def _sees_no_answer(self, batch: Batch, plain: Float[Tensor, "query vocab"]) -> bool:
+    def _sees_no_answer(self, batch: Batch, plain: Float[Tensor, "query vocab"]) -> None:
         found = run_tiles(self.engine, self._asked(batch, logits="answer"), {}).logits
         assert found is not None
         _require_agreement(found[:, :, 0], plain, "logits at the prompt's last token depend on what follows")
-        return True
 
-    def _holds(self, what: tuple[str, bool], check: Callable[[], bool]) -> bool:
+    def _holds(self, what: tuple[str, bool], check: Callable[[], None]) -> bool:
         """Whether it was found to hold, now or before."""
         if what not in self.flaws:
             self._tried(what, check)
@@ -141,14 +140,13 @@ class Trials:
             _require_agreement(run.reads[site], whole[0], same)
         return made
 
-    def _forks(self, batch: Batch) -> bool:
+    def _forks(self, batch: Batch) -> None:
         layers = self.engine.cfg.n_layers
         plans = [_push("all", layers // 2), _push("all", layers - 1)]
         forked = run_forks(self.engine, self._asked(batch, plans), {}).logits
         _require_agreement(forked, self._whole(batch, plans), "a run that begins at a later block differs from a whole run")
-        return True
 
-    def _answers(self, stem: Stem) -> bool:
+    def _answers(self, stem: Stem) -> None:
         def logits(run: Callable[[Asked], Run]) -> list[Float[Tensor, "query vocab"]]:
             """Those that the first answers were chosen by."""
             taken: list[Tensor] = []
@@ -170,7 +168,6 @@ class Trials:
             _require_agreement(mine[None], expected, "answers behind what is kept of the prompts differ from those of whole prompts")
             if not torch.equal(mine.argmax(-1), expected.argmax(-1)):
                 break  # two tokens are equally likely up to rounding, and from here on the answers are others
-        return True
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -64,8 +64,10 @@ class Asked:
         reasons = {"answers are generated": self.new_tokens > 0, **self._unsuited}
         if reason := next((reason for reason, holds in reasons.items() if holds), ""):
             return reason
+        if (self.tail & self.batch.image).any():
+            return f"the positions {self._earliest!r} are edited or read"
         short = 2 * int((self.tail & self.batch.prompt).sum()) <= int(self.batch.prompt.sum())
-        return "" if short and not (self.tail & self.batch.image).any() else f"the positions {self._earliest!r} are edited or read"
+        return "" if short else f"from the positions {self._earliest!r} on, it is most of the prompts"
 
     @cached_property
     def unforkable(self) -> str:

@@ -21,6 +21,12 @@ batch = model.batch(queries, grey)
 ssd = directions.from_vectors(torch.ones(model.cfg.d_model))
 plan, guard = iv.add(ssd).at(layers=[3]), defences.Defence("guard", iv.add(ssd).at(layers=[3]))
 
+class Shouting:
+    name = "shouting"
+
+    def __call__(self, query, answer):
+        return "Refused"
+
 def evaluated(arms, shown):
     return gl.evaluate(model, arms, queries, shown, judge=gl.organism.judge, max_new_tokens=1, progress=False)
 
@@ -39,6 +45,11 @@ MISTAKES = {
     "model.generate(q, grey, guard)": ("PlanError", "something of type Defence", "a defence's .intervention"),
     "gl.attach(guard, model.hf, model.processor)": ("PlanError", "something of type Defence", "a defence's .intervention"),
     "gl.attach(plan, model, model.processor)": ("ModelError", "something of type HookedModel", "its .hf and .processor"),
+    "model.generate(q, grey, [plan, plan])": ("PlanError", "something of type list", "something of type Intervention"),
+    "model.run(batch, [plan, plan], layout='Branch')": ("PlanError", "the layout 'Branch'", "auto, branch, fork, tile"),
+    "gl.sweep(model, iv.add(ssd), queries, scores=['kl'], progress=False)": ("PlanError", "something of type str", "scores.AnswerKL()"),
+    "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Shouting(), max_new_tokens=1, progress=False)":
+        ("PlanError", "the verdict 'Refused' of 'shouting'", "'refused', 'answered', 'other'"),
     "model.generate(q, Image.new('RGB', (8, 8)))": ("PresentationError", "something of type Image", "Query(text, images=(image,))"),
     "model.generate(q, 'grey')": ("PresentationError", "something of type str", "presentations.blank('grey')"),
     "model.generate(q, presentations.blank)": ("PresentationError", "blank as a presentation", "presentations.blank('grey')"),

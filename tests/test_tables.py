@@ -80,3 +80,9 @@ def every_subclass(of):
     """With the modules of all results imported."""
     [importlib.import_module(f"guardlens.{name}") for name in ("comparison", "attribution", "patching", "sweeps", "evaluation")]
     return [found for each in of.__subclasses__() for found in (each, *each.__subclasses__())]
+
+
+def test_a_point_in_a_name_is_no_ending(tmp_path):
+    for strength in (0.25, 0.5):
+        Table({"strength": np.array([strength])}).save(tmp_path / f"alpha_{strength}")
+    assert [Table.load(tmp_path / f"alpha_{strength}").columns["strength"].item() for strength in (0.25, 0.5)] == [0.25, 0.5]

@@ -8,12 +8,13 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import guardlens as gl
-from guardlens import errors, gates, prefixes, presentations, trials
+from guardlens import errors, gates, prefixes, presentations, trials, ways
 from guardlens import interventions as iv
 from guardlens import model as engine
 from guardlens.queries import Prompt, Query
-from guardlens.scores import kl, refusal_logodds
+from guardlens.scores import AnswerLogProb, kl, refusal_logodds
 from guardlens.sites import Site
+from guardlens.ways import Asked
 from tests.test_branches import plans_of
 from tests.test_families import BY_NAME, a_push, batch_of, close, loaded, picture, pushing
 from tests.zoo.family import TEXTS, tokenizer
@@ -271,7 +272,7 @@ class TestFoundByTheSecondReader:
             **{name: getattr(batch, name)[:, -1:] for name in ("mask", "image", "instruction")},
         )
         run = vlm.run(short, [iv.nothing, iv.nothing])
-        assert run.why == "the positions 'last' are edited or read"
+        assert run.why == "from the positions 'last' on, it is most of the prompts"
         close(run.logits, vlm.run(short, [iv.nothing, iv.nothing], layout="tile").logits)
 
     def test_pictures_of_their_own_leave_prefixes_of_common_ones_alone(self, eager_to_share):
@@ -297,3 +298,104 @@ class TestFoundByTheSecondReader:
         half = gl.load(copy.deepcopy(model.hf).to(torch.bfloat16), processor=model.processor)
         half.run(half.prefill(half.batch(WORDS, GREY)), new_tokens=3)
         assert half._trials.flaws["answers, padded", True] == ""
+
+
+class TestWhatTheThirdReadersMissed:
+    def test_gates_of_forks_have_a_verdict_for_each_lane(self, vlm, basis):
+        batch = vlm.batch(WORDS, GREY)
+        plans = [iv.amplify(basis).when(gates.harmful(basis, bound)).at(layers=[6], positions="all") for bound in (-1e9, 1e9, -1e9)]
+        forks, tiles = (vlm.run(batch, plans, layout=layout) for layout in ("fork", "tile"))
+        assert forks.verdicts.keys() == tiles.verdicts.keys() and len(tiles.verdicts) == 3
+        assert all(torch.equal(opened, tiles.verdicts[key]) for key, opened in forks.verdicts.items())
+        close(forks.logits, tiles.logits)
+
+    def test_a_fork_that_reads_before_its_edit_begins_there(self, vlm, basis):
+        batch, site = vlm.batch(WORDS, GREY), Site(layers=(1,), positions="all")
+        plans = [iv.amplify(basis).at(layers=[layer], positions="all") for layer in (5, 6)]
+        forks, tiles = (vlm.run(batch, plans, read=[site], layout=layout) for layout in ("fork", "tile"))
+        close(forks.reads[site], tiles.reads[site])
+
+    def test_ends_that_reach_the_image_never_branch(self, vlm, basis):
+        """Short as they are: a prompt of many words with its image at the end."""
+        batch = vlm.batch(WORDS, GREY)
+        late = torch.zeros_like(batch.image)
+        late[:, -3] = True
+        moved = replace(batch, image=late)
+        plans = [iv.amplify(basis).at(positions=(-3, None), layers=[layer]) for layer in (2, 3)]
+        assert Asked(vlm.cfg, batch, plans).unbranchable == ""
+        assert Asked(vlm.cfg, moved, plans).unbranchable == "the positions (-3, None) are edited or read"
+
+    def test_a_prefix_never_ends_before_an_image_of_another_prompt(self, vlm, eager_to_share):
+        batch = vlm.batch(WORDS, GREY)
+        prefix = vlm.share(batch)
+        later = batch.image.clone()
+        later[1, -2] = True
+        assert prefix.begins(batch) is not None and prefix.begins(replace(batch, image=later)) is None
+
+    def test_an_error_of_ones_own_is_no_flaw(self, vlm, monkeypatch):
+        def refused(*rest, **options):
+            raise errors.SiteError("this", "that", "mend it")
+
+        monkeypatch.setitem(vlm.__dict__, "_trials", trials.Trials(vlm._engine))
+        monkeypatch.setattr(trials, "run_tails", refused)
+        with pytest.raises(errors.SiteError):
+            vlm.prefill(vlm.batch(WORDS, GREY))
+        assert not vlm._trials.flaws
+
+    def test_a_branch_that_leaks_into_the_next_is_found(self, vlm, monkeypatch):
+        """A mask that lets branches see each other, which shows only beside an edited one."""
+        monkeypatch.setitem(vlm.__dict__, "_trials", trials.Trials(vlm._engine))
+        real = trials.Trials._branches
+
+        def leaking(self, stem, plans):
+            found = real(self, stem, plans)
+            return found + 0.1 * found.abs().max() * torch.tensor([0.0, float(len(plans) == 3), 0.0])[: len(plans), None, None]
+
+        monkeypatch.setattr(trials.Trials, "_branches", leaking)
+        assert vlm.prefill(vlm.batch(WORDS, GREY)).flaw == "an edited branch changes the one beside it"
+
+    def test_a_row_of_branches_is_bounded(self, vlm, basis):
+        kept = vlm.prefill(vlm.batch(WORDS, GREY))
+        plans = [iv.amplify(basis).at(layers=[0])] * 5000
+        sizes = [len(part) for part in vlm.together(kept, plans)]
+        assert max(sizes) == ways.BESIDE and sum(sizes) == 5000
+        everywhere = [plan.at(positions="all") for plan in plans[:9]]
+        assert [len(part) for part in vlm.together(kept, everywhere)] == [ways.COPIES, ways.COPIES, 1]
+
+
+class TestWhatIsTakenForSomethingElse:
+    def test_a_presentation_beside_a_batch(self, vlm):
+        batch, white = vlm.batch(WORDS, GREY), presentations.blank("white", 32)
+        for call in (vlm.generate, vlm.run_with_cache, vlm.run_with_hooks):
+            with pytest.raises(errors.MismatchError, match="a batch that shows 'blank grey', with the presentation 'blank white'"):
+                call(batch, white)
+
+    def test_no_plans(self, vlm):
+        with pytest.raises(errors.PlanError, match="no plans"):
+            vlm.run(vlm.batch(WORDS), [])
+
+    def test_a_layout_of_answers(self, vlm):
+        with pytest.raises(errors.PlanError, match="the layout 'fork' of generated answers"):
+            vlm.run(vlm.batch(WORDS), [iv.nothing] * 2, layout="fork", new_tokens=2)
+
+    def test_scores_and_queries_that_a_table_would_take_for_one(self, vlm, basis):
+        plan, options = iv.amplify(basis), {"layers": 4, "placebos": 0, "progress": False}
+        with pytest.raises(errors.PlanError, match="two scores of one name"):
+            gl.sweep(vlm, plan, WORDS, scores=[AnswerLogProb("sorry"), AnswerLogProb("sure")], **options)
+        with pytest.raises(errors.QueryError, match="two queries with one id"):
+            gl.sweep(vlm, plan, [Query("how ?", id="a"), Query("why ?", id="a")], **options)
+        with pytest.raises(errors.PlanError, match="0 layers"):
+            gl.sweep(vlm, plan, WORDS, layers=[], progress=False)
+        with pytest.raises(errors.PlanError, match="strength 0 is none"):
+            gl.sweep(vlm, plan, WORDS, strengths=[0.0], progress=False)
+        with pytest.raises(errors.MismatchError, match="several plans"):
+            gl.sweep(vlm, {"a": plan, "b": plan}, gl.organism.queries("test")[:4], **options).best()
+
+    def test_answers_behind_kept_prompts_by_generate(self, vlm, basis):
+        batch, plan = vlm.batch(WORDS, GREY), iv.amplify(basis, 3.0)
+        assert vlm.generate(vlm.prefill(batch), intervention=plan, max_new_tokens=4) == vlm.generate(
+            batch, intervention=plan, max_new_tokens=4
+        )
+        kept = vlm.run(vlm.prefill(batch), [plan, plan], new_tokens=2)
+        assert (kept.layout, kept.why) == ("branch", "")
+        assert all(len(repr(value)) < 200 for value in (batch, vlm.prefill(batch), kept, vlm.run(batch)))
