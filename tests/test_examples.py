@@ -105,7 +105,7 @@ def failure_of_page(page, space):
 def outcomes(tmp_path_factory):
     """In a process of their own, without the tests' type checks, as users run them; every warning is an error."""
     command = [sys.executable, __file__]
-    environment = os.environ | {"MPLBACKEND": "agg"}
+    environment = os.environ | {"MPLBACKEND": "agg", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path_factory.mktemp("examples"), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
