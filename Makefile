@@ -38,7 +38,7 @@ peers: $(TEST) $(PEERS) ## compare with TransformerLens, which it installs besid
 	@echo "... running the comparison with other libraries"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m peers tests/peers $(ARGS)
 
-check: $(LINT) ## lint, formatting, types, and which module may import which; all of them, also if one fails
+check: $(LINT) $(DOCS) ## lint, formatting, types, and which module may import which; all of them, also if one fails
 	@failed=0; for step in "ruff check ." "ruff format --check ." pyright "lint-imports --no-logo"; do $(BIN)/$$step || failed=1; done; exit $$failed
 
 docs: $(DOCS) ## execute the tutorials that changed, then build the documentation into site/

@@ -42,15 +42,18 @@ def _opening(frame: Rows, facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(frame: Rows) -> Iterator[str]:
-    yield "| what | way | result | spread | in | seconds | target | reached |"
+    yield "| what | way | result | target | reached | spread | in | seconds |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in frame[~frame["what"].isin(["growth", breakdown.NAME])].to_dict("records"):
-        yield f"| `{row['what']}` | {row['way']} | {_numbers(row)} | {row['unit']} | {_seconds(row)} | {row['target']} | {reached(row)} |"
+        result, spread = _numbers(row)
+        cells = (f"`{row['what']}`", row["way"], result, row["target"], reached(row), spread, row["unit"], _seconds(row))
+        yield f"| {' | '.join(cells)} |"
     yield ""
 
 
-def _numbers(row: dict[str, Any]) -> str:
-    return f"{row['ratio']:.3g} | {row['low']:.3g} to {row['high']:.3g}"
+def _numbers(row: dict[str, Any]) -> tuple[str, str]:
+    """The median, and the spread."""
+    return f"{row['ratio']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}"
 
 
 def _seconds(row: dict[str, Any]) -> str:
@@ -76,7 +79,8 @@ def _where(frame: Rows) -> Iterator[str]:
         names = str(of).split(", ")
         yield f"**{', '.join(f'`{name}`{_met(frame, name)}' for name in names)}.** {MEANING[str(of)]}"
         yield from ("", "| part | result | spread | in | seconds |", "| --- | --- | --- | --- | --- |")
-        yield from (f"| {row['way']} | {_numbers(row)} | {row['unit']} | {_seconds(row)} |" for row in group.to_dict("records"))
+        rows = ((row["way"], *_numbers(row), row["unit"], _seconds(row)) for row in group.to_dict("records"))
+        yield from (f"| {' | '.join(cells)} |" for cells in rows)
         yield ""
 
 
