@@ -16,7 +16,7 @@ from guardlens.model import HookedModel, Queries
 from guardlens.portions import joined, over_batches
 from guardlens.prefixes import Prefix
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, as_queries, text_only
+from guardlens.queries import Presentation, Query, as_queries, require_presentation, text_only
 from guardlens.sites import Site
 from guardlens.stores import StateStore, dtype_of
 
@@ -72,6 +72,7 @@ def collect(
         >>> heads.states.shape  # query, layer, heads x d_head
         torch.Size([200, 1, 128])
     """
+    require_presentation(presentation)
     items, kept = as_queries(queries), dtype_of(dtype)
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
     about = (layers, items, site.hook, site.positions, presentation.name, model.provenance)

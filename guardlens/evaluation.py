@@ -15,7 +15,7 @@ from guardlens.errors import MismatchError, PlanError, PresentationError, QueryE
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.interventions import Intervention
 from guardlens.judges import Judge, Verdict
-from guardlens.model import HookedModel, Queries
+from guardlens.model import HookedModel, Queries, require_some
 from guardlens.portions import Portion, over_batches
 from guardlens.prefixes import Prefix
 from guardlens.progress import track
@@ -187,6 +187,7 @@ def evaluate(
         >>> print(table.rate("asr", "guard", "blank grey"))
         0.00 [0.00, 0.24] (n=12)
     """
+    require_some(max_new_tokens)
     items = as_queries(queries)
     require_labels(items)
     presentations = presentations if isinstance(presentations, Sequence) else [presentations]

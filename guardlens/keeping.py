@@ -10,7 +10,7 @@ from guardlens.notebooks import captioned, facts
 from guardlens.portions import Portion, over_batches
 from guardlens.prefixes import Prefill
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, as_queries, counted, text_only
+from guardlens.queries import Presentation, Query, as_queries, counted, require_presentation, text_only
 
 Result = TypeVar("Result")
 
@@ -112,6 +112,7 @@ def shown(queries: Queries | Kept, presentation: Presentation) -> tuple[tuple[Qu
     Raises:
         MismatchError: They are kept in another presentation.
     """
+    require_presentation(presentation)
     if not isinstance(queries, Kept):
         return as_queries(queries), presentation
     if presentation not in (text_only, queries.presentation):

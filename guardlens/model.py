@@ -408,6 +408,7 @@ class HookedModel:
             PlanError: Options that give several answers per prompt.
         """
         require_plan(intervention)
+        require_some(max_new_tokens)
         batch = queries if isinstance(queries, Prefill) else self._asked(queries, presentation)
         prefix = None if isinstance(batch, Prefill) else self.share(batch)
         tokens = self.run(batch, intervention, new_tokens=max_new_tokens, seed=seed, generation=options, prefix=prefix).tokens
@@ -476,6 +477,16 @@ class HookedModel:
     def _needs_positions(self) -> bool:
         """Learned positions would count padding; VLMs work theirs out themselves (2-D ones would break M-RoPE)."""
         return not self.sees_images and "position_ids" in self._engine.parameters
+
+
+def require_some(new_tokens: int) -> None:
+    """Refuse answers without a token.
+
+    Raises:
+        PlanError: As said.
+    """
+    if new_tokens < 1:
+        raise PlanError(f"max_new_tokens={new_tokens}", "1 or more", "ask model.run for logits, if no answer is wanted")
 
 
 def _described(image: Any) -> bytes:

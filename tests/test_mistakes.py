@@ -46,6 +46,10 @@ MISTAKES = {
     "gl.attach(guard, model.hf, model.processor)": ("PlanError", "something of type Defence", "a defence's .intervention"),
     "gl.attach(plan, model, model.processor)": ("ModelError", "something of type HookedModel", "its .hf and .processor"),
     "model.generate(q, grey, [plan, plan])": ("PlanError", "something of type list", "something of type Intervention"),
+    "gl.sweep(model, iv.add(ssd), queries, 'grey', progress=False)": ("PresentationError", "something of type str", "as a presentation"),
+    "gl.collect(model, queries, 'grey', progress=False)": ("PresentationError", "something of type str", "as a presentation"),
+    "model.generate(q, grey, max_new_tokens=0)": ("PlanError", "max_new_tokens=0", "1 or more"),
+    "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Shouting(), max_new_tokens=0)": ("PlanError", "=0", "1 or more"),
     "model.run(batch, [plan, plan], layout='Branch')": ("PlanError", "the layout 'Branch'", "auto, branch, fork, tile"),
     "gl.sweep(model, iv.add(ssd), queries, scores=['kl'], progress=False)": ("PlanError", "something of type str", "scores.AnswerKL()"),
     "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Shouting(), max_new_tokens=1, progress=False)":
