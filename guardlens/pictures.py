@@ -53,7 +53,7 @@ def _all_alike(images: Sequence[Sequence[Any]]) -> bool:
 def _repeated(value: Any, times: int) -> Any:
     """Features of so many equal images, one behind the other, from those of one."""
     if isinstance(value, Tensor) and value.ndim:
-        return value.expand(times, *value.shape[1:]) if len(value) == 1 else torch.cat([value] * times)  # a view, where that can be
+        return torch.cat([value] * times)  # not expanded: some families can't view what is
     if isinstance(value, np.ndarray) and value.ndim:
         return np.concatenate([value] * times)
     if isinstance(value, list | tuple):
