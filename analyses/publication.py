@@ -201,7 +201,7 @@ def clusters(queries: Sequence[Any]) -> Any:
     """What is resampled together, query by query."""
     import numpy as np
 
-    return np.array([query.cluster or query.pair or query.id for query in queries])
+    return np.array([query.stands_with for query in queries])
 
 
 def _machine() -> dict[str, Any]:

@@ -20,15 +20,16 @@ import torch
 from jaxtyping import Float
 
 from guardlens.batches import Batch
+from guardlens.collection import LARGEST
 from guardlens.components import Component, Terms, split
 from guardlens.directions import Directions
-from guardlens.errors import MismatchError, PresentationError, QueryError
+from guardlens.errors import MismatchError, PresentationError
 from guardlens.intervals import percentile, resample_counts
 from guardlens.model import HookedModel, Queries
 from guardlens.portions import Portion, joined, over_batches
 from guardlens.prefixes import Prefix
 from guardlens.progress import track
-from guardlens.queries import LABELS, Presentation, Query, as_queries, require_labels, text_only
+from guardlens.queries import LABELS, Presentation, Query, as_queries, require_ids, require_labels, text_only
 from guardlens.sites import Site
 from guardlens.storage import require_same_model
 from guardlens.tables import Frame, Table
@@ -36,9 +37,6 @@ from guardlens.tables import Frame, Table
 KEYS = ["direction", *Component._fields]
 
 CONTRAST = "harmful - harmless"
-
-LARGEST = 32
-"""Queries per forward where neither the user nor memory asks for fewer."""
 
 
 class Attribution(Table):
@@ -224,8 +222,7 @@ def _require_usable(model: HookedModel, directions: Directions, queries: Sequenc
     require_labels(queries)
     if len({presentation.name for presentation in shown}) < len(shown):
         raise PresentationError("two presentations of one name", "a name for each", "attribute sizes of one image in separate calls")
-    if len({query.id for query in queries}) < len(queries):
-        raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
+    require_ids(queries)
     require_same_model(f"the directions {directions.method!r}", directions.provenance.model, model.id, model.llm.id)
     if (directions.hook, directions.d_model) != ("resid_post", model.cfg.d_model):
         raise MismatchError(
@@ -255,7 +252,7 @@ def _columns(found: Mapping[str, Terms], queries: Sequence[Query], layer: int) -
     per_query = {
         "query": [query.id for query in queries],
         "label": [query.label for query in queries],
-        "cluster": [query.cluster or query.pair or query.id for query in queries],
+        "cluster": [query.stands_with for query in queries],
     }
     columns = {"presentation": np.repeat([name for name, _, _ in cells], rank * n)}
     columns |= {name: np.tile(np.array(column), len(cells) * rank) for name, column in per_query.items()}

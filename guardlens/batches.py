@@ -91,7 +91,7 @@ class Batch:
         (rows, width), new = self.mask.shape, tokens.shape[1]
         blank = self.mask.new_zeros(rows, new)
         added = {"input_ids": tokens.to(self.mask.device), "attention_mask": blank.long() + 1}
-        inputs = {name: value for name, value in self.inputs.items()}
+        inputs = dict(self.inputs)
         for name, value in self.inputs.items():
             if value.shape[-1:] == (width,) and value.shape[-2:-1] == (rows,):
                 more = added[name] if name in added else blank.long()
@@ -230,10 +230,8 @@ class Layout:
                 'choose layout="tile"',
             )
         order = self.lane[rows, columns].argsort(stable=True)
-        split = [index[order].split(number) for index in (rows, columns, self.query[rows, columns])]
-        return (
-            tuple(Placement(*places) for places in zip(*split, strict=True)) if number else (Placement(rows, columns, rows),) * self.lanes
-        )
+        by_lane = (index[order].unflatten(0, (self.lanes, number)) for index in (rows, columns, self.query[rows, columns]))
+        return tuple(Placement(*places) for places in zip(*by_lane, strict=True))
 
     def decoding(self, lane: int, new: int = 1) -> Placement:
         """Where lane `lane` has its `new` newest tokens during decoding: the last columns, ordered by query, then column."""

@@ -11,7 +11,7 @@ from guardlens.activations import Activations
 from guardlens.directions import Directions
 from guardlens.errors import MismatchError
 from guardlens.intervals import Interval, percentile, resample_counts
-from guardlens.queries import WITHOUT_IMAGES, Query, require_labels
+from guardlens.queries import WITHOUT_IMAGES, require_labels
 from guardlens.sites import require_same_space
 from guardlens.storage import require_same_model
 from guardlens.tables import Frame, Table
@@ -91,7 +91,7 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
     _require_text(llm)
     for run in runs:
         _require_comparable(llm, run, directions)
-    groups = np.array([_group(query) for query in llm.queries])
+    groups = np.array([query.stands_with for query in llm.queries])
     counts = resample_counts(len(groups), groups, draws)
     own: dict[tuple[str, int], Measured] = {}
     probed = zip(runs, _probes(runs, groups), strict=True)
@@ -179,10 +179,6 @@ def _change(here: Measured, there: Measured | None, n: int) -> Interval:
     if there is None:
         return Interval(float("nan"), float("nan"), float("nan"), n)
     return percentile(here[0] - there[0], here[1] - there[1], n)
-
-
-def _group(query: Query) -> str:
-    return query.cluster or query.pair or query.id
 
 
 def _name(run: Activations, llm: Activations) -> str:

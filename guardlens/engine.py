@@ -118,13 +118,12 @@ class Engine:
             return self._drive(call, {"input_ids": batch.inputs["input_ids"]}, [begin, *taps], batch)
 
     def _logits(self, states: Float[Tensor, "row width d"], taps: Sequence[Tap], at: Places | None) -> Any:
-        if at is None and not any(tap.point.hook == "unembed" for tap in taps):
+        whole, unembed = any(tap.point.hook == "unembed" for tap in taps), self.hf.get_submodule(self.cfg.unembed)
+        logits = self.cfg.finish(unembed(states)) if whole else None  # taps count on all tokens
+        if at is None:
             return None
-        unembed, places = self.hf.get_submodule(self.cfg.unembed), None if at is None else tuple(index.to(states.device) for index in at)
-        if any(tap.point.hook == "unembed" for tap in taps):  # taps count on all tokens
-            logits = self.cfg.finish(unembed(states))
-            return None if places is None else logits[places]
-        return self.cfg.finish(unembed(states[places]))
+        places = tuple(index.to(states.device) for index in at)
+        return self.cfg.finish(unembed(states[places])) if logits is None else logits[places]
 
     def generate(
         self, batch: Batch, taps: Sequence[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any]

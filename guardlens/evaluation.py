@@ -11,7 +11,7 @@ import numpy as np
 
 from guardlens.batches import Batch
 from guardlens.defences import Defence
-from guardlens.errors import MismatchError, PlanError, PresentationError, QueryError, require_type
+from guardlens.errors import MismatchError, PlanError, PresentationError, require_type
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.interventions import Intervention
 from guardlens.judges import Judge, Verdict
@@ -19,7 +19,7 @@ from guardlens.model import HookedModel, Queries, require_some
 from guardlens.portions import Portion, over_batches
 from guardlens.prefixes import Prefix
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, as_queries, require_labels, require_presentation
+from guardlens.queries import Presentation, Query, as_queries, require_ids, require_labels, require_presentation
 from guardlens.storage import RunDirectory
 from guardlens.tables import Frame, Table
 
@@ -260,8 +260,7 @@ def _require_presentable(queries: Sequence[Query], presentations: Sequence[Prese
     """Meet bad input at the door, before hours of work."""
     for presentation in presentations:
         require_presentation(presentation)
-    if len({query.id for query in queries}) < len(queries):
-        raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
+    require_ids(queries)
     if len({presentation.name for presentation in presentations}) < len(presentations):
         raise PresentationError("two presentations of one name", "a name for each", "evaluate sizes of one image in separate calls")
     for presentation in presentations:

@@ -195,7 +195,7 @@ def _columns(cells: Sequence[Cell], queries: Sequence[Query], scores: Sequence[A
     per_query = {
         "query": [query.id for query in queries],
         "label": [query.label or UNLABELLED for query in queries],
-        "cluster": [query.cluster or query.pair or query.id for query in queries],
+        "cluster": [query.stands_with for query in queries],
     }
     columns = {name: np.tile(np.repeat(np.array(column), n), n_scores) for name, column in per_cell.items()}
     columns |= {name: np.tile(np.array(column), n_scores * n_cells) for name, column in per_query.items()}

@@ -58,6 +58,11 @@ class Query:
         if not self.id:
             object.__setattr__(self, "id", hashlib.sha256(self.text.encode()).hexdigest()[:12])
 
+    @property
+    def stands_with(self) -> str:
+        """What is resampled together: its cluster, where it has one, else its pair, else itself."""
+        return self.cluster or self.pair or self.id
+
     def _repr_html_(self) -> str:
         named = {name: getattr(self, name) for name in ("text", "label", "id", "pair", "cluster", "source")}
         return notebooks.captioned("Query", notebooks.facts(named | {"images": notebooks.pictured(self.images)}))
@@ -247,6 +252,16 @@ def as_queries(queries: Any) -> tuple[Query, ...]:
     if not items:
         raise QueryError("no queries", "at least one", "check the file, split or filter that they come from")
     return tuple(query if isinstance(query, Query) else Query(query) for query in items)
+
+
+def require_ids(queries: Sequence[Query]) -> None:
+    """Refuse queries of one id, which a table would take for one.
+
+    Raises:
+        QueryError: As said.
+    """
+    if len({query.id for query in queries}) < len(queries):
+        raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
 
 
 def require_labels(queries: Sequence[Query]) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.batches import Batch
-from guardlens.errors import MismatchError, PlanError, QueryError, require_type
+from guardlens.errors import MismatchError, PlanError, require_type
 from guardlens.intervals import percentile, resample_counts
 from guardlens.interventions.plan import Intervention, require_plan
 from guardlens.keeping import Kept, over_prompts, shown
@@ -20,7 +20,7 @@ from guardlens.model import HookedModel, Queries
 from guardlens.portions import joined
 from guardlens.prefixes import Prefill
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, text_only
+from guardlens.queries import Presentation, Query, require_ids, text_only
 from guardlens.runs import Run
 from guardlens.scores import AnswerScore, Score, kl, refusal_logodds
 from guardlens.tables import Frame, Table
@@ -184,7 +184,7 @@ def sweep(
     ran: set[str] = set()
     title = f"sweep, {len(grid)} cells, {presentation.name}"
     prompts = queries if isinstance(queries, Kept) else items
-    work = partial(_score_part, model, grid, scores, ran)
+    work = partial(scored, model, plans=list(grid.values()), scores=scores, ran=ran)
     parts = over_prompts(model, prompts, presentation, work, batch_size)
     values = joined(track(parts, len(items), title, progress), len(items), axis=2).numpy()
     facts = {
@@ -203,8 +203,7 @@ def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> 
     Raises:
         QueryError, PlanError: As said.
     """
-    if len({query.id for query in queries}) < len(queries):
-        raise QueryError("two queries with one id", "an id for each", "give them ids, or leave the repeated query out")
+    require_ids(queries)
     for score in scores:
         require_type(score, Score, PlanError, "hand in scores such as [scores.kl, scores.AnswerKL()]")
     if len({score.name for score in scores}) < len(scores):
@@ -223,13 +222,6 @@ def _grid(
                     if strength != 0:
                         cells[Cell(name, arm, group, float(strength))] = acting.placed(group, strength)
     return cells
-
-
-def _score_part(
-    model: HookedModel, grid: Mapping[Cell, Intervention], scores: Sequence[AnyScore], ran: set[str], kept: Prefill
-) -> Float[Tensor, "score run query"]:
-    """Scores of all cells and, last, of the unedited run. What ran is noted in `ran`."""
-    return scored(model, kept, list(grid.values()), scores, ran)
 
 
 def scored(
@@ -290,7 +282,7 @@ def _columns(cells: Sequence[Cell], queries: Sequence[Any], scores: Sequence[Any
     columns = {name: np.tile(np.repeat(np.array(column), n), n_scores) for name, column in per_cell.items()}
     columns["query"] = np.tile(np.array([query.id for query in queries]), n_scores * n_cells)
     columns["label"] = np.tile(np.array([query.label or "" for query in queries]), n_scores * n_cells)
-    columns["cluster"] = np.tile(np.array([query.cluster or query.pair or query.id for query in queries]), n_scores * n_cells)
+    columns["cluster"] = np.tile(np.array([query.stands_with for query in queries]), n_scores * n_cells)
     columns["score"] = np.repeat(np.array([score.name for score in scores]), n_cells * n)
     columns["value"] = values[:, :-1].ravel()
     columns["base"] = np.repeat(values[:, -1:], n_cells, axis=1).ravel()
