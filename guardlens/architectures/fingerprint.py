@@ -11,7 +11,9 @@ def fingerprint(hf: nn.Module) -> str:
     parts = []
     for name, parameter in sorted(hf.named_parameters()):
         flat = (_offloaded(hf, name) if parameter.is_meta else parameter.detach()).flatten()
-        picked = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
+        count = min(64, flat.numel())
+        # In integers: float32 can't hold the places of a large embedding.
+        picked = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)]
         parts += [f"{name}{tuple(parameter.shape)}".encode(), picked.float().cpu().numpy().tobytes()]
     return digest(*parts)
 
