@@ -1,7 +1,7 @@
 """Plans, reads and a layout compiled to taps: functions of a hook's value that any driver can run. Pure: no model, no nnsight.
 
-At a point, for each lane, steps come in plan order; a step's own-run states are held just before it, so they see what came before.
-Then come states that later layers ask for, then reads, which therefore see every edit.
+At a point, for each lane, steps come in plan order. An own-run state of the very place of a step is held just before that step, for it
+alone: it sees the steps before it. Then come states that later places ask for, then reads, which therefore see every edit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +20,7 @@ from guardlens.sites import Point, Positions, Site
 
 Held = Mapping[tuple[State, int | None], Float[Tensor, "query d_model"]]
 Verdicts = dict[tuple[int, int, int | None], Bool[Tensor, "query"]]
+OwnKey = tuple[int, int | None, State, int | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,20 +29,27 @@ class Record:
 
     Attributes:
         held: States of other presentations' runs, by state and layer; shared by all lanes.
-        own: States of this run, by lane, state and layer; the first time that one is asked for counts.
+        own: States of this run, by lane, step, state and layer; without a step after all edits of their place, for whatever comes later.
         verdicts: Which queries a gate opened for, by lane, step and layer.
         reads: One vector per lane and query, by site and point.
     """
 
     held: Held = field(default_factory=dict)
-    own: dict[tuple[int, State, int | None], Tensor] = field(default_factory=dict)
+    own: dict[OwnKey, Tensor] = field(default_factory=dict)
     verdicts: Verdicts = field(default_factory=dict)
     reads: dict[tuple[Site, Point], Tensor] = field(default_factory=dict)
 
-    def lookup(self, lane: int, asked_at: Point, n_layers: int, state: State) -> Float[Tensor, "query d_model"]:
-        """The held state that an edit at `asked_at` means."""
-        state, layer = resolved(state, asked_at), source_of(state, asked_at, n_layers).layer
-        return self.own[lane, state, layer] if state.run is None else self.held[state, layer]
+    def lookup(self, lane: int, number: int, asked_at: Point, n_layers: int, state: State) -> Float[Tensor, "query d_model"]:
+        """The held state that the step `number` of a lane means at `asked_at`."""
+        if state.run is None:
+            return self.own[own_key(lane, number, asked_at, n_layers, state)]
+        return self.held[resolved(state, asked_at), source_of(state, asked_at, n_layers).layer]
+
+
+def own_key(lane: int, number: int, asked_at: Point, n_layers: int, state: State) -> OwnKey:
+    """Where a state of this run is kept for a step: for that step alone where it is read at the step's very place."""
+    source = source_of(state, asked_at, n_layers)
+    return lane, number if source == asked_at else None, resolved(state, asked_at), source.layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +57,12 @@ class Hold:
     """Keep one vector per query of this run."""
 
     record: Record
-    key: tuple[int, State, int | None]
+    key: OwnKey
     places: Placement
     queries: int
 
     def __call__(self, value: Float[Tensor, "row width d"], step: int) -> None:
-        if step == 0 and self.key not in self.record.own:
+        if step == 0:
             self.record.own[self.key] = mean_per_query(value, self.places, self.queries)
 
 
@@ -72,7 +80,7 @@ class Apply:
     prompt: Placement | None
 
     def __call__(self, value: Float[Tensor, "row width d"], step: int) -> Float[Tensor, "row width d"] | None:
-        lookup = partial(self.record.lookup, self.lane, self.point, self.n_layers)
+        lookup = partial(self.record.lookup, self.lane, self.number, self.point, self.n_layers)
         if step == 0 and self.step.gate is not None:
             verdict = self.step.gate.decide(lookup, self.point.layer)
             self.record.verdicts[self.lane, self.number, self.point.layer] = verdict
@@ -171,7 +179,7 @@ def compile_taps(
     """
     record, queries = Record(held), len(batch.queries)
     early: list[Tap] = []
-    late: list[Tap] = []
+    late: dict[OwnKey, Tap] = {}
 
     @cache
     def places(positions: Positions | None, answer: bool = False) -> tuple[Placement, ...]:
@@ -187,14 +195,15 @@ def compile_taps(
             for point in step.site.points(n_layers):
                 for state in step.requires:
                     if state.run is None:
-                        source, held_at = source_of(state, point, n_layers), places(state.positions)[lane]
-                        hold = Hold(record, (lane, resolved(state, point), source.layer), held_at, queries)
-                        (early if source == point else late).append(Tap(source, hold))
+                        source, key = source_of(state, point, n_layers), own_key(lane, number, point, n_layers, state)
+                        hold = Tap(source, Hold(record, key, places(state.positions)[lane], queries))
+                        if source == point:
+                            early.append(hold)
+                        else:
+                            late[key] = hold
                 early.append(Tap(point, Apply(record, lane, number, step, point, n_layers, layout, prompt), decode))
-    for site in reads:
-        late += [Tap(point, Read(record, site, point, places(site.positions), queries)) for point in site.points(n_layers)]
-    holds_first = sorted(late, key=lambda tap: isinstance(tap.fn, Read))
-    return sorted(early + holds_first, key=lambda tap: tap.point.order), record
+    last = [Tap(point, Read(record, site, point, places(site.positions), queries)) for site in reads for point in site.points(n_layers)]
+    return sorted([*early, *late.values(), *last], key=lambda tap: tap.point.order), record
 
 
 def site_of(state: State, layers: set[int | None]) -> Site:

@@ -164,14 +164,39 @@ def test_a_layer_that_is_not_there():
         drive([add(1).at(layers=[2])], both())
 
 
-def test_an_own_state_is_held_the_first_time_that_it_is_asked_for():
-    seen = []
+def noting(seen, state, moved=100):
+    """An edit that writes down a state and moves on."""
 
     def note(states, context):
-        seen.append(context.held(iv.own))
-        return states + 100
+        seen.append(context.held(state))
+        return states + moved
 
-    plan = iv.custom(note, (iv.own,)).at(layers=[0])
-    values = both()
-    drive([plan >> plan], values)
-    assert torch.equal(seen[0], values[POST[0]][:, -1]) and torch.equal(seen[1], seen[0])
+    return iv.custom(note, (state,))
+
+
+def test_a_step_has_the_own_state_of_just_before_it():
+    seen, values = [], both()
+    plan = noting(seen, iv.own).at(layers=[0])
+    drive([plan >> add(1).at(layers=[0]) >> plan], values)
+    start = values[POST[0]][:, -1]
+    assert torch.equal(seen[0], start) and torch.equal(seen[1], start + 101)
+
+
+def test_a_state_of_an_earlier_layer_is_that_after_all_its_edits_whoever_else_asks_there():
+    """A step at its very place sees it before itself; later ones, where the plan puts them or not, after all edits of the place."""
+    early, later, values, first = [], [], both(), iv.State(layer=0)
+    drive([noting(later, first).at(layers=[1]) >> noting(early, first).at(layers=[0]) >> noting(later, first).at(layers=[1])], values)
+    start = values[POST[0]][:, -1]
+    assert torch.equal(early[0], start)
+    assert all(torch.equal(seen, start + 100) for seen in later) and len(later) == 2
+
+
+def test_steps_at_one_place_have_gates_of_their_own_states():
+    """The first step carries every state over the threshold, so the second one's gate opens for all."""
+    V = make_directions(dtype=torch.float32)
+    gate = gates.harmful(V, 0.0, iv.own)
+    values, push = both(), iv.custom(lambda states, context: states + 9 * V.at(0)[0])
+    values[POST[0]][:, -1] = torch.stack([V.at(0)[0], -V.at(0)[0]])
+    plan = add(0).when(gate) >> push >> add(0).when(gate)
+    _, record, _ = drive([plan.at(layers=[0])], values)
+    assert record.verdicts[0, 0, 0].tolist() == [True, False] and record.verdicts[0, 2, 0].tolist() == [True, True]
