@@ -76,7 +76,8 @@ def collect(
     items, kept = as_queries(queries), dtype_of(dtype)
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
     about = (layers, items, site.hook, site.positions, presentation.name, model.provenance)
-    store = None if out is None else StateStore(out, _configuration(model, items, presentation, intervention, site), len(items), dtype)
+    configuration = {} if out is None else _configuration(model, items, presentation, intervention, site)
+    store = None if out is None else StateStore(out, configuration, len(items), dtype, model.provenance)
     todo = range(len(items)) if store is None else store.missing
 
     def states(batch: Batch, prefix: Prefix | None) -> Tensor:

@@ -193,7 +193,8 @@ def evaluate(
     presentations = presentations if isinstance(presentations, Sequence) else [presentations]
     _require_presentable(items, presentations)
     drawn = {name: _draws(name, each) for name, each in defences.items()}
-    directory = RunDirectory(out, _configuration(model, drawn, items, presentations, judge, max_new_tokens)) if out else None
+    configuration = _configuration(model, drawn, items, presentations, judge, max_new_tokens)
+    directory = RunDirectory(out, configuration, model.provenance) if out else None
     records = directory.records() if directory else []
     done = {(record["defence"], record["draw"], record["presentation"], record["query"]) for record in records}
     arms = [
@@ -279,11 +280,11 @@ def _configuration(
     asked = hashlib.sha256(repr([(q.id, q.text, q.label, q.cluster) for q in queries]).encode()).hexdigest()[:12]
     return {
         "model": model.id,
-        "defences": {name: [d.fingerprint(p) for d in draws for p in presentations] for name, draws in defences.items()},
         "presentations": [repr(presentation) for presentation in presentations],
         "queries": asked,
         "judge": repr(judge),
         "max_new_tokens": max_new_tokens,
+        "defences": {name: [d.fingerprint(p) for d in draws for p in presentations] for name, draws in defences.items()},
     }
 
 

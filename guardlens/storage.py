@@ -140,11 +140,16 @@ class RunDirectory:
 
     Opening a directory that another configuration made is refused; opening the same one again resumes.
 
+    Args:
+        path: The directory.
+        configuration: What the records depend on, nested as the caller likes. Differences are looked for in its order.
+        provenance: Whose they are; the manifest says it, and it isn't compared.
+
     Raises:
         MismatchError: The manifest differs; the first difference is named.
     """
 
-    def __init__(self, path: str | Path, configuration: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path, configuration: Mapping[str, Any], provenance: Provenance | None = None) -> None:
         self.path = Path(path)
         self._file = self.path / "records.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
@@ -153,19 +158,16 @@ class RunDirectory:
         if manifest.exists():
             self._compare(json.loads(manifest.read_text(encoding="utf-8"))["configuration"], wanted)
         else:
-            write_text(manifest, json.dumps({"configuration": wanted, "provenance": asdict(Provenance())}, indent=1))
+            write_text(manifest, json.dumps({"configuration": wanted, "provenance": asdict(provenance or Provenance())}, indent=1))
 
-    def _compare(self, old: dict[str, Any], new: dict[str, Any], of: str = "") -> None:
-        for key in sorted({*old, *new}):
-            was, now = old.get(key), new.get(key)
-            if isinstance(was, dict) and isinstance(now, dict):
-                self._compare(was, now, f"{of}{key}.")
-            elif was != now:
-                raise MismatchError(
-                    f"the results directory {self.path}, made with {of}{key} = {_short(was)}",
-                    f"{of}{key} = {_short(now)}",
-                    "give another directory, or the old configuration to resume it",
-                )
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        if found := first_difference(old, new):
+            key, was, now = found
+            raise MismatchError(
+                f"the results directory {self.path}, made with {key} = {was}",
+                f"{key} = {now}",
+                "give another directory, or the old configuration to resume it",
+            )
 
     def records(self) -> list[dict[str, Any]]:
         """All whole records so far. A last line that was cut off by a kill is dropped."""
@@ -196,6 +198,36 @@ class RunDirectory:
             stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+SHOWN = 80
+"""Characters of a value that a message shows."""
+
+
+def first_difference(old: Any, new: Any, of: str = "") -> tuple[str, str, str] | None:
+    """Where two values of JSON differ first, in the order of the second: the place (`model.config.layers[2]`), and both values, shortened.
+
+    Examples:
+        >>> from guardlens.storage import first_difference
+        >>> first_difference({"model": {"id": "a", "dtype": "float32"}}, {"model": {"id": "a", "dtype": "bfloat16"}})
+        ('model.dtype', '"float32"', '"bfloat16"')
+    """
+    was, now = json.dumps(old), json.dumps(new)
+    if isinstance(old, dict) and isinstance(new, dict):
+        places = [(f"{of}.{key}" if of else key, old.get(key), new.get(key)) for key in {**new, **old}]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and len(was) > SHOWN:
+        places = [(f"{of}[{i}]", *both) for i, both in enumerate(zip(old, new, strict=True))]
+    else:
+        return None if old == new or was == now else (of, *_excerpts(was, now))
+    return next((found for place, *both in places if (found := first_difference(*both, place))), None)
+
+
+def _excerpts(was: str, now: str) -> tuple[str, str]:
+    """Both texts from shortly before the place at which they part, where they are long."""
+    if max(len(was), len(now)) <= SHOWN:
+        return was, now
+    alike = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+    start = max(0, alike - SHOWN // 4)
+
+    def excerpt(text: str) -> str:
+        return f"{'...' if start else ''}{text[start : start + SHOWN]}{'...' if len(text) > start + SHOWN else ''}"
+
+    return excerpt(was), excerpt(now)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.errors import StorageError
-from guardlens.storage import RunDirectory, atomic, metadata_of
+from guardlens.storage import Provenance, RunDirectory, atomic, metadata_of
 
 KIND, TENSOR = "activations", "states"
 """What a file of states says that it holds, and the name of the tensor in it."""
@@ -53,15 +53,18 @@ class StateStore:
         configuration: What the states depend on.
         rows: How many there will be.
         dtype: What they are stored as, a name of `DTYPES`.
+        provenance: Whose they are, for the manifest.
 
     Raises:
         StorageError: Another dtype.
         MismatchError: The directory was made with another configuration; the first difference is named.
     """
 
-    def __init__(self, path: str | Path, configuration: Mapping[str, Any], rows: int, dtype: str = "float32") -> None:
+    def __init__(
+        self, path: str | Path, configuration: Mapping[str, Any], rows: int, dtype: str = "float32", provenance: Provenance | None = None
+    ) -> None:
         self._dtype = dtype_of(dtype)
-        self.run = RunDirectory(path, {**configuration, "rows": rows, "dtype": dtype})
+        self.run = RunDirectory(path, {**configuration, "rows": rows, "dtype": dtype}, provenance)
         self.rows, self.dtype = rows, dtype
         self._whole, self._partial = self.run.path / WHOLE, self.run.path / PARTIAL
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from guardlens import errors
-from guardlens.storage import RunDirectory, atomic, digest, load_tensors, require_same_model, save_tensors, write_text
+from guardlens.storage import Provenance, RunDirectory, atomic, digest, load_tensors, require_same_model, save_tensors, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -70,6 +70,26 @@ class TestRunDirectory:
             RunDirectory(tmp_path, {"model": "a", "seed": 1})
         with pytest.raises(errors.MismatchError, match=r"made with extra = null"):
             RunDirectory(tmp_path, {"model": "a", "seed": 0, "extra": "x" * 200})
+
+    def test_the_difference_that_is_named_is_the_first_of_the_call(self, tmp_path):
+        RunDirectory(tmp_path, {"z": {"config": {"layer": -2, "eps": 1e-5}}, "a": ["x" * 80, "y"], "text": "b" * 200 + "1" + "b" * 200})
+
+        def named(**changes):
+            asked = {"z": {"config": {"layer": -2, "eps": 1e-5}}, "a": ["x" * 80, "y"], "text": "b" * 200 + "1" + "b" * 200} | changes
+            with pytest.raises(errors.MismatchError) as caught:
+                RunDirectory(tmp_path, asked)
+            return caught.value.found.partition("made with ")[2], caught.value.expected
+
+        assert named(z={"config": {"eps": 1e-5, "layer": -1}}, a=[]) == ("z.config.layer = -2", "z.config.layer = -1")
+        assert named(a=["x" * 80, "z"]) == ('a[1] = "y"', 'a[1] = "z"')
+        was, now = named(text="b" * 200 + "2" + "b" * 200)
+        assert was != now and max(len(was), len(now)) < 100
+
+    def test_the_manifest_says_whose_records_these_are(self, tmp_path):
+        RunDirectory(tmp_path, {}, Provenance(model="m@1", template="t"))
+        kept = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))["provenance"]
+        assert (kept["model"], kept["template"]) == ("m@1", "t")
+        RunDirectory(tmp_path, {}, Provenance(model="of another day"))
 
     @pytest.mark.parametrize("cut", ['{"id": 1}\n{"id', '{"id'])
     def test_a_cut_line_is_dropped_and_mended(self, tmp_path, cut):

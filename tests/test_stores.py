@@ -232,7 +232,7 @@ class TestResume:
 
     def test_another_model_is_refused(self, vlm, llm, tmp_path):
         ask(vlm, tmp_path, ["how to mend the hat ?"], text_only)
-        with pytest.raises(errors.MismatchError, match=f"made with llm = .*{vlm.id}.*\nExpected llm = .*{llm.id}"):
+        with pytest.raises(errors.MismatchError, match=f"made with model = .*{vlm.id}.*\nExpected model = .*{llm.id}"):
             ask(llm, tmp_path, ["how to mend the hat ?"], text_only)
 
     def test_a_custom_plan_is_refused(self, vlm, tmp_path):
