@@ -4,8 +4,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import InitVar, asdict, dataclass, field, replace
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -55,8 +56,8 @@ class ActivationCache(Mapping[str, Tensor]):
         self._tensors, self._n_layers = dict(tensors), n_layers
         self._to_logits, self._residual_scale = to_logits, residual_scale
 
-    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
-        name, layer = (key, None) if isinstance(key, str) else key
+    def __getitem__(self, key: Any) -> Tensor:
+        name, layer = _asked(key)
         point = parse(name, self._n_layers)
         if layer is not None:
             point = replace(point, layer=layer + self._n_layers if layer < 0 else layer)
@@ -70,7 +71,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def __contains__(self, key: object) -> bool:
         try:
             self[key]  # type: ignore[index]
-        except (SiteError, AttributeError, TypeError, ValueError):
+        except SiteError:
             return False
         return True
 
@@ -183,6 +184,16 @@ class ActivationCache(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         names = list(self)
         return f"ActivationCache({len(self)} hooks{f', {names[0]} to {names[-1]}' if names else ''})"
+
+
+def _asked(key: object) -> tuple[str, int | None]:
+    """The hook and the layer of a key."""
+    match key:
+        case str():
+            return key, None
+        case (str() as name, layer) if isinstance(layer, SupportsIndex):
+            return name, index(layer)
+    raise SiteError(f"the key {key!r}", "a hook name, or one with a layer", "say cache['resid_post', 3]")
 
 
 @dataclass(frozen=True, eq=False)

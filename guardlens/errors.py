@@ -13,6 +13,10 @@
 Each has the three parts as `found`, `expected` and `next_step`.
 """
 
+from operator import index
+
+import numpy as np
+
 
 class GuardlensError(Exception):
     """Base class.
@@ -57,6 +61,30 @@ def require_type(value: object, kind: type, error: type[GuardlensError], next_st
         raise error(found, f"something of type {kind.__name__}", next_step)
 
 
+def as_count(value: object, name: str, error: type[GuardlensError], next_step: str, least: int = 1) -> int:
+    """A whole number that is at least `least`, as Python's own int. Those of numpy and torch count as whole numbers, True and 2.0 don't.
+
+    Raises:
+        GuardlensError: Of the given class.
+
+    Examples:
+        >>> gl.errors.as_count(np.int64(3), "draws", gl.errors.NumericsError, "leave it out")
+        3
+        >>> gl.errors.as_count(2.5, "draws", gl.errors.NumericsError, "leave it out")
+        Traceback (most recent call last):
+        guardlens.errors.NumericsError: Found draws=2.5.
+        Expected a whole number from 1 up.
+        Next: leave it out.
+    """
+    try:
+        number = None if isinstance(value, bool | np.bool_) else index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise error(f"{name}={value!r}", f"a whole number from {least} up", next_step)
+    return number
+
+
 class QueryError(GuardlensError):
     """A query, a label, a pair or a file of them is not usable.
 
@@ -81,8 +109,8 @@ class PresentationError(QueryError):
     """
 
 
-class SiteError(GuardlensError):
-    """The model has no such hook, layer or positions.
+class SiteError(GuardlensError, KeyError):
+    """The model has no such hook, layer or positions. A KeyError, too, since an `ActivationCache` is a mapping by hook name.
 
     Examples:
         >>> gl.Site("blocks.3.hook_resid_pots")
@@ -91,6 +119,8 @@ class SiteError(GuardlensError):
         Expected a name from model.hook_names.
         Next: did you mean 'blocks.3.hook_resid_post'?
     """
+
+    __str__ = Exception.__str__  # KeyError's would be a repr, in quotes and on one line
 
 
 class PlanError(GuardlensError):

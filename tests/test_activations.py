@@ -25,6 +25,27 @@ def test_cache_lookups(cache):
     assert dict(cache).keys() == set(cache)
 
 
+def test_a_cache_is_a_mapping(cache):
+    assert cache.get(("resid_post", 1)) is cache["resid_post", 1] and cache.get("embed", 0) is cache["embed"]
+    for lacking in (
+        "mlp_out",
+        ("mlp_out", 1),
+        ("resid_post", 7),
+        ("resid_post", 1.0),
+        ("resid_post", None),
+        "resid_pots",
+        5,
+        None,
+        ("a",),
+        (),
+    ):
+        assert lacking not in cache and cache.get(lacking) is None and cache.get(lacking, 0) == 0
+        with pytest.raises(KeyError) as caught:
+            cache[lacking]
+        assert isinstance(caught.value, errors.SiteError)
+    assert cache["resid_post", np.int64(2)] is cache["resid_post", 2]
+
+
 def test_cache_says_what_it_holds(cache):
     with pytest.raises(
         errors.SiteError,

@@ -1,7 +1,9 @@
 import inspect
 import pickle
 
+import numpy as np
 import pytest
+import torch
 
 from guardlens import errors
 
@@ -28,3 +30,20 @@ def test_the_tree_in_the_docstring_is_the_tree():
         parents[depth] = name
         tree[name] = parents.get(depth - 1, "Exception")
     assert tree == {kind.__name__: kind.__base__.__name__ for kind in CLASSES}
+
+
+def test_a_site_error_reads_the_same_though_it_is_a_key_error():
+    error = errors.SiteError("layer 12", "a layer from 0 to 7", "choose one")
+    assert isinstance(error, KeyError) and str(error).startswith("Found layer 12.\n")
+
+
+@pytest.mark.parametrize("three", [3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)])
+def test_whole_numbers_of_numpy_and_torch_count(three):
+    number = errors.as_count(three, "draws", errors.NumericsError, "leave it out")
+    assert number == 3 and type(number) is int
+
+
+@pytest.mark.parametrize("odd", [True, np.True_, 2.5, 3.0, float("nan"), "3", None, [3], -1, 0, np.float64(3)])
+def test_other_counts_are_refused(odd):
+    with pytest.raises(errors.NumericsError, match=r"Found draws=.*\nExpected a whole number from 1 up\.\nNext: leave it out\."):
+        errors.as_count(odd, "draws", errors.NumericsError, "leave it out")
