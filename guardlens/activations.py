@@ -1,10 +1,10 @@
 """Hidden states as data: the whole tensors of one run (`ActivationCache`) and one vector per query and layer (`Activations`)."""
 
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import InitVar, asdict, dataclass, field, replace
-from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -192,7 +192,7 @@ def _asked(key: object) -> tuple[str, int | None]:
         case str():
             return key, None
         case (str() as name, layer) if isinstance(layer, SupportsIndex):
-            return name, index(layer)
+            return name, operator.index(layer)
     raise SiteError(f"the key {key!r}", "a hook name, or one with a layer", "say cache['resid_post', 3]")
 
 
