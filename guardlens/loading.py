@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from guardlens import checkpoints
 from guardlens.architectures import KNOWN, require_named
 from guardlens.check import require_sound
 from guardlens.errors import ModelError
@@ -33,13 +34,13 @@ def load(
     """Load a VLM or LLM.
 
     Args:
-        source: `"organism"` (the embedded tiny model), a hub id, a local directory (also of a PEFT adapter), or a module in memory
-            (also a `PeftModel` or a quantised one).
+        source: `"organism"` (the embedded tiny model), a hub id, a local directory (also of a PEFT adapter), a GGUF file or a directory
+            with one (its weights are unpacked; needs `guardlens[gguf]`), or a module in memory (also a `PeftModel` or a quantised one).
         processor: The processor (VLM) or tokenizer (LLM), where it does not lie beside the weights; needed with a module.
         llm: A separate language model for the text side, of the VLM's width and depth: anything that `load` takes, or a `HookedModel`.
             By default the VLM's own language model, shown no image. Either is `model.llm`; `collect(model.llm, ...)` is the LLM's view.
             Both share a space, so directions and plans of either fit: text twins are read from `llm`, and edits are made in the VLM.
-        dtype: As in transformers; `"auto"` takes the checkpoint's.
+        dtype: float64, float32, float16 or bfloat16, as torch's or by name; `"auto"` takes the checkpoint's.
         device: Where to put the whole model, e.g. `"cuda"`. Leave it out with `device_map` or a quantised model.
         device_map: As in transformers, e.g. `"auto"` (needs accelerate).
         revision: The hub's revision.
@@ -48,11 +49,12 @@ def load(
             parts are the fields of `guardlens.architectures.Names`.
         self_check: Refuse a model of a family that the tests don't know, if what was found does not compute its logits, or if batches,
             edits or images go wrong. `guardlens check MODEL` shows all that is tried.
-        options: Handed to `from_pretrained`: `quantization_config=BitsAndBytesConfig(...)`, `attn_implementation="eager"`, ...
+        options: Handed to `from_pretrained` (none with a module): `quantization_config=BitsAndBytesConfig(...)`,
+            `attn_implementation="eager"`, `gguf_file=` of a hub id, ...
 
     Raises:
-        ModelError: It can't be loaded, its family is refused, a part of it is not found (the error says how to name it) or a name of yours
-            is not, a VLM comes with a tokenizer alone, or what was found fails the self-check.
+        ModelError: It can't be loaded, there is no such dtype or device, its family is refused, a part of it is not found (the error says
+            how to name it) or a name of yours is not, a VLM comes with a tokenizer alone, or what was found fails the self-check.
         MismatchError: `llm` has another width or depth.
 
     Examples:
@@ -61,22 +63,26 @@ def load(
         >>> gl.load(model.hf, processor=model.processor).cfg.n_layers
         8
     """
+    known = KNOWN.also(names)
+    _require_loadable(source, dtype, device, device_map)
     if isinstance(source, nn.Module):
-        if processor is None:
-            raise ModelError("a module without its processor", "both", "pass processor=AutoProcessor.from_pretrained(...)")
+        _require_whole(source, processor, {"dtype": None if dtype == "auto" else dtype, "device_map": device_map, **options})
         hf, name = source.eval(), Path(getattr(source.config, "name_or_path", "") or type(source).__name__).name
     else:
         path = str(importlib.resources.files("guardlens") / "organism" / "weights") if source == "organism" else str(source)
         name = Path(path).name if Path(path).exists() and source != "organism" else str(source)
         shared = {"revision": revision, "trust_remote_code": trust_remote_code}
         with _bar_of_transformers(show=source != "organism"):
-            hf, processor = _from_pretrained(path, shared, {"dtype": dtype, "device_map": device_map, **options}, processor)
-    known = KNOWN.also(names)
+            at = checkpoints.locate(path, options.pop("gguf_file", None))
+            hf, processor = checkpoints.read(at, shared, {"dtype": dtype, "device_map": device_map, **options}, processor)
     require_named(hf, names)
     if device is not None:
-        hf = hf.to(device)
-    beside = llm if isinstance(llm, HookedModel) or llm is None else load(llm, dtype=dtype, device=device, device_map=device_map)
-    model = HookedModel(hf, processor, name, revision or "", beside, known)
+        hf = _moved(hf, device)
+    if isinstance(llm, nn.Module):
+        llm = load(llm, device=device)
+    elif llm is not None and not isinstance(llm, HookedModel):
+        llm = load(llm, dtype=dtype, device=device, device_map=device_map)
+    model = HookedModel(hf, processor, name, revision or "", llm, known)
     if model.sees_images and model.tokenizer is processor:
         raise ModelError(
             f"{type(processor).__name__}, which prepares no images, for the VLM {name}",
@@ -86,6 +92,55 @@ def load(
     if self_check:
         require_sound(model)
     return model
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _require_loadable(source: object, dtype: object, device: Any, device_map: object) -> None:
+    if not isinstance(source, str | Path | nn.Module):
+        raise ModelError(
+            f"something of type {type(source).__name__}",
+            "a name, a path or a module of transformers",
+            "a HookedModel is loaded already: use it, or load its .hf" if isinstance(source, HookedModel) else "pass gl.load(path)",
+        )
+    if dtype != "auto" and (getattr(torch, dtype, None) if isinstance(dtype, str) else dtype) not in FLOATS:
+        known = ", ".join(str(each).removeprefix("torch.") for each in FLOATS)
+        raise ModelError(f"dtype={dtype!r}", f"'auto' or one of {known}", "choose one; fewer bits need a quantization_config")
+    if device is not None and device_map is not None:
+        raise ModelError("device and device_map", "one of them", "leave out device, which moves the whole model")
+    if device is not None:
+        with _on(device):
+            torch.empty(0, device=device)
+
+
+def _require_whole(hf: nn.Module, processor: object, options: dict[str, object]) -> None:
+    """A module in memory brings its config, comes with its processor, and is as it is: no option can change how it was loaded."""
+    if not hasattr(hf, "config"):
+        raise ModelError(
+            f"{type(hf).__name__}, a module without a config", "a model of transformers", "pass the model that it is a part of"
+        )
+    if processor is None:
+        raise ModelError("a module without its processor", "both", "pass processor=AutoProcessor.from_pretrained(...)")
+    if option := next((name for name, value in options.items() if value is not None), None):
+        raise ModelError(f"{option}= for a module in memory", "a name or a path", f"give {option} where the module is loaded or made")
+
+
+def _moved(hf: Any, device: Any) -> Any:
+    with _on(device):
+        return hf.to(device)
+
+
+@contextmanager
+def _on(device: object) -> Iterator[None]:
+    """What torch raises of a device that it does not know, does not have or may not move a model to, as a ModelError."""
+    try:
+        yield
+    except Exception as error:  # of several classes, an AssertionError among them
+        reason = str(error).strip().partition(chr(10))[0]
+        raise ModelError(
+            f"device={device!r}, where the model can't be put ({reason})", "a device of this machine", "use 'cpu', or leave it out"
+        ) from None
 
 
 @contextmanager
@@ -101,49 +156,3 @@ def _bar_of_transformers(show: bool) -> Iterator[None]:
     finally:
         if hidden:
             logging.enable_progress_bar()
-
-
-def _from_pretrained(path: str, shared: dict[str, Any], options: dict[str, Any], processor: Any) -> tuple[Any, Any]:
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-    except (ImportError, RuntimeError) as error:
-        raise ModelError(
-            f"a transformers that can't be imported ({_first_sentence(error)})",
-            "torch, torchvision and transformers that fit one another",
-            "install a torchvision of the same release as torch, or none",
-        ) from None
-
-    try:
-        base = _adapted(path) or path
-        config = AutoConfig.from_pretrained(base, **shared)
-        multimodal = type(config) in AutoModelForImageTextToText._model_mapping  # type: ignore[operator]
-        model_class, reader = (AutoModelForImageTextToText, AutoProcessor) if multimodal else (AutoModelForCausalLM, AutoTokenizer)
-        hf = model_class.from_pretrained(path, **shared, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            f"{path!r}, which transformers can't load ({_first_sentence(error)})",
-            "'organism', a local directory made by save_pretrained, or a hub id that can be reached",
-            "check the name; install what is missing; for a gated model, log in with `hf auth login`",
-        ) from None
-    try:
-        return hf.eval(), processor or reader.from_pretrained(base, **shared)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(
-            f"the weights of {path!r}, but not its processor ({_first_sentence(error)})",
-            "a processor beside the weights, and what it is made of",
-            'install "guardlens[vision]", which brings torchvision, if that is missing; or pass processor=...',
-        ) from None
-
-
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
-
-
-def _adapted(path: str) -> str | None:
-    """The base model of a directory that holds a PEFT adapter alone; transformers loads it with the adapter in place."""
-    import json
-
-    config = Path(path) / "adapter_config.json"
-    if not config.is_file() or (Path(path) / "config.json").is_file():
-        return None
-    return json.loads(config.read_text()).get("base_model_name_or_path")

@@ -1,15 +1,18 @@
 """`load`: from a directory, a module, an adapter, with transformers' options, with another LLM beside."""
 
 import copy
+import inspect
 import sys
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
+from guardlens.architectures import Names
 from guardlens.queries import text_only
 from guardlens.sites import Site
 from tests.zoo.llava import llava, llava_processor
@@ -216,3 +219,144 @@ def test_blocks_on_disk_are_the_same_model(directory, tmp_path):
     plan = iv.custom(lambda states, context: states + 1).at(layers=range(plain.cfg.n_layers))
     whole, carried = (model.run(model.batch(TEXTS, GREY), plan).logits for model in (plain, spread))
     assert torch.equal(whole, carried) and not torch.allclose(whole[0], logits(plain), atol=1e-3)
+
+
+class TestAtTheDoor:
+    @pytest.mark.parametrize(
+        ("wrong", "expected"),
+        [
+            ({"dtype": "float33"}, r"dtype='float33'\.\nExpected 'auto' or one of float64, float32, float16, bfloat16"),
+            ({"dtype": "load"}, "dtype='load'"),
+            ({"dtype": torch.int8}, "dtype=torch.int8"),
+            ({"dtype": "float8_e4m3fn"}, r"float8_e4m3fn'\.\n.*\nNext: choose one; fewer bits need a quantization_config"),
+            ({"device": "nope"}, r"device='nope', where the model can't be put \(Expected one of cpu"),
+            ({"device": "cuda:99"}, "device='cuda:99'"),
+            ({"device": "cpu", "device_map": "auto"}, "device and device_map"),
+            ({"names": ["layers"]}, r"names=\['layers'\]\.\nExpected one name for each part"),
+            ({"names": {"stack": ["layers"]}}, "names="),
+            ({"nope": 1}, r"unexpected keyword argument 'nope'\)\.\n.*\nNext: check the options of gl.load"),
+            ({"attn_implementation": "nope"}, r"which transformers can't load \(Specified `attn_implementation"),
+        ],
+    )
+    def test_options(self, wrong, expected, monkeypatch):
+        monkeypatch.setattr(Names, "also", inspect.unwrap(Names.also))  # past the type checks of the test run, as `load`
+        with pytest.raises(errors.ModelError, match=expected):
+            inspect.unwrap(gl.load)("organism", **wrong)
+
+    def test_sources(self, vlm):
+        plain = inspect.unwrap(gl.load)
+        for source, expected in ((None, "of type NoneType"), (vlm, r"HookedModel\.\n.*\nNext: a HookedModel is loaded already")):
+            with pytest.raises(errors.ModelError, match=expected):
+                plain(source)
+        with pytest.raises(errors.ModelError, match="Linear, a module without a config"):
+            gl.load(torch.nn.Linear(2, 2), processor=vlm.processor)
+
+    @pytest.mark.parametrize("option", [{"dtype": "float16"}, {"device_map": "auto"}, {"attn_implementation": "eager"}])
+    def test_no_option_changes_how_a_module_in_memory_was_loaded(self, vlm, option):
+        with pytest.raises(errors.ModelError, match=rf"{next(iter(option))}= for a module in memory"):
+            gl.load(vlm.hf, processor=vlm.processor, **option)
+
+    @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json", "adapter_config.json"])
+    @pytest.mark.parametrize("content", ["", "[1]", "\0" * 64])
+    def test_damaged_files(self, words, tmp_path, broken, content):
+        LlamaForCausalLM(LlamaConfig(**SMALL | {"num_hidden_layers": 1})).save_pretrained(tmp_path)
+        words.save_pretrained(tmp_path)
+        if broken == "adapter_config.json":
+            (tmp_path / "config.json").unlink()
+        (tmp_path / broken).write_text(content)
+        with pytest.raises(errors.ModelError, match=r"can't load|can't be read|but not its processor"):
+            gl.load(tmp_path)
+
+    def test_damaged_pickles(self, words, tmp_path):
+        LlamaForCausalLM(LlamaConfig(**SMALL | {"num_hidden_layers": 1})).save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1")
+        with pytest.raises(errors.ModelError, match=r"can't load \(UnpicklingError.*\n.*\nNext: fetch the files again"):
+            gl.load(tmp_path, processor=words)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A Llama of one block with random weights, as llama.cpp's own writer makes it."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    words = [chr(33 + i) for i in range(94)] + ["Ġ", "Ċ", "Ho", "How", "<end>"]
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * (len(words) - 1) + [3])
+    writer.add_token_merges(["H o", "Ho w"])
+    writer.add_eos_token_id(len(words) - 1)
+    writer.add_pad_token_id(len(words) - 1)
+    writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}<end>")
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (len(words), 32), "output": (len(words), 32), "output_norm": (32,)}
+    inside = {
+        "attn_norm": (32,),
+        "ffn_norm": (32,),
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+    }
+    inside |= {"ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
+    for name, shape in (shapes | {f"blk.0.{name}": shape for name, shape in inside.items()}).items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+class TestGGUF:
+    def test_a_file_and_a_directory_with_one(self, gguf_file):
+        reference = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).eval()
+        for source, options in ((gguf_file, {}), (gguf_file.parent, {}), (gguf_file.parent, {"gguf_file": gguf_file.name})):
+            model = gl.load(source, **options)
+            batch = model.batch(["How?", "How?!"])
+            assert model.tokenizer.decode(batch.input_ids[0][batch.mask[0]]) == "How?<end>"
+            with torch.no_grad():
+                expected = reference(**batch.inputs, use_cache=False).logits[:, -1]
+            torch.testing.assert_close(model.run(batch).logits[0], expected, atol=1e-5, rtol=1e-5)
+        assert gl.load(gguf_file).name == "tiny.gguf"
+
+    def test_its_weights_are_ordinary_ones(self, gguf_file, tmp_path):
+        model = gl.load(gguf_file, dtype="bfloat16")
+        assert {parameter.dtype for parameter in model.hf.parameters()} == {torch.bfloat16}
+        model.hf.save_pretrained(tmp_path)
+        model.processor.save_pretrained(tmp_path)
+        again = gl.load(tmp_path)
+        assert all(map(torch.equal, model.hf.parameters(), again.hf.parameters()))
+        assert again.batch("How?").inputs.keys() == model.batch("How?").inputs.keys()
+
+    def test_what_is_no_gguf_file(self, tmp_path):
+        with pytest.raises(errors.ModelError, match=r"no file .*gone\.gguf"):
+            gl.load(tmp_path / "gone.gguf")
+        for name in "ab":
+            (tmp_path / f"{name}.gguf").write_text("GGUF")
+        with pytest.raises(errors.ModelError, match=r"2 GGUF files in .*\(a\.gguf, b\.gguf\)\.\n.*\nNext: name it: gl\.load\("):
+            gl.load(tmp_path)
+
+    def test_a_damaged_file(self, gguf_file, tmp_path):
+        whole = gguf_file.read_bytes()
+        for size in (0, 3, 20, 400, len(whole) - 64):
+            (tmp_path / "cut.gguf").write_bytes(whole[:size])
+            with pytest.raises(errors.ModelError, match="which transformers can't load"):
+                gl.load(tmp_path / "cut.gguf")
+
+    def test_without_the_package_that_reads_it(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: False)
+        (tmp_path / "x.gguf").touch()
+        with pytest.raises(errors.ModelError, match=r'x\.gguf.*\n.*gguf and accelerate\.\nNext: pip install "guardlens\[gguf\]"'):
+            gl.load(tmp_path / "x.gguf")

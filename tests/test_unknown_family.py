@@ -101,9 +101,9 @@ def test_a_vlm_without_an_image_token_is_refused(words):
 
 
 def test_the_command_line_shows_the_table_of_a_model_that_load_refuses(monkeypatch, words):
-    from guardlens import loading
+    from guardlens import checkpoints, loading
 
-    monkeypatch.setattr(loading, "_from_pretrained", lambda *args: (novel(leaky=True), words))
+    monkeypatch.setattr(checkpoints, "read", lambda *args: (novel(leaky=True), words))
     monkeypatch.setattr(loading.KNOWN.__class__, "also", lambda self, given: Names(("storeys",), final_norm=("roof",)))
     result = CliRunner().invoke(cli.application, ["check", "somewhere"])
     assert result.exit_code == 1

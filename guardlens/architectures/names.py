@@ -63,9 +63,11 @@ class Names:
         """With a user's own names before the known ones.
 
         Raises:
-            ModelError: There is no such part.
+            ModelError: There is no such part, or these are no names of parts.
         """
         known = [field.name for field in fields(self)]
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given.values()):
+            raise ModelError(f"names={given!r}", "one name for each part, as strings", 'write names={"stack": "core.layers"}')
         if unknown := next((part for part in given if part not in known), None):
             raise ModelError(f"a name for {unknown!r}", f"one of the parts {', '.join(known)}", "see guardlens.architectures.names.Names")
         return replace(self, **{part: (name, *getattr(self, part)) for part, name in given.items()})
