@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens import notebooks
-from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError
+from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count
 from guardlens.queries import Query, counted
 from guardlens.sites import HOOKS, Point, parse
 from guardlens.storage import Provenance, load_tensors, save_tensors
@@ -208,11 +208,14 @@ class Activations:
         positions: The tokens that were read (averaged where several).
         presentation: The name of the presentation.
         provenance: Model, template, versions, date.
+        plan: What was changed in the run, as its plan says; empty for a run as it is.
+        shows_images: Whether a query was shown an image.
         checked: Whether all states are known to be finite, as those of a file are.
 
     Raises:
-        NumericsError: A state is NaN or infinite; layer and query are named.
+        NumericsError: A state is NaN or infinite (layer and query are named), or states are no floating-point numbers.
         MismatchError: As many queries or layers as axes are expected.
+        SiteError: There is no such hook, or a layer is none or there twice.
 
     Examples:
         >>> text.states.shape  # query, layer, d_model
@@ -232,9 +235,14 @@ class Activations:
     positions: Any = "last"
     presentation: str = "text"
     provenance: Provenance = field(default_factory=Provenance)
+    plan: str = ""
+    shows_images: bool = False
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
+        object.__setattr__(self, "layers", numbered(self.layers, self.hook))
+        if not self.states.is_floating_point():
+            raise NumericsError(f"states of the dtype {self.states.dtype}", "floating-point numbers", "say states.float()")
         if self.states.shape[:2] != (len(self.queries), len(self.layers)):
             raise MismatchError(
                 f"states of shape {tuple(self.states.shape)} for {len(self.queries)} queries and {len(self.layers)} layers",
@@ -261,12 +269,14 @@ class Activations:
             UserWarning: Queries whose twin is missing, which are left out.
 
         Raises:
-            QueryError: There is no pair.
+            QueryError: There is no pair, or one has a side twice.
         """
         sides: dict[str, dict[str | None, int]] = {}
         for index, query in enumerate(self.queries):
-            if query.pair:
-                sides.setdefault(query.pair, {})[query.label] = index
+            if query.pair and sides.setdefault(query.pair, {}).setdefault(query.label, index) != index:
+                raise QueryError(
+                    f"two {query.label} queries in pair {query.pair!r}", "one harmful and one harmless", "name the pairs apart"
+                )
         whole = [side for side in sides.values() if set(side) == {"harmful", "harmless"}]
         if not whole:
             raise QueryError(
@@ -294,16 +304,13 @@ class Activations:
                 `directions.ssd(fit.select(np.concatenate([chosen, chosen + n])))` is of a resample of its n pairs.
 
         Raises:
-            QueryError: None is left.
+            QueryError: None is left, or it is neither a mask of all queries nor indices of some.
 
         Examples:
             >>> text.select(text.harmful)
             Activations(resid_post at 'last', 'text', 100 queries, 8 layers, d_model 128)
         """
-        given = np.asarray(which if isinstance(which, np.ndarray) else list(which))
-        indices = given.nonzero()[0] if given.dtype == bool else given.astype(int)
-        if not len(indices):
-            raise QueryError("a selection without a single query", "at least one", "check the mask or the indices")
+        indices = _chosen(which, len(self.queries))
         seen: Counter[int] = Counter()
         queries = []
         for index in indices.tolist():
@@ -335,7 +342,7 @@ class Activations:
     @property
     def header(self) -> dict[str, Any]:
         """Everything but the states and the queries' images, as JSON has it."""
-        facts = {f: getattr(self, f) for f in ("layers", "hook", "positions", "presentation")}
+        facts = {f: getattr(self, f) for f in ("layers", "hook", "positions", "presentation", "plan", "shows_images")}
         queries = [{**asdict(replace(query, images=())), "images": ()} for query in self.queries]
         return {**facts, "queries": queries, "provenance": asdict(self.provenance)}
 
@@ -356,8 +363,49 @@ class Activations:
             tuple(positions) if isinstance(positions, list) else positions,
             header["presentation"],
             Provenance(**header["provenance"]),
+            header.get("plan", ""),
+            header.get("shows_images", False),
             checked=True,
         )
+
+
+def numbered(layers: Any, hook: str) -> tuple[int, ...]:
+    """The layers of an axis as Python's integers, in their order. A hook without layers counts as layer -1.
+
+    Raises:
+        SiteError: There is no such hook, or a layer is none or there twice.
+    """
+    point = parse(hook)
+    if point.layer is not None:
+        raise SiteError(f"the hook {hook!r} with a layer in it", "its short name", f"say hook={point.hook!r} and layers=({point.layer},)")
+    least = 0 if HOOKS[point.hook].layered else -1
+    given = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    numbers = tuple(as_count(layer, "layer", SiteError, "name each layer by its number", least) for layer in given)
+    if len(set(numbers)) < len(numbers):
+        raise SiteError(f"the layers {list(numbers)}, of which one is there twice", "each layer once", "leave the second one out")
+    return numbers
+
+
+def _chosen(which: Any, n: int) -> Int[np.ndarray, "chosen"]:
+    """Indices of n things, from 0, that indices or a mask choose.
+
+    Raises:
+        QueryError: It is neither, or chooses nothing.
+    """
+    whole = hasattr(which, "__array__") or isinstance(which, str) or not isinstance(which, Iterable)
+    given = np.asarray(which if whole else list(which))
+    mask = given.dtype == bool and given.shape == (n,)
+    indices = given.dtype.kind in "iu" and given.ndim == 1 and bool(((given >= -n) & (given < n)).all())
+    if given.size and not (mask or indices):
+        raise QueryError(
+            f"a selection by {given.dtype} of shape {given.shape} among {n} queries",
+            f"a mask of {n}, or whole numbers from 0 to {n - 1}",
+            "check what it was made for",
+        )
+    chosen = given.nonzero()[0] if mask else given.astype(int) % n
+    if not len(chosen):
+        raise QueryError("a selection without a single query", "at least one", "check the mask or the indices")
+    return chosen
 
 
 def require_finite(

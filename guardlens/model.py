@@ -115,9 +115,9 @@ class HookedModel:
 
     @property
     def provenance(self) -> Provenance:
-        """Model, chat template, versions, date."""
+        """Model, chat template, versions, date, the LLM beside it."""
         template = getattr(self.processor, "chat_template", None) or ""
-        return Provenance(self.id, digest(str(template).encode()), self.revision)
+        return Provenance(self.id, digest(str(template).encode()), self.revision, llm=self.separate_llm.id if self.separate_llm else "")
 
     def batch(self, queries: Queries, presentation: Presentation = text_only, *, padding_side: str = "left") -> Batch:
         """Prompts as tensors: presented, put into the chat template with the generation prompt, padded.

@@ -37,6 +37,7 @@ class Provenance:
         revision: The hub's revision, where there is one.
         versions: Package versions.
         date: When, in UTC.
+        llm: Name and fingerprint of the LLM beside the model, where another one than its own was given.
     """
 
     model: str = ""
@@ -44,6 +45,12 @@ class Provenance:
     revision: str = ""
     versions: Mapping[str, str] = field(default_factory=_versions)
     date: str = field(default_factory=_now)
+    llm: str = ""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The model, and the LLM beside it if that is another one: directions of either belong to the result."""
+        return (self.model, self.llm) if self.llm else (self.model,)
 
 
 def require_same_model(what: str, of: str, *against: str) -> None:

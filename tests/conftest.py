@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import beartype  # noqa: F401  (before nnsight: see guardlens.model)
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
@@ -12,6 +13,12 @@ from hypothesis import settings
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("ci")
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the tests' type checks, as users run it: what is of the wrong type reaches the checks of guardlens."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

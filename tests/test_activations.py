@@ -130,11 +130,12 @@ def test_at_goes_by_the_layer_not_the_index():
 
 @pytest.mark.parametrize("positions", ["image", (1, None)])
 def test_round_trip(tmp_path, positions):
-    made = make_activations(seed=4, hook="resid_mid", positions=positions, presentation="blank grey", provenance=Provenance("m@1"))
+    told = {"presentation": "blank grey", "plan": "add(ssd)", "shows_images": True, "provenance": Provenance("m@1", llm="l@2")}
+    made = make_activations(seed=4, hook="resid_mid", positions=positions, **told)
     made.save(tmp_path / "a")
     loaded = Activations.load(tmp_path / "a")
     assert torch.equal(loaded.states, made.states)
-    for name in ("layers", "queries", "hook", "positions", "presentation", "provenance"):
+    for name in ("layers", "queries", "hook", "positions", "presentation", "provenance", "plan", "shows_images"):
         assert getattr(loaded, name) == getattr(made, name)
 
 
@@ -159,6 +160,59 @@ def test_select_takes_queries_with_their_states():
     for nothing in ([], made.harmful & ~made.harmful):
         with pytest.raises(errors.QueryError, match="a selection without a single query"):
             made.select(nothing)
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        np.ones(3, bool),
+        np.ones(12, bool),
+        np.ones((10, 1), bool),
+        [0.9, 1.9],
+        ["3"],
+        np.array([float("nan")]),
+        [10],
+        [-11],
+        [[0, 1]],
+        [None],
+        [True, False],
+    ],
+)
+def test_what_selects_no_queries(which, unchecked):
+    with pytest.raises(errors.QueryError, match="Expected a mask of 10, or whole numbers from 0 to 9"):
+        make_activations().select(which)
+
+
+@pytest.mark.parametrize(
+    "which",
+    [[1, 9], (1, 9), np.array([1, 9]), np.array([1, 9], np.uint8), iter([1, 9]), [1, -1], np.isin(np.arange(10), [1, 9]), {1: 0, 9: 0}],
+)
+def test_what_selects_two_queries(which, unchecked):
+    made = make_activations()
+    assert torch.equal(made.select(which).states, made.states[[1, 9]])
+
+
+def test_a_query_counted_from_the_end_is_the_same_query():
+    made = make_activations(pairs=2).select([0, 2, -4, -2])
+    assert [len(side) for side in made.pairs()] == [2, 2]
+
+
+def test_a_pair_with_a_side_twice():
+    queries = (*make_pairs(2).queries, Query("bad too", "harmful", pair="pair 0"))
+    with pytest.raises(errors.QueryError, match="two harmful queries in pair 'pair 0'"):
+        Activations(gaussian(0, 5, 1, 4).float(), (0,), queries).pairs()
+
+
+@pytest.mark.parametrize("layers", [(0, 0), (0.0, 1.0), ("0", "1"), (-1, 0)])
+def test_layers_that_are_none(layers, unchecked):
+    with pytest.raises(errors.SiteError):
+        Activations(torch.zeros(2, 2, 4), layers, make_pairs(1).queries)
+
+
+def test_states_are_floating_point_numbers(unchecked):
+    with pytest.raises(errors.NumericsError):
+        Activations(torch.zeros(2, 2, 4, dtype=torch.int64), (0, 1), make_pairs(1).queries)
+    assert Activations(torch.zeros(2, 2, 4), np.array([3, 1]), make_pairs(1).queries).layers == (3, 1)
 
 
 def test_a_pair_that_is_selected_twice_counts_twice():

@@ -1,11 +1,12 @@
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
 
-from guardlens import Activations, Directions, Query, directions, errors, gates
+from guardlens import Activations, Directions, Query, defences, directions, errors, gates
 from guardlens import interventions as iv
 from guardlens.storage import Provenance
 from tests.strategies import apply, gaussian, make_activations, make_directions, make_pairs
@@ -137,8 +138,85 @@ def test_rows_that_are_not_orthonormal_are_refused():
         with pytest.raises(errors.NumericsError, match=r"directions whose products are .* off.*\nExpected unit vectors at right angles"):
             dataclasses.replace(made, vectors=vectors)
     dataclasses.replace(made, vectors=made.vectors.to(torch.bfloat16).double())
-    still = make_activations()
-    assert not directions.diff_in_means(dataclasses.replace(still, states=torch.ones_like(still.states))).vectors.any()
+
+
+class TestWithoutADirection:
+    """Layer 1 of `still` has the same states for twins, and layer 0 has differences of rank 2."""
+
+    @pytest.fixture
+    def still(self):
+        made = make_activations(seed=5, pairs=4)
+        states = made.states.clone()
+        states[:4, 0] = states[4:, 0] + (gaussian(6, 4, 2) @ gaussian(7, 2, 6)).float()
+        states[:4, 1] = states[4:, 1]
+        return dataclasses.replace(made, states=states)
+
+    @pytest.fixture
+    def flat(self, still):
+        with pytest.warns(UserWarning, match=r"^ssd\(rank=1\) has fewer directions than rows \(0 of 1 at layer 1\)"):
+            return directions.ssd(still)
+
+    def test_twins_that_do_not_differ_have_no_direction(self, still, flat):
+        assert not flat.at(1).any() and flat.exists.tolist() == [True, False]
+        differences = (still.states[:4] - still.states[4:]).double().numpy()
+        assert abs(float(np.linalg.svd(differences[:, 0])[2][0] @ flat.at(0)[0].double().numpy())) == pytest.approx(1, abs=1e-6)
+        assert not flat.spectrum[1].any() and not flat.shares[1].any() and flat.shares[0].sum() == pytest.approx(1)
+        assert flat.midpoints.isnan().tolist() == [False, True]
+        assert flat.cosine(make_directions()).isnan().tolist() == [False, True]
+        assert make_directions().cosine(flat).isnan().tolist() == [False, True]
+        control = directions.random(flat)
+        assert control.exists.tolist() == [True, False] and control.at(0).norm() == pytest.approx(1)
+
+    def test_nor_has_the_difference_of_their_means(self, still):
+        with pytest.warns(UserWarning, match=r"^diff_in_means\(\) has fewer .* \(0 of 1 at layer 1\)"):
+            found = directions.diff_in_means(still)
+        assert found.exists.tolist() == [True, False] and found.at(0).norm() == pytest.approx(1)
+
+    @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+    def test_rows_beyond_the_rank_of_the_differences_are_zero(self, still, scale):
+        with pytest.warns(UserWarning, match=r"2 of 3 at layer 0, 0 of 3 at layer 1"):
+            found = directions.ssd(dataclasses.replace(still, states=still.states * scale), rank=3)
+        differences = (still.states[:4, 0] - still.states[4:, 0]).double().numpy()
+        assert np.linalg.matrix_rank(differences, tol=1e-5) == 2
+        rows = np.linalg.svd(differences)[2][:2]
+        assert found.at(0).norm(dim=-1).tolist() == pytest.approx([1, 1, 0])
+        V = found.at(0)[:2].double().numpy()
+        assert V.T @ V == pytest.approx(rows.T @ rows, abs=1e-5)
+
+    def test_one_pair_six_times_has_one_direction(self):
+        made = make_activations(pairs=1).select([0] * 6 + [1] * 6)
+        with pytest.warns(UserWarning, match="1 of 3 at layer 0, 1 of 3 at layer 1"):
+            assert directions.ssd(made, rank=3).vectors.any(-1).tolist() == [[True, False, False]] * 2
+
+    def test_rounding_is_no_difference(self, still):
+        """As of one text in two batches: states that differ in their last bits."""
+        states = still.states.clone()
+        states[:4, 1] *= 1 + 2e-7 * gaussian(1, 4, 6).float()
+        with pytest.warns(UserWarning, match="0 of 1 at layer 1"):
+            assert not directions.ssd(dataclasses.replace(still, states=states)).at(1).any()
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            iv.project_out,
+            iv.add,
+            iv.add_relative,
+            lambda made: iv.replace(made, iv.text_twin),
+            gates.harmful,
+            lambda made: gates.harmful(made, 0.0),
+            defences.vlm_guard,
+            lambda made: gates.threshold_at_fpr(made, make_activations()),
+            lambda made: made.coordinates(make_activations()),
+            lambda made: made.plot_coordinates({"text": make_activations()}, 1),
+        ],
+    )
+    def test_nothing_acts_along_it(self, flat, use):
+        """A plan that changes nothing and a gate that never opens must not look like a guard."""
+        with pytest.raises(errors.NumericsError, match=r"'ssd\(rank=1\)', which are zero at the layers \[1\]"):
+            use(flat)
+        assert iv.project_out(flat[0]) and gates.harmful(flat[0])
+        with pytest.raises(errors.NumericsError, match=r"'ssd\(rank=1\)\[1\]', which are zero\.\nExpected a direction"):
+            iv.project_out(flat[1])
 
 
 def test_ssd_says_how_many_pairs_it_uses():
@@ -171,6 +249,76 @@ class TestFromVectors:
             gates.harmful(made)
         assert gates.harmful(made, 0.5).decide(lambda state: torch.tensor([[1.0, 0], [0, 0.5]]), 0).tolist() == [True, False]
 
+    @pytest.mark.parametrize(
+        "vectors",
+        [
+            torch.tensor([3e30, 4e30]),
+            torch.tensor([3e-30, 4e-30]),
+            torch.tensor([3e-7, 4e-7]).half(),
+            torch.tensor([3e200, 4e200], dtype=torch.float64),
+            torch.tensor([3, 4]),
+            np.array([3.0, 4.0]),
+            np.float32([[3, 4]]),
+            [3, 4],
+            torch.tensor([3.0, 4.0], requires_grad=True),
+        ],
+    )
+    def test_any_size_any_numbers(self, vectors):
+        made = directions.from_vectors(vectors)
+        own = torch.as_tensor(vectors).detach().double().reshape(-1) / torch.as_tensor(vectors).detach().double().abs().max()
+        assert made.at(0)[0].tolist() == pytest.approx((own / own.norm()).tolist(), abs=1e-7)
+        assert made.at(0)[0].norm() == pytest.approx(1, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("vectors", "said"),
+        [
+            (torch.zeros(3), "zero or not finite"),
+            (torch.tensor([1e-8, 0]).half(), "zero or not finite"),
+            (torch.tensor([[1.0, 0], [0, 0]]), "zero or not finite"),
+            (torch.tensor([torch.inf, 0]), "zero or not finite"),
+            (torch.tensor([torch.nan, 1]), "zero or not finite"),
+            (torch.zeros(0), r"shape \(0,\)"),
+            (torch.tensor(1.0), r"shape \(\)"),
+            (torch.ones(1, 1, 1, 2), r"shape \(1, 1, 1, 2\)"),
+            (torch.ones(2).to_sparse(), "torch.sparse_coo"),
+            (torch.ones(2, device="meta"), "on meta"),
+            (torch.ones(2) * 1j, "complex"),
+            (["a"], "no tensor"),
+            (None, "no tensor"),
+            ([[1.0], [1.0, 2.0]], "no tensor"),
+        ],
+    )
+    def test_what_is_no_vector(self, vectors, said):
+        with pytest.raises((errors.NumericsError, errors.MismatchError), match=said):
+            directions.from_vectors(vectors)
+
+    @pytest.mark.parametrize("layers", [[1, 1], [-1, 0], [0.0, 1.0], ["0", "1"], "01", [True, 2], [None, 1], np.array([0.0, 1.0])])
+    def test_layers_that_are_none(self, layers, unchecked):
+        with pytest.raises(errors.SiteError, match=r"layer=|of which one is there twice"):
+            directions.from_vectors(torch.eye(2), layers=layers)
+
+    @pytest.mark.parametrize(
+        "layers", [[7, 4], (7, 4), np.array([7, 4]), np.array([7, 4], dtype=np.uint8), iter([7, 4]), torch.tensor([7, 4])]
+    )
+    def test_layers_keep_their_order_and_are_pythons(self, layers, tmp_path, unchecked):
+        made = directions.from_vectors(torch.eye(2), layers=layers)
+        assert made.layers == (7, 4) and made.at(4).tolist() == [[0, 1]] and {type(layer) for layer in made.layers} == {int}
+        made.save(tmp_path / "d")
+        assert Directions.load(tmp_path / "d").layers == (7, 4)
+
+    def test_hooks(self, unchecked):
+        assert directions.from_vectors(torch.ones(2), layers=4).layers == (4,)
+        assert directions.from_vectors(torch.ones(2), layers=[-1], hook="ln_final").layers == (-1,)
+        for hook in ("resid_pots", "blocks.3.hook_resid_post"):
+            with pytest.raises(errors.SiteError):
+                directions.from_vectors(torch.ones(1, 2), layers=[3], hook=hook)
+        with pytest.raises(errors.SiteError):
+            directions.from_vectors(torch.ones(2), hook="resid_pots")
+
+    def test_a_model_in_place_of_its_id(self, vlm):
+        with pytest.raises(errors.MismatchError, match=r"something of type HookedModel[\s\S]*model\.id"):
+            directions.from_vectors(torch.ones(128), model=vlm)
+
     def test_refusals(self):
         with pytest.raises(errors.NumericsError, match="unit vectors at right angles"):
             directions.from_vectors(torch.ones(1, 2, 3), layers=[0])
@@ -178,7 +326,61 @@ class TestFromVectors:
             directions.from_vectors(torch.eye(3))
 
 
+def test_states_of_another_model():
+    """As bfloat16 states of the very checkpoint are; and the LLM beside a VLM is no other model."""
+    made = make_directions(model="llm@1", dtype=torch.float32)
+    other = make_activations(provenance=Provenance("llm@2"))
+    for use in (
+        made.coordinates,
+        lambda states: gates.threshold_at_fpr(made, states),
+        lambda states: made.plot_coordinates({"a": make_activations(), "b": states}, 1),
+    ):
+        with pytest.raises(errors.MismatchError, match=r"of the model llm@1\.\nExpected those of llm@2"):
+            use(other)
+    assert made.coordinates(make_activations(provenance=Provenance("llm@1"))).shape == (10, 2, 2)
+    assert made.coordinates(make_activations(provenance=Provenance("vlm@3", llm="llm@1"))).shape == (10, 2, 2)
+    assert made.coordinates(make_activations()).shape == (10, 2, 2)
+
+
+def test_they_remember_the_texts_that_made_them(tmp_path):
+    activations = make_activations(pairs=3)
+    texts = {hashlib.sha256(query.text.encode()).hexdigest()[:12] for query in activations.queries}
+    for made in (directions.ssd(activations), directions.diff_in_means(activations)):
+        assert set(made.made_from) == texts == set(made[1].made_from)
+        made.save(tmp_path / "d")
+        assert Directions.load(tmp_path / "d").made_from == made.made_from
+        assert directions.random(made).made_from == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"harmful_mean": torch.zeros(2, 5)},
+        {"harmless_mean": torch.zeros(3, 6)},
+        {"harmless_mean": torch.zeros(6)},
+        {"spectrum": torch.zeros(3, 1)},
+        {"vectors": torch.ones(2, 1, 6).long()},
+        {"vectors": torch.zeros(2, 0, 6)},
+    ],
+)
+def test_parts_of_other_shapes(wrong, unchecked):
+    with pytest.raises(errors.MismatchError):
+        dataclasses.replace(make_directions(rank=1), **wrong)
+
+
+def test_a_fingerprint_in_any_precision():
+    made = make_directions()
+    half = dataclasses.replace(made, vectors=made.vectors.to(torch.bfloat16))
+    assert len(half.fingerprint) == 12 and half.fingerprint != made.fingerprint
+
+
 class TestErrors:
+    @pytest.mark.parametrize("rank", [1.0, "1", True, None, -1])
+    def test_a_rank_that_is_none(self, rank, unchecked):
+        for use in (lambda: directions.ssd(make_activations(), rank), lambda: make_directions().truncate(rank)):
+            with pytest.raises(errors.NumericsError):
+                use()
+
     def test_rank(self):
         with pytest.raises(
             errors.NumericsError, match=r"Found rank 6 of 5 pairs\.\nExpected a rank from 1 to 5\.\nNext: ask for a lower rank"

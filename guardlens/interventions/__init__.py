@@ -238,6 +238,7 @@ def _component(vectors: Float[Tensor, "layer rank d"], reference: Tensor | float
 
 def _vectors(directions: Any) -> Float[Tensor, "layer rank d"]:
     require_type(directions, Directions, PlanError, "make directions of a vector of your own: directions.from_vectors(vector)")
+    directions.require_some()
     return directions.vectors
 
 

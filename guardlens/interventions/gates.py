@@ -14,7 +14,6 @@ from guardlens.activations import Activations
 from guardlens.directions import Directions
 from guardlens.errors import NumericsError, PlanError, SiteError
 from guardlens.interventions.states import State, own, text_twin
-from guardlens.sites import require_same_space
 from guardlens.storage import require_same_model
 
 Lookup = Callable[[State], Float[Tensor, "query d_model"]]
@@ -153,6 +152,7 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
 
     Raises:
         PlanError: Another word than "midpoint", or directions that have none.
+        NumericsError: Directions that are zero at a layer.
 
     Source: VLM-Guard's g = 1[h(q) v1 > t].
 
@@ -164,6 +164,7 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
     """
     if isinstance(threshold, str) and threshold != "midpoint":
         raise PlanError(f"the threshold {threshold!r}", "'midpoint', a number, or one number per layer", "see gates.threshold_at_fpr")
+    directions.require_some()
     values = directions.midpoints if isinstance(threshold, str) else torch.as_tensor(threshold, dtype=torch.float32)
     if values.isnan().any():
         raise PlanError("directions without class means", "a threshold in numbers", "choose one with gates.threshold_at_fpr, or 0")
@@ -186,7 +187,7 @@ def threshold_at_fpr(directions: Directions, activations: Activations, rate: flo
     Raises:
         NumericsError: The rate is out of range, or there is no harmless query.
         SiteError: A layer of the directions was not collected.
-        MismatchError: States of another space.
+        MismatchError: States of another width or space, or of a model that the directions were not made for.
 
     Examples:
         >>> threshold = gates.threshold_at_fpr(ssd, text, rate=0.05)  # one number per layer
@@ -195,7 +196,8 @@ def threshold_at_fpr(directions: Directions, activations: Activations, rate: flo
         True
         >>> careful = gates.harmful(ssd, threshold)
     """
-    require_same_space(f"the directions {directions.method!r}", directions.hook, activations.hook)
+    directions.require_some()
+    directions.require_fit(activations)
     chosen = torch.tensor([query.label == "harmless" for query in activations.queries])
     if not (0 <= rate <= 1 and chosen.any()):
         raise NumericsError(f"a rate of {rate} over {int(chosen.sum())} harmless queries", "a rate from 0 to 1 and a query", "check both")
