@@ -17,7 +17,7 @@ from guardlens import notebooks
 from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count
 from guardlens.queries import Query, counted
 from guardlens.sites import HOOKS, Point, parse
-from guardlens.storage import Provenance, load_tensors, save_tensors
+from guardlens.storage import Provenance, load_tensors, reading, require_path, save_tensors
 from guardlens.stores import KIND, TENSOR, states_in
 
 Components = Float[Tensor, "component batch seq d"]
@@ -177,9 +177,10 @@ class ActivationCache(Mapping[str, Tensor]):
         Raises:
             StorageError: Not such a file.
         """
-        tensors, header = load_tensors(path, "cache")
-        points = sorted((parse(name) for name in tensors), key=lambda point: point.order)
-        return cls({point: tensors[point.name] for point in points}, header["n_layers"], None, header["residual_scale"])
+        tensors, header = load_tensors(path, "cache", verify=False)
+        with reading(Path(path), "a cache that this version saved"):
+            points = sorted((parse(name) for name in tensors), key=lambda point: point.order)
+            return cls({point: tensors[point.name] for point in points}, header["n_layers"], None, header["residual_scale"])
 
     def __repr__(self) -> str:
         names = list(self)
@@ -347,13 +348,25 @@ class Activations:
         return {**facts, "queries": queries, "provenance": asdict(self.provenance)}
 
     @classmethod
-    def load(cls, path: str | Path) -> "Activations":
+    def load(cls, path: str | Path, *, verify: bool = False) -> "Activations":
         """Read what `save` wrote, or `gl.collect(..., out=path)`. States are mapped into memory: only what is used is read from the disk.
 
+        Args:
+            path: The file or the directory.
+            verify: Read all states once, and compare them with the checksums that were written with them.
+
         Raises:
-            StorageError: Not such a file or directory, or one that is not finished.
+            StorageError: Not such a file or directory, one that is not finished, or (with `verify`) other states than were written.
         """
-        tensors, header = load_tensors(states_in(Path(path)) if Path(path).is_dir() else path, KIND)
+        path = require_path(path)
+        streamed = path.is_dir()
+        file = states_in(path, verify=verify) if streamed else path
+        tensors, header = load_tensors(file, KIND, verify=verify and not streamed)
+        with reading(file, "activations that this version saved"):
+            return cls._of(tensors, header)
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> "Activations":
         positions = header["positions"]
         return cls(
             tensors[TENSOR],

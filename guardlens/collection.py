@@ -1,7 +1,7 @@
 """`collect`: the hidden states of many queries, one per query and layer, in memory or streamed to a file that is mapped into it."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from guardlens.activations import Activations
 from guardlens.batches import Batch
 from guardlens.interventions.plan import Intervention, nothing
 from guardlens.model import HookedModel, Queries
-from guardlens.portions import joined, over_batches
+from guardlens.portions import Portion, joined, over_batches
 from guardlens.prefixes import Prefix
 from guardlens.progress import track
 from guardlens.queries import Presentation, Query, as_queries, require_presentation, text_only
@@ -76,22 +76,24 @@ def collect(
     items, kept = as_queries(queries), dtype_of(dtype)
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
     about = (layers, items, site.hook, site.positions, presentation.name, model.provenance)
-    configuration = {} if out is None else _configuration(model, items, presentation, intervention, site)
-    store = None if out is None else StateStore(out, configuration, len(items), dtype, model.provenance)
-    todo = range(len(items)) if store is None else store.missing
 
     def states(batch: Batch, prefix: Prefix | None) -> Tensor:
         run = model.run(batch, intervention, read=[site], logits=None, prefix=prefix)
         return on_host(run.reads[site][0]).to(kept)
 
-    portions = over_batches(model, [items[place] for place in todo], presentation, states, batch_size, most=LARGEST)
-    portions = track(portions, len(todo), f"collect, {presentation.name}", progress)
-    if store is None:
-        return Activations(joined(portions, len(items)), *about, checked=True)
+    def portions(todo: Sequence[int]) -> Iterator[Portion[Tensor]]:
+        found = over_batches(model, [items[place] for place in todo], presentation, states, batch_size, most=LARGEST)
+        return track(found, len(todo), f"collect, {presentation.name}", progress)
+
+    if out is None:
+        return Activations(joined(portions(range(len(items))), len(items)), *about, checked=True)
     header = Activations(torch.empty(len(items), len(layers), 0), *about).header
-    for portion in portions:
-        store.write([todo[place] for place in portion.places], portion.result, header)
-    return replace(Activations.load(store.finish()), queries=items, checked=True)
+    configuration = _configuration(model, items, presentation, intervention, site)
+    with StateStore(out, configuration, len(items), dtype, model.provenance) as store:
+        todo = store.missing
+        for portion in portions(todo):
+            store.write([todo[place] for place in portion.places], portion.result, header)
+        return replace(Activations.load(store.finish()), queries=items, checked=True)
 
 
 def on_host(states: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """`evaluate`: defences x presentations over labelled queries, judged answers, rates with intervals; resumable."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,6 +34,10 @@ RATES = {
     "helpful": ("harmless", "answered", True),
 }
 """Rate -> (label of the queries, verdict, whether the verdict counts or its absence)."""
+
+
+COLUMNS = ("defence", "draw", "presentation", "query", "label", "cluster", "verdict", "gate", "answer")
+"""Of an evaluation, and of each of its records."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +182,10 @@ def evaluate(
     Raises:
         QueryError: A query without label, one class only, two queries of one id, or a query without an own image where one is shown.
         MismatchError: `out` was made by another configuration, or a defence for another model.
+        StorageError: `out` is open in another process, or can't be read or written.
+
+    Warns:
+        UserWarning: Records in `out` that can't be read or that the call doesn't ask for; they are made again.
 
     Examples:
         >>> arms = {"none": defences.none, "guard": defences.vlm_guard(ssd, layers=7)}
@@ -193,27 +202,30 @@ def evaluate(
     presentations = presentations if isinstance(presentations, Sequence) else [presentations]
     _require_presentable(items, presentations)
     drawn = {name: _draws(name, each) for name, each in defences.items()}
-    configuration = _configuration(model, drawn, items, presentations, judge, max_new_tokens)
-    directory = RunDirectory(out, configuration, model.provenance) if out else None
-    records = directory.records() if directory else []
-    done = {(record["defence"], record["draw"], record["presentation"], record["query"]) for record in records}
     arms = [
         _Arm(name, draw, presentation, defence)
         for presentation in presentations
         for name, draws in drawn.items()
         for draw, defence in enumerate(draws)
     ]
-    todo = [(arm, [q for q in items if (arm.name, arm.draw, arm.presentation.name, q.id) not in done]) for arm in arms]
 
-    def answered() -> Iterator[Portion[list[dict[str, Any]]]]:
+    def answered(todo: Sequence[tuple[_Arm, list[Query]]]) -> Iterator[Portion[list[dict[str, Any]]]]:
         for arm, waiting in todo:
             work, shown = partial(_answer, model, arm, judge, max_new_tokens), arm.defence.present(arm.presentation)
             yield from over_batches(model, waiting, shown, work, batch_size, new_tokens=max_new_tokens)
 
-    for portion in track(answered(), sum(len(waiting) for _, waiting in todo), "evaluate", progress):
-        records += portion.result
-        if directory:
-            directory.append(portion.result)
+    with ExitStack() as opened:
+        directory = None
+        if out is not None:
+            configuration = _configuration(model, drawn, items, presentations, judge, max_new_tokens)
+            directory = opened.enter_context(RunDirectory(out, configuration, model.provenance))
+        records = directory.records(_asked_for(arms, items)) if directory else []
+        done = {(record["defence"], record["draw"], record["presentation"], record["query"]) for record in records}
+        todo = [(arm, [q for q in items if (arm.name, arm.draw, arm.presentation.name, q.id) not in done]) for arm in arms]
+        for portion in track(answered(todo), sum(len(waiting) for _, waiting in todo), "evaluate", progress):
+            records += portion.result
+            if directory:
+                directory.append(portion.result)
     facts = {
         "judge": judge.name,
         "max_new_tokens": max_new_tokens,
@@ -248,6 +260,24 @@ def _answer(model: HookedModel, arm: _Arm, judge: Judge, new_tokens: int, batch:
         }
         for query, answer, gate in zip(batch.queries, model.decode(run.tokens[0]), gates, strict=True)
     ]
+
+
+def _asked_for(arms: Sequence[_Arm], queries: Sequence[Query]) -> Callable[[dict[str, Any]], Hashable]:
+    """What a record is the answer to; None where the call asks for no such answer, or it isn't one."""
+    known, asked = {(arm.name, arm.draw, arm.presentation.name) for arm in arms}, {query.id: query for query in queries}
+
+    def key(record: dict[str, Any]) -> Hashable:
+        arm, query = (record["defence"], record["draw"], record["presentation"]), asked[record["query"]]
+        fits = (
+            (arm in known, record["label"], record["cluster"]) == (True, query.label, query.cluster or query.id)
+            and record["verdict"] in get_args(Verdict)
+            and isinstance(record["gate"], float)
+            and isinstance(record["answer"], str)
+            and len(record) == len(COLUMNS)
+        )
+        return (*arm, query.id) if fits else None
+
+    return key
 
 
 def _verdict(judge: Judge, query: Query, answer: str) -> Verdict:

@@ -146,7 +146,7 @@ def test_images_are_left_out_when_saved(tmp_path):
 
 def test_another_file_is_refused(tmp_path):
     save_tensors(tmp_path / "t", "directions", {"vectors": gaussian(0, 2)}, {})
-    with pytest.raises(errors.StorageError, match=r"with directions, format 1.\nExpected activations"):
+    with pytest.raises(errors.StorageError, match=r"with directions, format 2.\nExpected activations"):
         Activations.load(tmp_path / "t")
 
 

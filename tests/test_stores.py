@@ -5,6 +5,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from guardlens import Activations, directions, errors, presentations
 from guardlens import interventions as iv
 from guardlens.queries import Query, text_only
 from guardlens.sites import Site
-from guardlens.stores import StateStore
+from guardlens.stores import StateStore, _sized
 from tests.strategies import gaussian
 
 GREY = presentations.blank("grey", 32)
@@ -62,15 +63,22 @@ class TestStore:
         with safe_open(tmp_path / "new/states.partial", "pt") as file:
             half, meta = file.get_tensor("states"), json.loads(file.metadata()["guardlens"])
         assert torch.equal(half, torch.stack([states[0], *torch.zeros(2, 2, 3), states[3], torch.zeros(2, 3)]))
-        assert meta == {"format": 1, "kind": "activations", "header": {"n": "ä"}}
+        store.close()
+        assert meta == {"format": 2, "kind": "activations", "header": {"n": "ä"}, "tensors": {}}
         again = StateStore(tmp_path / "new", {"a": 1}, 5)
         assert again.missing == [1, 2, 4]
         again.write([4, 2, 1], states[[4, 2, 1]], {})
-        assert again.missing == [] and StateStore(tmp_path / "new", {"a": 1}, 5).missing == []
+        assert again.missing == []
         with safe_open(again.finish(), "pt") as file:
             assert torch.equal(file.get_tensor("states"), states)
+        again.close()
         assert StateStore(tmp_path / "new", {"a": 1}, 5).missing == []
-        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["manifest.json", "records.jsonl", "states.safetensors"]
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+            ".lock",
+            "manifest.json",
+            "records.jsonl",
+            "states.safetensors",
+        ]
 
     @pytest.mark.parametrize("seed", range(3))
     def test_numbers_are_aligned(self, tmp_path, seed):
@@ -82,14 +90,72 @@ class TestStore:
         store = StateStore(tmp_path, {}, 2)
         store.write([0], torch.ones(1, 1, 1), {})
         (tmp_path / "states.partial").unlink()
+        store.close()
         again = StateStore(tmp_path, {}, 2)
         assert again.missing == [0, 1]
         again.write([1], torch.ones(1, 1, 1), {})
         assert again.missing == [0]
 
+    @pytest.mark.parametrize("change", ["cut", "grown", "flipped", "cut in the header", "flipped in the header", "empty"])
+    def test_rows_that_changed_on_the_disk_are_made_again(self, tmp_path, change):
+        states, partial = gaussian(0, 5, 2, 3, dtype=torch.float32), tmp_path / "states.partial"
+        with StateStore(tmp_path, {}, 5) as store:
+            store.write([0, 1], states[:2], {"n": 1})
+            store.write([4, 2], states[[4, 2]], {"n": 1})
+        whole = partial.read_bytes()
+        changed = {
+            "cut": (whole[:-30], [3, 4]),
+            "grown": (whole + b"more", [3]),
+            "flipped": (whole[:-49] + bytes([whole[-49] ^ 1]) + whole[-48:], [2, 3]),
+            "cut in the header": (whole[:50], [0, 1, 2, 3, 4]),
+            "flipped in the header": (whole.replace(b"activations", b"activatioms"), [0, 1, 2, 3, 4]),
+            "empty": (b"", [0, 1, 2, 3, 4]),
+        }
+        if change == "flipped":  # rows are 24 bytes: byte -49 lies in row 2
+            assert partial.stat().st_size - 49 >= len(whole) - 3 * 24
+        partial.write_bytes(changed[change][0])
+        expected = changed[change][1]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with StateStore(tmp_path, {}, 5) as again:
+                assert again.missing == expected
+                assert bool(said) == (change != "grown")
+                again.write(expected, states[expected], {"n": 1})
+                with safe_open(again.finish(), "pt") as file:
+                    assert torch.equal(file.get_tensor("states"), states)
+
+    def test_a_file_with_missing_or_changed_rows_gets_no_name(self, tmp_path):
+        store = StateStore(tmp_path, {}, 2)
+        store.write([1], torch.ones(1, 1, 1), {})
+        with pytest.raises(errors.StorageError, match=r"states.partial without 1 of its 2 rows"):
+            store.finish()
+        store.write([0], torch.ones(1, 1, 1), {})
+        partial = tmp_path / "states.partial"
+        partial.write_bytes(partial.read_bytes()[:-1] + b"!")
+        with pytest.warns(UserWarning, match=r"1 rows of"), pytest.raises(errors.StorageError, match=r"without 1 of its 2 rows"):
+            store.finish()
+
+    def test_a_leftover_beside_a_finished_file_is_in_nobodys_way(self, vlm, whole, tmp_path):
+        ask(vlm, tmp_path)
+        (tmp_path / "states.partial").write_bytes((tmp_path / "states.safetensors").read_bytes())
+        assert torch.equal(Activations.load(tmp_path).states, whole.states)
+        ask(vlm, tmp_path)
+        assert not (tmp_path / "states.partial").exists()
+
+    def test_states_are_verified_where_it_is_asked_for(self, vlm, tmp_path):
+        found = ask(vlm, tmp_path / "streamed")
+        found.save(tmp_path / "saved")
+        for path, file in ((tmp_path / "streamed", tmp_path / "streamed/states.safetensors"), (tmp_path / "saved", tmp_path / "saved")):
+            Activations.load(path, verify=True)
+            file.write_bytes(file.read_bytes()[:-1] + b"!")
+            Activations.load(path)
+            with pytest.raises(errors.StorageError, match=r"states aren't those of records.jsonl|changed after it was saved"):
+                Activations.load(path, verify=True)
+
     def test_no_room(self, tmp_path, monkeypatch):
         monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(3 * 2**29))
         store = StateStore(tmp_path, {}, 2**18)
+        assert [_sized(size) for size in (0, 999, 1024, 3 * 2**19, 2**52)] == ["0 bytes", "999 bytes", "1.0 KiB", "1.5 MiB", "4096.0 TiB"]
         with pytest.raises(errors.StorageError, match=r"Found 1\.5 GiB free for .*\nExpected 2\.0 GiB\.\nNext: choose another disk"):
             store.write([0], torch.ones(1, 2, 1024), {})
         assert store.missing == list(range(2**18))
