@@ -13,9 +13,10 @@
 Each has the three parts as `found`, `expected` and `next_step`.
 """
 
+from math import isfinite, nan
+from numbers import Real
 from operator import index
-
-import numpy as np
+from typing import Any
 
 
 class GuardlensError(Exception):
@@ -57,8 +58,17 @@ def require_type(value: object, kind: type, error: type[GuardlensError], next_st
         Next: wrap it, as in Query(text).
     """
     if not isinstance(value, kind):
-        found = f"the class {value.__name__} itself" if isinstance(value, type) else f"something of type {type(value).__name__}"
-        raise error(found, f"something of type {kind.__name__}", next_step)
+        raise error(type_of(value), f"something of type {kind.__name__}", next_step)
+
+
+def type_of(value: object) -> str:
+    """What a value is, in words for a message.
+
+    Examples:
+        >>> gl.errors.type_of(3), gl.errors.type_of(gl.Query)
+        ('something of type int', 'the class Query itself')
+    """
+    return f"the class {value.__name__} itself" if isinstance(value, type) else f"something of type {type(value).__name__}"
 
 
 def as_count(value: object, name: str, error: type[GuardlensError], next_step: str, least: int = 1) -> int:
@@ -76,13 +86,44 @@ def as_count(value: object, name: str, error: type[GuardlensError], next_step: s
         Expected a whole number from 1 up.
         Next: leave it out.
     """
+    found = _bare(value)
     try:
-        number = None if isinstance(value, bool | np.bool_) else index(value)  # type: ignore[arg-type]
+        number = None if isinstance(found, bool) else index(found)
     except TypeError:
         number = None
     if number is None or number < least:
         raise error(f"{name}={value!r}", f"a whole number from {least} up", next_step)
     return number
+
+
+def as_number(value: object, name: str, error: type[GuardlensError], next_step: str) -> float:
+    """A finite number, as Python's own float. Those of numpy and torch without an axis count as numbers, True, text and 1j don't.
+
+    Raises:
+        GuardlensError: Of the given class.
+
+    Examples:
+        >>> gl.errors.as_number(np.float32(0.5), "alpha", gl.errors.PlanError, "leave it out")
+        0.5
+        >>> gl.errors.as_number("0.5", "alpha", gl.errors.PlanError, "leave it out")
+        Traceback (most recent call last):
+        guardlens.errors.PlanError: Found alpha='0.5'.
+        Expected a finite number.
+        Next: leave it out.
+    """
+    found = _bare(value)
+    try:
+        number = float(found) if isinstance(found, Real) and not isinstance(found, bool) else nan
+    except OverflowError:  # an int beyond all floats
+        number = nan
+    if not isfinite(number):
+        raise error(f"{name}={value!r}", "a finite number", next_step)
+    return number
+
+
+def _bare(value: Any) -> Any:
+    """What an array or a tensor without an axis holds, as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 class QueryError(GuardlensError):

@@ -6,7 +6,7 @@ alone: it sees the steps before it. Then come states that later places ask for, 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -80,17 +80,26 @@ class Apply:
     prompt: Placement | None
 
     def __call__(self, value: Float[Tensor, "row width d"], step: int) -> Float[Tensor, "row width d"] | None:
-        lookup = partial(self.record.lookup, self.lane, self.number, self.point, self.n_layers)
         if step == 0 and self.step.gate is not None:
-            verdict = self.step.gate.decide(lookup, self.point.layer)
+            verdict = self.step.gate.decide(self._lookup, self.point.layer)
             self.record.verdicts[self.lane, self.number, self.point.layer] = verdict
         places = self._places(value.shape[1], step)
         if places is None:
             return None
         places = places.to(value.device)
         states = value[places.rows, places.columns]
-        context = Context(self.point.hook, self.point.layer, step, places.queries, self.step.strength, lookup)
+        context = Context(self.point.hook, self.point.layer, step, places.queries, self.step.strength, self._lookup)
         return value.index_put((places.rows, places.columns), self._edited(states, context))
+
+    def _lookup(self, state: State) -> Float[Tensor, "query d_model"]:
+        """A held state that the step requires."""
+        if resolved(state, self.point) not in [resolved(required, self.point) for required in self.step.requires]:
+            raise PlanError(
+                f"{self.step.edit!r} asking for {state}, which it does not require",
+                "a state that it requires, since these are held before it runs",
+                "name it, as in custom(fn, requires=(state,))",
+            )
+        return self.record.lookup(self.lane, self.number, self.point, self.n_layers, state)
 
     def _places(self, width: int, step: int) -> Placement | None:
         """The prompt's places in the prefill, the newest token while decoding; without a KV cache, a step brings all of them again."""
@@ -106,11 +115,12 @@ class Apply:
         """In single precision at least, rounded once."""
         exact = states.to(torch.promote_types(states.dtype, torch.float32))
         edited = self.step.edit(exact, context)
-        if getattr(edited, "shape", None) != states.shape:
+        if not isinstance(edited, Tensor) or edited.shape != states.shape or not edited.is_floating_point():
             made = f"shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else f"type {type(edited).__name__}"
+            made += f" and {edited.dtype}" if isinstance(edited, Tensor) else ""
             raise PlanError(
                 f"{self.step.edit!r} giving something of {made}",
-                f"states of shape {tuple(states.shape)}, as it was given",
+                f"a tensor of shape {tuple(states.shape)} of floating-point numbers, as it was given",
                 "return the states that it receives, changed",
             )
         if self.step.strength != 1:

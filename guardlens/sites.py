@@ -2,12 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import index
-from typing import Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
-from guardlens.errors import MismatchError, SiteError
+from guardlens.errors import MismatchError, SiteError, as_count
 
 Positions = str | tuple[int | None, int | None]
 """One of `POSITIONS`, or `(start, stop)`: a slice of the prompt's real tokens, counted from either end."""
@@ -104,11 +104,12 @@ class Site:
 
     Attributes:
         hook: A short name (`"resid_post"`) or a full one (`"blocks.3.hook_resid_post"`, which sets the layer too).
-        layers: The layers; None leaves them free: all of them, and a sweep may choose.
+        layers: One layer or several, counted from 0; None leaves them free: all of them, and a sweep may choose.
         positions: Tokens of the prompt: `"last"`, `"all"`, `"image"`, `"instruction"`, `"post_instruction"` or `(start, stop)`.
 
     Raises:
-        SiteError: There is no such hook or no such positions.
+        SiteError: There is no such hook or no such positions, or the layers are no whole numbers, contradict the hook's name, or are layers
+            of a hook that is in no block.
 
     Examples:
         >>> gl.Site("blocks.3.hook_resid_post")
@@ -129,17 +130,21 @@ class Site:
                 "a hook that has, such as resid_post or z",
                 "read it whole with model.run_with_cache, or change it with model.run_with_hooks",
             )
-        object.__setattr__(self, "hook", point.hook)
-        layers = (point.layer,) if point.layer is not None else self.layers
-        object.__setattr__(self, "layers", as_layers(layers))
-        if isinstance(self.positions, list):
-            object.__setattr__(self, "positions", tuple(self.positions))
-        if self.positions not in POSITIONS and not _is_range(self.positions):
+        layers = as_layers(self.layers)
+        if layers is not None and not HOOKS[point.hook].layered:
+            raise SiteError(f"the layers {list(layers)} of {point.name}, which is in no block", "no layers there", "leave layers out")
+        if layers is not None and point.layer is not None and layers != (point.layer,):
             raise SiteError(
-                f"the positions {self.positions!r}",
-                f"one of {', '.join(map(repr, POSITIONS))} or (start, stop) with start before stop",
-                "name tokens of the prompt; decode steps are a matter of .during('decode')",
+                f"the layers {list(layers)} beside the hook {point.name}", "one place", f"say hook={point.hook!r}, or no layers"
             )
+        object.__setattr__(self, "hook", point.hook)
+        object.__setattr__(self, "layers", layers if point.layer is None else (point.layer,))
+        object.__setattr__(self, "positions", as_positions(self.positions))
+
+    @property
+    def free(self) -> bool:
+        """Whether its layers are left open, so that a sweep may choose them."""
+        return self.layers is None and HOOKS[self.hook].layered
 
     def points(self, n_layers: int) -> tuple[Point, ...]:
         """The points of this site in a model with `n_layers` layers, in order of execution.
@@ -156,10 +161,52 @@ class Site:
 
 
 def as_layers(layers: SupportsIndex | Iterable[SupportsIndex] | None) -> tuple[int, ...] | None:
-    """One layer, several or None as a sorted tuple without repeats, or None. Layers may come out of an array or a data frame."""
+    """One layer, several or None as a sorted tuple without repeats, or None. Layers may come out of an array or a data frame.
+
+    Raises:
+        SiteError: No layer among them, or something else than a whole number from 0 up.
+    """
     if layers is None:
         return None
-    return tuple(sorted({index(layer) for layer in (layers if isinstance(layers, Iterable) else [layers])}))
+    if isinstance(layers, str | bytes | Mapping):
+        raise SiteError(f"layers={layers!r}", "one layer, or several", "say layers=5 or layers=[5, 6]")
+    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0  # an array without an axis is one layer
+    found = tuple(sorted({as_layer(layer) for layer in (layers if several else [layers])}))
+    if not found:
+        raise SiteError("no layers", "one at least", "name some, or leave layers out for all of them")
+    return found
+
+
+def as_layer(layer: Any) -> int:
+    """One layer as Python's own int.
+
+    Raises:
+        SiteError: Something else than a whole number from 0 up.
+    """
+    next_step = "count the layers from 0, in whole numbers; those of a mask are numpy.flatnonzero(mask)"
+    return as_count(layer, "layer", SiteError, next_step, least=0)
+
+
+def as_positions(positions: Any) -> Positions:
+    """One of `POSITIONS`, or `(start, stop)` in Python's own numbers.
+
+    Raises:
+        SiteError: Neither.
+    """
+    if isinstance(positions, str) and positions in POSITIONS:
+        return positions
+    if isinstance(positions, tuple | list) and len(positions) == 2 and not any(isinstance(end, bool) for end in positions):
+        try:
+            start, stop = (None if end is None else index(end) for end in positions)
+        except TypeError:
+            start = stop = 0
+        if start is None or stop is None or (start < 0) != (stop < 0) or start < stop:
+            return start, stop
+    raise SiteError(
+        f"the positions {positions!r}",
+        f"one of {', '.join(map(repr, POSITIONS))} or (start, stop) with start before stop",
+        "name tokens of the prompt; decode steps are a matter of .during('decode')",
+    )
 
 
 def require_same_space(what: str, hook: str, *used_at: str) -> None:
@@ -176,14 +223,6 @@ def require_same_space(what: str, hook: str, *used_at: str) -> None:
             "one space: directions of the residual stream and of what is added to it, or of one hook such as z",
             f"collect with site=Site({other!r}), or edit with .at(hook={hook!r})",
         )
-
-
-def _is_range(positions: object) -> bool:
-    match positions:
-        case (int() | None as start, int() | None as stop):
-            both = start is not None and stop is not None and (start < 0) == (stop < 0)
-            return not both or start < stop  # type: ignore[operator]
-    return False
 
 
 def _require_layer(layer: int | None, n_layers: int) -> None:
@@ -203,6 +242,8 @@ def parse(name: str, n_layers: int | None = None) -> Point:
     Raises:
         SiteError: Unknown; the closest known name is suggested if it is close. Or the layer is negative, or out of range of `n_layers`.
     """
+    if not isinstance(name, str):
+        raise SiteError(f"the hook name {name!r}", "one hook name, as text", "say hook='resid_post'")
     short = name.removeprefix("hook_")
     if short in HOOKS:
         return Point(short)

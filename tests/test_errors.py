@@ -47,3 +47,19 @@ def test_whole_numbers_of_numpy_and_torch_count(three):
 def test_other_counts_are_refused(odd):
     with pytest.raises(errors.NumericsError, match=r"Found draws=.*\nExpected a whole number from 1 up\.\nNext: leave it out\."):
         errors.as_count(odd, "draws", errors.NumericsError, "leave it out")
+
+
+@pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.int8(2), np.array(2.0), torch.tensor(2), torch.tensor(2.0)], ids=repr)
+def test_a_number_of_any_kind_becomes_pythons_own(value):
+    number = errors.as_number(value, "alpha", errors.PlanError, "leave it out")
+    assert (number, type(number)) == (2.0, float)
+
+
+@pytest.mark.parametrize(
+    "value", [True, np.True_, torch.tensor(True), "2", None, 2j, float("nan"), float("-inf"), 10**400, [2], torch.ones(1)], ids=repr
+)
+def test_what_is_no_finite_number(value):
+    with pytest.raises(errors.PlanError, match=r"Found alpha=[\s\S]*\nExpected a finite number\.\nNext: leave it out\."):
+        errors.as_number(value, "alpha", errors.PlanError, "leave it out")
+    with pytest.raises(errors.PlanError, match="a whole number from 1 up"):
+        errors.as_count(torch.tensor(True), "draws", errors.PlanError, "leave it out")

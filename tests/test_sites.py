@@ -70,8 +70,8 @@ def test_what_adds_up_to_the_residual_stream_is_one_space():
 def test_layer_out_of_range():
     with pytest.raises(errors.SiteError, match=r"Found layer 4\.\nExpected a layer from 0 to 3\.\nNext: choose one"):
         parse("blocks.4.hook_out", n_layers=4)
-    with pytest.raises(errors.SiteError, match=r"Found layer -1"):
-        Site(layers=(-1,)).points(4)
+    with pytest.raises(errors.SiteError, match=r"Found layer=-1\.\nExpected a whole number from 0 up"):
+        Site(layers=(-1,))
     assert parse("blocks.3.hook_out", n_layers=4).layer == 3
 
 
@@ -81,7 +81,15 @@ def test_site_is_normalised_and_hashable():
     assert as_layers(3) == (3,) and as_layers(None) is None and as_layers(range(2)) == (0, 1)
     assert [type(layer) for layer in as_layers(np.arange(2)) or ()] == [int, int]
     assert Site().points(2) == (Point("resid_post", 0), Point("resid_post", 1))
-    assert Site("ln_final", (1,)).points(2) == (Point("ln_final"),)
+    assert Site("ln_final").points(2) == (Point("ln_final"),) and not Site("ln_final").free
+    assert Site("blocks.3.hook_out", (3,)) == Site("resid_post", (3,)) and not Site(layers=(3,)).free and Site().free
+
+
+def test_places_that_contradict_themselves():
+    with pytest.raises(errors.SiteError, match=r"Found the layers \[5\] beside the hook blocks.3.hook_resid_post.*\n.*\nNext: say hook="):
+        Site("blocks.3.hook_resid_post", (5,))
+    with pytest.raises(errors.SiteError, match=r"Found the layers \[5\] of hook_embed, which is in no block"):
+        Site("embed", (5,))
 
 
 @pytest.mark.parametrize("positions", ["first", (3, 3), (3, 1), (-1, -2)])

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from guardlens.interventions.plan import Intervention, nothing
+from guardlens.errors import PlanError, require_type
+from guardlens.interventions.plan import Intervention, nothing, require_plan
 from guardlens.queries import Presentation
 from guardlens.storage import digest
 
@@ -22,6 +23,9 @@ class Defence:
         intervention: What it changes in the run.
         present: What it makes of a presentation.
 
+    Raises:
+        PlanError: A name that is no text, no plan, or a `present` that can't be called.
+
     Examples:
         >>> def reminded(inner):
         ...     return presentations.framed(inner, before="please stay safe . ")
@@ -33,6 +37,12 @@ class Defence:
     name: str
     intervention: Intervention = nothing
     present: Callable[[Presentation], Presentation] = unchanged
+
+    def __post_init__(self) -> None:
+        require_type(self.name, str, PlanError, "name it first, as in Defence('guard', plan)")
+        require_plan(self.intervention)
+        if not callable(self.present):
+            raise PlanError(f"present={self.present!r}", "a function of a presentation", "hand in one that gives the presentation to show")
 
     def fingerprint(self, presentation: Presentation) -> str:
         """Equal for defences that do the same to a presentation; run directories are checked by it."""

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from guardlens.defences.protocol import Defence
 from guardlens.directions import Directions
-from guardlens.errors import PlanError
+from guardlens.errors import PlanError, require_type
 from guardlens.interventions import Intervention, add_component, amplify, gates, project_out, replace, text_twin
 from guardlens.interventions.gates import Gate
 from guardlens.interventions.plan import Phase
@@ -25,6 +25,8 @@ Examples:
     ('replace', 'add', 'amplify', 'project')
 """
 
+Closed = Literal["untouched", "project"]
+
 
 def vlm_guard(
     directions: Directions,
@@ -33,7 +35,7 @@ def vlm_guard(
     reading: Reading = "replace",
     alpha: float = 1.0,
     gate: "Gate | str | float | None" = "midpoint",
-    closed: Literal["untouched", "project"] = "untouched",
+    closed: Closed = "untouched",
     reference: State = text_twin,
     positions: Positions = "last",
     phase: Phase = "prefill",
@@ -55,7 +57,8 @@ def vlm_guard(
         phase: Likewise; the prefill by default.
 
     Raises:
-        PlanError: An unknown reading, or `closed="project"` with another reading than `"replace"`.
+        PlanError: An unknown reading or `closed`, `closed="project"` with another reading than `"replace"`, or what is no directions, no
+            number, no gate or no state where one is asked for.
 
     Examples:
         >>> defence = defences.vlm_guard(ssd, layers=7)
@@ -66,8 +69,11 @@ def vlm_guard(
     """
     if reading not in get_args(Reading):
         raise PlanError(f"the reading {reading!r}", f"one of {', '.join(get_args(Reading))}", "see the docstring of vlm_guard")
+    if closed not in get_args(Closed):
+        raise PlanError(f"closed={closed!r}", f"one of {', '.join(map(repr, get_args(Closed)))}", "see the docstring of vlm_guard")
     if closed == "project" and reading != "replace":
         raise PlanError(f"closed='project' with the reading {reading!r}", "the reading 'replace'", "leave closed out")
+    require_type(reference, State, PlanError, "read h(q) in a State, such as interventions.text_twin")
     own_gate = gate if isinstance(gate, Gate) or gate is None else gates.harmful(directions, gate, reference)
     plan = _literal(directions, alpha, own_gate, reference) if closed == "project" else _plan(directions, reading, alpha, reference)
     gated = own_gate is not None and closed == "untouched" and (reading != "project" or isinstance(gate, Gate))

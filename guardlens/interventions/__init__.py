@@ -19,14 +19,15 @@ Strength means the same for all of them: h + s (edit(h) - h).
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.directions import Directions
-from guardlens.errors import PlanError, require_type
+from guardlens.errors import PlanError, as_number, type_of
 from guardlens.interventions import gates
-from guardlens.interventions.edits import Affine, Custom, Edit, RelativeAdd, Swap, Turned
+from guardlens.interventions.edits import Affine, Custom, Edit, RelativeAdd, Swap, Turned, require_directions
 from guardlens.interventions.plan import Intervention, Phase, Step, nothing
 from guardlens.interventions.states import Context, State, own, text_twin
 from guardlens.sites import Site
@@ -82,7 +83,7 @@ def amplify(directions: Directions, alpha: float = 1.0) -> Intervention:
         >>> iv.amplify(ssd, 2.0)
         amplify(ssd(rank=1), alpha=2).at(positions='last')
     """
-    vectors = _vectors(directions)
+    vectors, alpha = _vectors(directions), _number(alpha=alpha)
     return _affine(f"amplify({directions.method}, alpha={alpha:g})", directions, read=vectors, write=alpha * vectors)
 
 
@@ -96,7 +97,7 @@ def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> 
         >>> [model.generate(queries[1], grey, each).split()[0] for each in (iv.nothing, plan)]
         ['sure', 'sorry']
     """
-    vectors = _vectors(directions)
+    vectors, gain = _vectors(directions), _number(gain=gain)
     name = f"replace({directions.method}, {_name(reference)}, gain={gain:g})"
     return _affine(name, directions, read=vectors, write=-vectors, reference=reference, gain=gain)
 
@@ -122,7 +123,7 @@ def add_component(directions: Directions, reference: Reference, gain: float = 1.
         >>> iv.add_component(ssd, iv.text_twin, gain=0.5)
         add_component(ssd(rank=1), text_twin, gain=0.5).at(positions='last')
     """
-    none = _vectors(directions)[:, :0]
+    none, gain = _vectors(directions)[:, :0], _number(gain=gain)
     name = f"add_component({directions.method}, {_name(reference)}, gain={gain:g})"
     return _affine(name, directions, read=none, write=none, reference=reference, gain=gain)
 
@@ -140,7 +141,7 @@ def add(directions: Directions, alpha: float = 1.0) -> Intervention:
         >>> torch.allclose(moved[:, 0], 4 * ssd.at(5), atol=1e-3)
         True
     """
-    none, vector = _vectors(directions)[:, :0], _single(directions)
+    none, vector, alpha = _vectors(directions)[:, :0], _single(directions), _number(alpha=alpha)
     return _affine(f"add({directions.method}, alpha={alpha:g})", directions, read=none, write=none, shift=alpha * vector)
 
 
@@ -154,7 +155,8 @@ def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
         >>> iv.add_relative(ssd, 0.1)  # a tenth of each state's norm
         add_relative(ssd(rank=1), alpha=0.1).at(positions='last')
     """
-    vector, label = _single(directions), f"add_relative({directions.method}, alpha={alpha:g})"
+    vector, alpha = _single(directions), _number(alpha=alpha)
+    label = f"add_relative({directions.method}, alpha={alpha:g})"
     edit = RelativeAdd(label, directions.layers, vector, alpha, directions.provenance.model, hook=directions.hook)
     return Intervention((Step(edit),))
 
@@ -162,12 +164,19 @@ def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
 def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Intervention:
     """h + alpha h M, the same matrix in every layer (a null-space map, an erasure, ...).
 
+    Raises:
+        PlanError: No square matrix.
+        NumericsError: NaN or infinity in it.
+
     Examples:
         >>> halved = iv.linear(torch.eye(128), alpha=-0.5).at(layers=5)
         >>> halved
         linear(128 x 128, alpha=-0.5).at(layers=[5], positions='last')
     """
-    width = len(matrix)
+    if not isinstance(matrix, Tensor | np.ndarray) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        found = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor | np.ndarray) else f"{type_of(matrix)}"
+        raise PlanError(f"a matrix of {found}", "a square tensor, d_model by d_model", "hand in torch.eye(d_model) or its like")
+    matrix, alpha, width = _real(matrix), _number(alpha=alpha), len(matrix)
     read, none = torch.eye(width, dtype=matrix.dtype)[None], matrix.new_zeros(1, 0, width)
     edit = Affine(f"linear({width} x {width}, alpha={alpha:g})", None, read, alpha * matrix[None], none, none, matrix.new_zeros(1, width))
     return Intervention((Step(edit),))
@@ -183,15 +192,14 @@ def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
         part: `(index, of)` puts in one of several equal stretches alone: `(3, 32)` is the fourth of 32 heads at the hook z.
 
     Raises:
-        PlanError: There is no such part.
+        PlanError: The reference is no state, or there is no such part.
 
     Examples:
         >>> iv.swap(iv.State(run=presentations.text_only, hook="z"), part=(3, 4)).at(layers=5).steps[0].site
         Site(hook='z', layers=(5,), positions='last')
     """
-    if part is not None and not 0 <= part[0] < part[1]:
-        raise PlanError(f"part {part[0]} of {part[1]}", f"an index from 0 to {part[1] - 1}", "give (index, of), as in (3, 32)")
-    return Intervention((Step(Swap(reference, part), Site(reference.hook or "resid_post", positions=reference.positions)),))
+    edit = Swap(reference, part)
+    return Intervention((Step(edit, Site(reference.hook or "resid_post", positions=reference.positions)),))
 
 
 def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] = ()) -> Intervention:
@@ -232,13 +240,19 @@ def _affine(
 
 
 def _component(vectors: Float[Tensor, "layer rank d"], reference: Tensor | float) -> Float[Tensor, "layer d"]:
-    constant = torch.as_tensor(reference, dtype=vectors.dtype).expand(vectors.shape[0], vectors.shape[2])
+    (layers, _, width), each = vectors.shape, _real(reference)
+    if each.shape not in ((), (width,), (layers, width)):
+        raise PlanError(
+            f"a reference of shape {tuple(each.shape)}",
+            f"a number, a vector of width {width}, or {layers} of them, one per layer",
+            "take a class mean of the same directions, such as directions.harmless_mean",
+        )
+    constant = each.to(vectors).expand(layers, width)
     return torch.einsum("ld,lrd,lre->le", constant, vectors, vectors)
 
 
 def _vectors(directions: Any) -> Float[Tensor, "layer rank d"]:
-    require_type(directions, Directions, PlanError, "make directions of a vector of your own: directions.from_vectors(vector)")
-    directions.require_some()
+    require_directions(directions)
     return directions.vectors
 
 
@@ -249,8 +263,22 @@ def _single(directions: Directions) -> Float[Tensor, "layer d"]:
     return vectors[:, 0]
 
 
-def _name(reference: Reference) -> str:
+def _number(**named: Any) -> float:
+    """The one number that is named, as Python's own."""
+    ((name, value),) = named.items()
+    return as_number(value, name, PlanError, "give a number, such as 1.0")
+
+
+def _real(values: Any) -> Tensor:
+    """A number, an array or a tensor as a tensor of floating-point numbers."""
+    tensor = torch.as_tensor(values)
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def _name(reference: Any) -> str:
     if isinstance(reference, State):
         named = {text_twin: "text_twin", own: "own"}
         return named.get(reference, str(reference))
-    return "constant" if isinstance(reference, Tensor) else f"{reference:g}"
+    if isinstance(reference, Tensor | np.ndarray) and reference.ndim:
+        return "constant"
+    return f"{as_number(reference, 'reference', PlanError, 'take interventions.text_twin, a State, a number or a class mean'):g}"

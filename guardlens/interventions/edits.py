@@ -1,6 +1,7 @@
 """Maps of hidden states. All linear ones are one type, a low-rank affine map; its constructors are in `guardlens.interventions`."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guardlens.errors import MismatchError, PlanError, SiteError
+from guardlens.directions import Directions
+from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_count, as_number, require_type, type_of
 from guardlens.interventions.states import Context, State
 from guardlens.sites import require_same_space
 from guardlens.storage import require_same_model
@@ -49,6 +51,10 @@ class Affine:
         model: The model that it was made for; empty for any.
         hook: The hook that its directions were read at; empty for any.
 
+    Raises:
+        MismatchError: Factors that don't fit each other or the layers.
+        NumericsError: NaN or infinity in a factor.
+
     Examples:
         >>> out, back = (plan.steps[0].edit for plan in (iv.project_out(ssd), iv.add(ssd, 2.0)))
         >>> out.then(back)  # one map instead of two
@@ -65,6 +71,17 @@ class Affine:
     held: State | None = None
     model: str = ""
     hook: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layers_of(self.layers))
+        if self.held is not None:
+            require_type(self.held, State, PlanError, "hold a State, such as interventions.text_twin")
+        factors = {name: getattr(self, name) for name in _FACTORS}
+        require_factors(self.label, self.layers, **factors)
+        pairs = (self.read, self.write), (self.held_read, self.held_write)
+        if any(one.shape != other.shape for one, other in pairs) or len({factor.shape[-1] for factor in factors.values()}) > 1:
+            shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
+            raise MismatchError(f"factors of the shapes {shapes}", "read and write alike, all of one width", "make them of one basis")
 
     @property
     def requires(self) -> tuple[State, ...]:
@@ -139,8 +156,12 @@ class Affine:
 
     def to(self, device: torch.device) -> "Affine":
         """With its factors on a device."""
-        names = ("read", "write", "held_read", "held_write", "shift")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        if self.shift.device == device:
+            return self
+        moved = copy.copy(self)  # not anew: its numbers were checked where it was made, and a GPU would be waited for
+        for name in _FACTORS:
+            object.__setattr__(moved, name, getattr(self, name).to(device))
+        return moved
 
     def span(self, layer: int | None) -> Float[Tensor, "rank d_model"]:
         """Orthonormal rows that span everything the map can add at a layer."""
@@ -153,9 +174,17 @@ class Affine:
         return self.label
 
 
+_FACTORS = ("read", "write", "held_read", "held_write", "shift")
+
+
 @dataclass(frozen=True, eq=False)
 class RelativeAdd:
     """h -> h + alpha |h| v, with a unit vector v of each layer.
+
+    Raises:
+        MismatchError: Other than one vector per layer.
+        NumericsError: NaN or infinity in a vector.
+        PlanError: An alpha that is no finite number.
 
     Examples:
         >>> iv.add_relative(ssd, 0.1).steps[0].edit
@@ -169,6 +198,11 @@ class RelativeAdd:
     model: str = ""
     requires: tuple[State, ...] = ()
     hook: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layers_of(self.layers))
+        object.__setattr__(self, "alpha", as_number(self.alpha, "alpha", PlanError, "say add_relative(directions, 0.1)"))
+        require_factors(self.label, self.layers, vectors=self.vectors)
 
     @property
     def d_model(self) -> int:
@@ -195,6 +229,9 @@ class Swap:
         part: `(index, of)`: only the stretch `index` of `of`; None for the whole state.
         model: Empty: it fits any.
 
+    Raises:
+        PlanError: No state, or no such part.
+
     Examples:
         >>> iv.swap(iv.text_twin, part=(3, 4)).steps[0].edit.part
         (3, 4)
@@ -203,6 +240,18 @@ class Swap:
     held: State
     part: tuple[int, int] | None = None
     model: str = ""
+
+    def __post_init__(self) -> None:
+        require_type(self.held, State, PlanError, "put in a State, such as interventions.text_twin")
+        if self.part is None:
+            return
+        next_step = "give (index, of), as in (3, 32)"
+        if not isinstance(self.part, tuple | list) or len(self.part) != 2:
+            raise PlanError(f"part={self.part!r}", "an index and a number of parts", next_step)
+        number, of = (as_count(each, "part", PlanError, next_step, least=0) for each in self.part)
+        if number >= of:
+            raise PlanError(f"part {number} of {of}", f"an index from 0 to {of - 1}", next_step)
+        object.__setattr__(self, "part", (number, of))
 
     @property
     def requires(self) -> tuple[State, ...]:
@@ -228,6 +277,9 @@ class Swap:
 class Custom:
     """Any function of states and context. It can't be saved.
 
+    Raises:
+        PlanError: What is no function, or requires anything but states.
+
     Examples:
         >>> iv.custom(lambda states, context: states * 0.5).steps[0].edit.requires
         ()
@@ -237,8 +289,18 @@ class Custom:
     requires: tuple[State, ...] = ()
     model: str = ""
 
+    def __post_init__(self) -> None:
+        if not callable(self.fn) or isinstance(self.fn, type):
+            raise PlanError(type_of(self.fn), "a function (states, context) -> states", "hand in a function, or an object to call")
+        if not isinstance(self.requires, Iterable) or isinstance(self.requires, str):
+            raise PlanError(f"requires={self.requires!r}", "states in a tuple", "say requires=(state,)")
+        object.__setattr__(self, "requires", tuple(self.requires))
+        for state in self.requires:
+            require_type(state, State, PlanError, "name states in requires=, as in requires=(interventions.text_twin,)")
+
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
-        return self.fn(states.clone(), context)  # a function that works in place must not change what the edit is compared with
+        # Copies: a function that works in place must not change what the edit is compared with, nor whose states these are.
+        return self.fn(states.clone(), replace(context, query=context.query.clone()))
 
     def __repr__(self) -> str:
         return f"custom({getattr(self.fn, '__name__', self.fn)})"
@@ -258,6 +320,10 @@ class Turned:
 
     edit: Any
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_edit(self.edit)
+        object.__setattr__(self, "seed", as_count(self.seed, "seed", PlanError, "say placebo(0), placebo(1), ...", least=0))
 
     @property
     def requires(self) -> tuple[State, ...]:
@@ -284,6 +350,50 @@ class Turned:
 
     def __repr__(self) -> str:
         return f"placebo({self.edit!r}, seed={self.seed})"
+
+
+def require_edit(edit: Any) -> None:
+    """Refuse what maps no states.
+
+    Raises:
+        PlanError: As said.
+    """
+    if isinstance(edit, type) or not isinstance(edit, Edit):
+        raise PlanError(type_of(edit), "an edit", "take one of interventions, such as custom(fn); plans are joined with >>")
+
+
+def require_directions(directions: Any) -> None:
+    """Refuse what are no directions, and such as are zero at a layer.
+
+    Raises:
+        PlanError, NumericsError: As said.
+    """
+    require_type(directions, Directions, PlanError, "make directions of a vector of your own: directions.from_vectors(vector)")
+    directions.require_some()
+
+
+def layers_of(layers: Any) -> tuple[int, ...] | None:
+    """The layer of each index of an axis as Python's own ints, in their order (-1 for a hook in no block); None for one that serves all.
+
+    Raises:
+        SiteError: Something else than whole numbers.
+    """
+    return None if layers is None else tuple(as_count(layer, "layer", SiteError, "number each layer", least=-1) for layer in layers)
+
+
+def require_factors(label: str, layers: tuple[int, ...] | None, **factors: Any) -> None:
+    """Refuse factors that are no tensors with one index per layer first, or that are not finite.
+
+    Raises:
+        PlanError, MismatchError, NumericsError: As said.
+    """
+    number = 1 if layers is None else len(layers)
+    for name, factor in factors.items():
+        require_type(factor, Tensor, PlanError, f"make {name} a tensor")
+        if factor.ndim == 0 or len(factor) != number:
+            raise MismatchError(f"{name} of shape {tuple(factor.shape)} in {label}", f"{number} on the first axis", "give one per layer")
+        if not torch.isfinite(factor).all():
+            raise NumericsError(f"NaN or infinity in the {name} of {label}", "finite numbers", "look at what it was made of")
 
 
 def _precise(states: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from guardlens.activations import Activations
 from guardlens.directions import Directions
-from guardlens.errors import NumericsError, PlanError, SiteError
+from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_number, require_type
+from guardlens.interventions.edits import layers_of, require_directions, require_factors
 from guardlens.interventions.states import State, own, text_twin
 from guardlens.storage import require_same_model
 
+Operation = Literal["&", "|", "~"]
 Lookup = Callable[[State], Float[Tensor, "query d_model"]]
 
 
@@ -51,6 +53,11 @@ class Gate(ABC):
     def __invert__(self) -> "Gate":
         return Combined("~", (self,))
 
+    def __bool__(self) -> bool:
+        raise PlanError(
+            f"{self!r} as yes or no", "one answer for each query, in a run", "combine gates with &, | and ~, not with and, or, not"
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Linear(Gate):
@@ -62,6 +69,11 @@ class Linear(Gate):
         state: What it sees; without a hook of its own, at the hook of the weights.
         made_for: The model that it was made for; empty for any.
         hook: The hook that the weights were read at; empty for any.
+
+    Raises:
+        MismatchError: Other than one row of weights and one threshold per layer.
+        NumericsError: NaN or infinity among them.
+        PlanError: Weights that are all zero, or no state.
 
     Examples:
         >>> gate = gates.Linear("mine", None, torch.ones(1, 128), torch.zeros(1), made_for=model.id)
@@ -77,6 +89,18 @@ class Linear(Gate):
     state: State = text_twin
     made_for: str = ""
     hook: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layers_of(self.layers))
+        require_type(self.state, State, PlanError, "look at a State, such as interventions.text_twin")
+        require_factors(self.label, self.layers, weights=self.weights, thresholds=self.thresholds)
+        if self.weights.ndim != 2 or self.thresholds.ndim != 1:
+            shapes = f"weights {tuple(self.weights.shape)} and thresholds {tuple(self.thresholds.shape)}"
+            raise MismatchError(f"{shapes} in {self.label}", "a row of weights and a threshold per layer", "index both by the layer")
+        if not self.weights.any():
+            raise PlanError(
+                f"weights of {self.label} that are all zero", "a direction", "a gate along nothing decides nothing: leave it out"
+            )
 
     @property
     def seen(self) -> State:
@@ -113,16 +137,25 @@ class Linear(Gate):
 class Combined(Gate):
     """Open where all of its gates are (`&`), where any is (`|`), or where its one gate is not (`~`).
 
+    Raises:
+        PlanError: Another operation, or other than gates.
+        MismatchError: Gates of several models.
+
     Examples:
         >>> either = gates.harmful(ssd) | gates.harmful(ssd, threshold=0.0)
         >>> type(either).__name__, either.operation
         ('Combined', '|')
     """
 
-    operation: Literal["&", "|", "~"]
+    operation: Operation
     gates: tuple[Gate, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "gates", tuple(self.gates))
+        for gate in self.gates:
+            require_type(gate, Gate, PlanError, "combine gates such as gates.harmful(directions)")
+        if self.operation not in get_args(Operation) or not self.gates or (self.operation == "~" and len(self.gates) > 1):
+            raise PlanError(f"{len(self.gates)} gates under {self.operation!r}", "gates under '&' or '|', or one under '~'", "write a & ~b")
         for gate in self.gates:
             require_same_model(f"the gate {gate!r}", gate.model, self.model)
 
@@ -151,7 +184,7 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
         state: What the gate sees, by default at the hook that the directions were read at; the text twin, so an image can't fool it.
 
     Raises:
-        PlanError: Another word than "midpoint", or directions that have none.
+        PlanError: Another word than "midpoint", directions that have none, other than a finite number for each layer, or no state.
         NumericsError: Directions that are zero at a layer.
 
     Source: VLM-Guard's g = 1[h(q) v1 > t].
@@ -162,18 +195,30 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
         >>> run.verdicts[0, 0, 5]  # (lane, step, layer) -> query: it opens for the harmful ones
         tensor([ True,  True,  True, False, False, False])
     """
-    if isinstance(threshold, str) and threshold != "midpoint":
-        raise PlanError(f"the threshold {threshold!r}", "'midpoint', a number, or one number per layer", "see gates.threshold_at_fpr")
-    directions.require_some()
-    values = directions.midpoints if isinstance(threshold, str) else torch.as_tensor(threshold, dtype=torch.float32)
-    if values.isnan().any():
-        raise PlanError("directions without class means", "a threshold in numbers", "choose one with gates.threshold_at_fpr, or 0")
-    values = values.expand(len(directions.vectors)).contiguous()
-    shown = threshold if isinstance(threshold, str | int | float) else "per layer"
+    require_directions(directions)
+    require_type(state, State, PlanError, "look at a State, such as interventions.text_twin")
+    values, shown = _thresholds(threshold, directions)
     seen = "" if state == text_twin else f", state={'own' if state == own else state}"
     label = f"harmful({directions.method}, threshold={shown}{seen})"
     weights = directions.vectors[:, 0].contiguous()
     return Linear(label, directions.layers, weights, values, state, directions.provenance.model, directions.hook)
+
+
+def _thresholds(threshold: Any, directions: Directions) -> tuple[Float[Tensor, "layer"], str | float]:
+    """The threshold of each layer, and how it is named."""
+    layers, next_step = len(directions.vectors), "say 'midpoint' or 0.0, or see gates.threshold_at_fpr"
+    if isinstance(threshold, str):
+        if threshold != "midpoint":
+            raise PlanError(f"the threshold {threshold!r}", "'midpoint', a number, or one number per layer", next_step)
+        if directions.midpoints.isnan().any():
+            raise PlanError("directions without class means", "a threshold in numbers", "choose one with gates.threshold_at_fpr, or 0")
+        return directions.midpoints.contiguous(), threshold
+    if isinstance(threshold, Tensor | np.ndarray | list | tuple) and np.ndim(threshold):
+        if len(threshold) != layers:
+            raise PlanError(f"{len(threshold)} thresholds", f"one number, or one for each of {layers} layers", next_step)
+        return torch.tensor([as_number(each, "threshold", PlanError, next_step) for each in threshold]), "per layer"
+    number = as_number(threshold, "threshold", PlanError, next_step)
+    return torch.full((layers,), number), number
 
 
 def threshold_at_fpr(directions: Directions, activations: Activations, rate: float = 0.05) -> Float[Tensor, "layer"]:
@@ -196,8 +241,9 @@ def threshold_at_fpr(directions: Directions, activations: Activations, rate: flo
         True
         >>> careful = gates.harmful(ssd, threshold)
     """
-    directions.require_some()
+    require_directions(directions)
     directions.require_fit(activations)
+    rate = as_number(rate, "rate", NumericsError, "say rate=0.05")
     chosen = torch.tensor([query.label == "harmless" for query in activations.queries])
     if not (0 <= rate <= 1 and chosen.any()):
         raise NumericsError(f"a rate of {rate} over {int(chosen.sum())} harmless queries", "a rate from 0 to 1 and a query", "check both")

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from guardlens.errors import MismatchError, PlanError, require_type
-from guardlens.interventions.edits import Affine, Edit, Turned
+from guardlens.errors import MismatchError, PlanError, as_number, require_type, type_of
+from guardlens.interventions.edits import Affine, Edit, Turned, require_edit
 from guardlens.interventions.files import fingerprint, load, save
 from guardlens.interventions.gates import Combined, Gate, Linear
 from guardlens.interventions.states import State
@@ -36,6 +36,9 @@ class Step:
         phase: In the prefill, in the decode steps (each new token), or both.
         strength: s of h + s (edit(h) - h); 0 leaves the state untouched.
 
+    Raises:
+        PlanError: One of these is something else, or the site's hook can only be read.
+
     Examples:
         >>> step = guard.at(layers=[5, 6]).scaled(0.5).steps[0]
         >>> step.site.layers, step.strength, step.phase
@@ -47,6 +50,15 @@ class Step:
     gate: Gate | None = None
     phase: Phase = "prefill"
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_edit(self.edit)
+        require_type(self.site, Site, PlanError, "say Site('resid_post')")
+        require_writable(self.site.hook)
+        if self.gate is not None:
+            require_gate(self.gate)
+        require_phase(self.phase)
+        object.__setattr__(self, "strength", as_number(self.strength, "strength", PlanError, "say .scaled(0.5)"))
 
     @property
     def requires(self) -> tuple[State, ...]:
@@ -83,28 +95,38 @@ class Intervention:
 
     steps: tuple[Step, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, tuple | list):
+            raise PlanError(type_of(self.steps), "steps in a tuple", "say Intervention((step,))")
+        object.__setattr__(self, "steps", tuple(self.steps))
+        for step in self.steps:
+            require_type(step, Step, PlanError, "hand in steps; plans are joined with >>")
+
     def at(
         self, *, hook: str | None = None, layers: int | Iterable[int] | None = None, positions: Positions | None = None
     ) -> "Intervention":
         """Move all steps: to another hook, to these layers, to these positions.
 
+        A full hook name says the layer, too; a hook that is in no block has none.
+
         Raises:
-            SiteError: Unknown hook or positions.
+            SiteError: Unknown hook or positions, or layers that are none or contradict the hook's name.
             PlanError: The hook can only be read.
         """
-        given: dict[str, Any] = {"hook": hook, "layers": as_layers(layers), "positions": positions}
-        if hook is not None and not HOOKS[parse(hook).hook].writable:
-            writable = ", ".join(other.name for other in HOOKS.values() if other.writable and other.width and other.stage == BLOCKS)
-            raise PlanError(f"an edit at {hook!r}", "a hook that can be written", f"edit one of {writable}")
-        changes = {name: value for name, value in given.items() if value is not None}
+        place = Site("resid_post" if hook is None else hook, as_layers(layers), "last" if positions is None else positions)
+        require_writable(place.hook if hook is None else hook)
+        moved = {"hook": hook is not None, "positions": positions is not None}
+        moved["layers"] = place.layers is not None or not HOOKS[place.hook].layered
+        changes = {name: getattr(place, name) for name, given in moved.items() if given}
         return self._each(lambda step: replace(step, site=replace(step.site, **changes)))
 
     def when(self, gate: Gate) -> "Intervention":
         """Put all steps under a gate.
 
         Raises:
-            PlanError: A step has one already.
+            PlanError: A step has one already, or this is no gate.
         """
+        require_gate(gate)
         gated = next((step for step in self.steps if step.gate is not None), None)
         if gated is not None:
             raise PlanError(f"a second gate on {gated!r}", "one gate per step", "combine gates with &, | and ~, then call .when once")
@@ -116,34 +138,48 @@ class Intervention:
         Raises:
             PlanError: Another word.
         """
-        if phase not in ("prefill", "decode", "always"):
-            raise PlanError(f"the phase {phase!r}", "'prefill', 'decode' or 'always'", "choose one of them")
+        require_phase(phase)
         return self._each(lambda step: replace(step, phase=phase))
 
     def scaled(self, strength: float) -> "Intervention":
-        """Multiply all strengths."""
-        return self._each(lambda step: replace(step, strength=step.strength * strength))
+        """Multiply all strengths.
+
+        Raises:
+            PlanError: No finite number.
+        """
+        by = as_number(strength, "strength", PlanError, "say .scaled(0.5)")
+        return self._each(lambda step: replace(step, strength=step.strength * by))
 
     def placebo(self, seed: int = 0) -> "Intervention":
-        """The same plan with every edit turned into random directions of equal norm: the control of any claim about it."""
+        """The same plan with every edit turned into random directions of equal norm: the control of any claim about it.
+
+        Raises:
+            PlanError: A seed that is no whole number from 0 up.
+        """
         return self._each(lambda step: replace(step, edit=Turned(step.edit, seed)))
 
     def __rshift__(self, after: "Intervention") -> "Intervention":
-        """First this plan, then `after`. Associative; the order matters only where their sites meet."""
+        """First this plan, then `after`. Associative; the order matters only where their sites meet.
+
+        Raises:
+            PlanError: `after` is no plan.
+        """
+        require_plan(after)
         return Intervention(self.steps + after.steps)
 
     @property
     def free(self) -> bool:
         """Whether some step has no layers yet."""
-        return any(step.site.layers is None for step in self.steps)
+        return any(step.site.free for step in self.steps)
 
     def placed(self, layers: Iterable[int], strength: float = 1.0) -> "Intervention":
         """Put the free steps at these layers and scale them; the others stay as they are."""
+        where, by = as_layers(layers), as_number(strength, "strength", PlanError, "say placed(layers, 0.5)")
 
         def place(step: Step) -> Step:
-            if step.site.layers is not None:
+            if not step.site.free:
                 return step
-            return replace(step, site=replace(step.site, layers=as_layers(layers)), strength=step.strength * strength)
+            return replace(step, site=replace(step.site, layers=where), strength=step.strength * by)
 
         return self._each(place)
 
@@ -253,6 +289,36 @@ def require_plan(plan: Any) -> None:
         PlanError: As said.
     """
     require_type(plan, Intervention, PlanError, "take a defence's .intervention, and show the queries with its .present(presentation)")
+
+
+def require_gate(gate: Any) -> None:
+    """Refuse what is no gate.
+
+    Raises:
+        PlanError: As said.
+    """
+    require_type(gate, Gate, PlanError, "make one, as in gates.harmful(directions); leave .when out for all queries")
+
+
+def require_phase(phase: Any) -> None:
+    """Refuse what is no phase.
+
+    Raises:
+        PlanError: As said.
+    """
+    if phase not in get_args(Phase):
+        raise PlanError(f"the phase {phase!r}", "'prefill', 'decode' or 'always'", "choose one of them")
+
+
+def require_writable(hook: str) -> None:
+    """Refuse a hook that can only be read.
+
+    Raises:
+        PlanError: As said.
+    """
+    if not HOOKS[parse(hook).hook].writable:
+        writable = ", ".join(other.name for other in HOOKS.values() if other.writable and other.width and other.stage == BLOCKS)
+        raise PlanError(f"an edit at {hook!r}", "a hook that can be written", f"edit one of {writable}")
 
 
 nothing = Intervention()

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from guardlens.queries import Presentation, text_only
-from guardlens.sites import Positions
+from guardlens.errors import PlanError, require_type
+from guardlens.queries import Presentation, require_presentation, text_only
+from guardlens.sites import Positions, Site, as_layer
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class State:
         layer: The layer; None for the layer of the edit that asks.
         positions: The tokens to read, averaged where several.
 
+    Raises:
+        SiteError: There is no such place: see `Site`.
+        PresentationError: `run` is something else.
+
     Examples:
         >>> early = iv.State(hook="resid_post", layer=2)  # this run's own, after block 2
         >>> run = model.run(batch, iv.patch(ssd[5], early).at(layers=5))
@@ -32,6 +37,15 @@ class State:
     hook: str | None = None
     layer: int | None = None
     positions: Positions = "last"
+
+    def __post_init__(self) -> None:
+        if self.run is not None:
+            require_presentation(self.run)
+        layers = None if self.layer is None else (as_layer(self.layer),)
+        site = Site("resid_post" if self.hook is None else self.hook, layers, self.positions)
+        object.__setattr__(self, "hook", None if self.hook is None else site.hook)
+        object.__setattr__(self, "layer", None if site.layers is None else site.layers[0])
+        object.__setattr__(self, "positions", site.positions)
 
 
 own = State()
@@ -80,5 +94,10 @@ class Context:
     lookup: Callable[[State], Float[Tensor, "query d_model"]]
 
     def held(self, state: State) -> Float[Tensor, "state d_model"]:
-        """The held vector of each state's query. The edit must name `state` in its `requires`."""
+        """The held vector of each state's query.
+
+        Raises:
+            PlanError: The edit does not name `state` in its `requires`.
+        """
+        require_type(state, State, PlanError, "ask for a State, such as interventions.text_twin")
         return self.lookup(state).to(self.query.device)[self.query]
