@@ -11,6 +11,11 @@ LINT := $(VENV)/lint.stamp
 DOCS := $(VENV)/docs.stamp
 PEERS := $(VENV)/peers.stamp
 
+# What `make real` tries: the checkpoint that it fetches into CACHE, or the MODEL that the user names.
+CACHE ?= .cache/real
+CHECKPOINT := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL ?= $(CHECKPOINT)
+
 # The figures of the demo that README and docs show; `make figures` copies them to docs/figures.
 FIGURES := out/demo/*.png out/demo/*.svg
 
@@ -19,7 +24,7 @@ PYTHONS := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test peers check docs site figures
+.PHONY: help setup demo test peers real check docs site figures
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
@@ -37,6 +42,14 @@ test: $(TEST) ## run the test suite (more options for pytest: make test ARGS="-k
 peers: $(TEST) $(PEERS) ## compare with TransformerLens, which it installs beside the rest
 	@echo "... running the comparison with other libraries"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m peers tests/peers $(ARGS)
+
+real: $(TEST) $(filter $(CHECKPOINT),$(MODEL)) ## try everything on a real checkpoint, which it fetches (or on yours: make real MODEL=DIR)
+	@echo "... trying everything on $(MODEL)"
+	@GUARDLENS_REAL="$(MODEL)" HF_HUB_OFFLINE=$(if $(filter $(CHECKPOINT),$(MODEL))$(wildcard $(MODEL)),1,0) $(BIN)/python -m pytest -m real tests/real $(ARGS)
+
+$(CHECKPOINT): | $(CORE)
+	@echo "... fetching SmolLM2-135M-Instruct into $(CACHE)"
+	@$(BIN)/python -m tests.real.fetch $@
 
 check: $(LINT) $(DOCS) ## lint, formatting, types, and which module may import which; all of them, also if one fails
 	@failed=0; for step in "ruff check ." "ruff format --check ." pyright "lint-imports --no-logo"; do $(BIN)/$$step || failed=1; done; exit $$failed

@@ -81,7 +81,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def stack(self, hook: str) -> Float[Tensor, "layer batch seq d"]:
+    def stack(self, hook: str) -> Float[Tensor, "layer batch ..."]:
         """One hook of every layer that the cache holds.
 
         Examples:

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import beartype  # noqa: F401  (before nnsight: see guardlens.model)
 import jaxtyping
