@@ -1,8 +1,10 @@
 """What of guardlens works on a model: each capability tried, against raw PyTorch where there is something to compare."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,21 +95,55 @@ def _parts(model: HookedModel) -> tuple[bool, str]:
     return True, f"{cfg.decoder}: {cfg.n_layers} layers, d_model {cfg.d_model}, {len(model.hook_names)} hooks"
 
 
+def _calls(model: HookedModel, batch: Batch) -> Counter[str]:
+    """How often each part of the language model runs in a forward."""
+    running = [point for point in model.cfg.computed(False) if point.layer not in model.cfg.image_layers]
+    paths = {model.cfg.parts[point].path for point in running} - {""}
+    calls = Counter(dict.fromkeys(sorted(paths), 0))
+    handles = [model.hf.get_submodule(path).register_forward_hook(partial(_count, calls, path)) for path in paths]
+    try:
+        with torch.no_grad():
+            model.hf(**batch.inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _count(calls: Counter[str], path: str, *called: object) -> None:
+    calls[path] += 1
+
+
 def _logits(model: HookedModel) -> tuple[bool, str]:
     batch = _prompts(model)
-    logits, cache = model.run_with_cache(batch)
+    for path, times in _calls(model, batch).items():
+        if times != 1:
+            return False, f"{path} runs {times} times in a forward, so that a state there has no one value"
+    logits, cache = model.run_with_cache(batch, names_filter=f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")
     mine, expected = model.to_logits(cache["resid_post", -1])[batch.mask], logits[batch.mask]
     works, detail = _near(mine, expected, "the last residual stream through norm and unembed")
+    return works, detail if works else detail + _cause(mine, expected)
+
+
+def _cause(mine: torch.Tensor, expected: torch.Tensor) -> str:
+    """Why logits differ, where it can be read off: tokens that the model rules out, or a scale."""
+    masked = (expected <= torch.finfo(expected.dtype).min / 2).all(0)
+    mine, expected = mine[:, ~masked], expected[:, ~masked]
     times = float((mine * expected).sum() / mine.square().sum())
-    if not works and _near(times * mine, expected, "")[0]:
-        detail += f"; the model's own are {times:.3g} times these, a scale that guardlens/architectures/names.py does not know"
-    return works, detail
+    if masked.any() and _near(mine, expected, "")[0]:
+        return f"; they are the same but for {int(masked.sum())} tokens, which the model rules out after its unembedding"
+    if _near(times * mine, expected, "")[0]:
+        return f"; the model's own are {times:.3g} times these, a scale that guardlens/architectures/names.py does not know"
+    return ""
 
 
 def _residual(model: HookedModel) -> tuple[bool | None, str]:
     blocks = [model.hf.get_submodule(path) for path in model.cfg.blocks]
     if more := next((what for mark, what in BESIDES.items() if any(hasattr(block, mark) for block in blocks)), None):
         return None, f"blocks add more than attention and MLP: {more}; decompose_resid calls it rest"
+    found = {(point.hook, point.layer) for point in model.cfg.parts}
+    if lacking := [layer for layer in range(model.cfg.n_layers) if not {("attn_out", layer), ("mlp_out", layer)} <= found]:
+        return None, f"no attention or no MLP was found in {len(lacking)} blocks; decompose_resid calls what they add rest"
     batch = _prompts(model)
     _, cache = model.run_with_cache(batch)
     terms, names = cache.decompose_resid()

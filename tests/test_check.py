@@ -83,6 +83,19 @@ def test_logits_that_are_a_multiple_are_called_that(broken):
     assert found.works is False and "the model's own are 4 times these, a scale that" in found.detail
 
 
+def test_logits_that_the_model_rules_out_are_counted(broken):
+    """As Chameleon's of image tokens."""
+
+    def masked(out):
+        logits = out.logits.clone()
+        logits[..., 5:12] = torch.finfo(logits.dtype).min
+        return type(out)({**out, "logits": logits})
+
+    replace_forward(broken.hf, masked)
+    found = by_name(broken)["logits reproduced"]
+    assert found.works is False and "the same but for 7 tokens, which the model rules out after its unembedding" in found.detail
+
+
 def test_a_projector_whose_output_does_not_enter_is_named(hf_vlm, processor):
     """Another module of the right width."""
     model = gl.load(hf_vlm, processor=processor, names={"projector": "multi_modal_projector.linear_1"})

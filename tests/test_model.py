@@ -456,7 +456,7 @@ class TestErrors:
             gl.load(tmp_path)
         with pytest.raises(errors.ModelError, match="a module without its processor"):
             gl.load(hf_vlm)
-        with pytest.raises(errors.ModelError, match=r"Conv2d without stack[\s\S]*names=\{\"stack\": \"its.path\"\}"):
+        with pytest.raises(errors.ModelError, match=r"Conv2d, in which no stack was found[\s\S]*names=\{\"stack\": \"its.path\"\}"):
             find(torch.nn.Conv2d(1, 1, 1))
 
 

@@ -22,7 +22,9 @@ def words():
 
 
 def test_a_part_that_is_not_found_is_named_with_the_way_to_name_it(words):
-    with pytest.raises(errors.ModelError, match=r"NovelForCausalLM without stack\.\nExpected get_decoder\(\) to lead.*layers") as caught:
+    with pytest.raises(
+        errors.ModelError, match=r"NovelForCausalLM, in which no stack was found\.\nExpected get_decoder\(\) to lead.*layers"
+    ) as caught:
         gl.load(novel(), processor=words)
     assert 'gl.load(..., names={"stack": "its.path"})' in str(caught.value)
 

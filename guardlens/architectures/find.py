@@ -32,18 +32,18 @@ def find(hf: nn.Module, names: Names = KNOWN) -> Architecture:
         raise ModelError(f"{type(hf).__name__}, a family that {reason}", "one residual stream per prompt", "use another model")
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
     language_model, decoder, blocks = _decoder(model, names)
-    text = config.get_text_config(decoder=True)
+    text, softmax = config.get_text_config(decoder=True), _softmax(decoder)
+    heads = _number(text, "num_attention_heads", 0)
     where, parts = tuple(paths[id(block)] for block in blocks), _ends(model, language_model, decoder, paths, names)
     for layer, block in enumerate(blocks):
-        parts |= {Point(hook, layer): part.under(where[layer]) for hook, part in block_parts(block, text, names).items()}
+        parts |= {Point(hook, layer): part.under(where[layer]) for hook, part in block_parts(block, text, names, softmax).items()}
     vision, token = getattr(config, "vision_config", None), first_number(config, ("image_token_id", "image_token_index"), None)
     if vision is not None and token is None:
         raise ModelError(f"{type(hf).__name__} with a vision tower but no image token", "config.image_token_id", "set it in the config")
     if token is not None:
-        parts |= _eye(model, paths, paths[id(decoder)], names)
+        parts |= _eye(model, paths, decoder, names)
     unembed = parts[Point("unembed")].path
     head, size = model.get_submodule(unembed.rpartition(".")[0]), getattr(vision, "image_size", None)
-    heads = _number(text, "num_attention_heads")
     return Architecture(
         parts=parts,
         decoder=paths[id(decoder)],
@@ -54,7 +54,7 @@ def find(hf: nn.Module, names: Names = KNOWN) -> Architecture:
         d_model=_number(text, "hidden_size"),
         n_heads=heads,
         n_kv_heads=next((part.heads for point, part in parts.items() if point.hook == "k" and part.heads), heads),
-        d_head=head_width(blocks, text, names),
+        d_head=head_width(blocks, text, names, softmax),
         d_mlp=mlp_width(blocks, names),
         d_vocab=_number(text, "vocab_size"),
         image_token_id=token,
@@ -120,13 +120,24 @@ def _ends(model: Any, language_model: Any, decoder: nn.Module, paths: Mapping[in
     }
 
 
-def _eye(model: Any, paths: Mapping[int, str], decoder: str, names: Names) -> Iterator[tuple[Point, Part]]:
-    """The vision tower's blocks, the longest list of modules of one class in it, and the projector."""
+def _softmax(decoder: Any) -> tuple[type, ...]:
+    """The classes of attention whose patterns transformers can give; empty where it does not say. Linear attentions are none of them."""
+    recorded = (getattr(decoder, "_can_record_outputs", None) or {}).get("attentions", ())
+    return tuple(getattr(each, "target_class", each) for each in (recorded if isinstance(recorded, list | tuple) else [recorded]))
+
+
+def _eye(model: Any, paths: Mapping[int, str], decoder: nn.Module, names: Names) -> Iterator[tuple[Point, Part]]:
+    """The vision tower's blocks, the longest list of modules of one class in it, and the projector.
+
+    Where images go straight into the language model (Fuyu, Emu3), transformers gives the whole model for its encoder: it is none.
+    """
     tower = model.get_encoder(modality="image") or nn.Module()
+    if any(module is decoder for module in tower.modules()):
+        tower = nn.Module()
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(set(map(type, module))) == 1]
     for layer, block in enumerate(max(lists, key=len, default=())):
         yield Point("vision_resid_post", layer), Part(paths[id(block)])
-    outside = [path for path in paths.values() if not path.startswith(f"{decoder}.")]
+    outside = [path for path in paths.values() if not path.startswith(f"{paths[id(decoder)]}.")]
     for name in names.projector if model.config.model_type not in tables.PER_IMAGE else ():
         for path in sorted((path for path in outside if f".{path}".endswith(f".{name}")), key=len):
             yield Point("projector"), Part(path, view=Joined())
@@ -149,14 +160,18 @@ def _logit_scale(head: nn.Module, text: Any) -> float:
     return scale * divisor if text.model_type in tables.MULTIPLIED else scale / divisor
 
 
-def _number(text: Any, name: str) -> int:
+def _number(text: Any, name: str, default: int | None = None) -> int:
     """A size from the text config, which may have another one for each layer.
 
     Raises:
-        ModelError: It has, or it has none.
+        ModelError: It has, or it has none and there is no default.
     """
     try:
         return getattr(text, name)
+    except AttributeError:
+        if default is not None:
+            return default
+        raise ModelError(f"{type(text).__name__} without {name}", "the sizes that language models have", "use another model") from None
     except Exception as error:  # transformers has a class of its own for sizes that vary, deep inside
         reason = str(error).partition(". ")[0]
         raise ModelError(
@@ -166,7 +181,7 @@ def _number(text: Any, name: str) -> int:
 
 def _missing(hf: nn.Module, part: str, expected: str) -> ModelError:
     return ModelError(
-        f"{type(hf).__name__} without {part.replace('_', ' ')}",
+        f"{type(hf).__name__}, in which no {part.replace('_', ' ')} was found",
         expected,
         f'say what it is called: gl.load(..., names={{"{part}": "its.path"}}), or add the name to guardlens/architectures/names.py',
     )

@@ -79,35 +79,38 @@ KNOWN = Names()
 LISTED = ("Llama4TextMoe", "OPTDecoderLayer")
 """Classes of MLPs that give the tokens of all prompts in one list, without the batch axis; and of blocks that do so from resid_mid on."""
 
-WIRING: dict[str, tuple[str, str, str]] = {
-    # A block that has this norm     adds this of its attention        has resid_mid as the            and adds this of its MLP
-    "self_attention": ("ATTENTION.dense.output", "post_attention_layernorm.input", "MLP.dense_4h_to_h.output"),
-    "pre_feedforward_layernorm": (
-        "post_attention_layernorm.output",
-        "pre_feedforward_layernorm.input",
-        "post_feedforward_layernorm.output",
+WIRING: tuple[tuple[str, str, str, str], ...] = (
+    # A block that has this      adds this of its attention        has resid_mid as the            and adds this of its MLP
+    ("self_attention", "ATTENTION.dense.output", "post_attention_layernorm.input", "MLP.dense_4h_to_h.output"),
+    (
+        "pre_feedforward_layernorm",
+        *("post_attention_layernorm.output", "pre_feedforward_layernorm.input", "post_feedforward_layernorm.output"),
     ),
-    "post_self_attn_layernorm": ("post_self_attn_layernorm.output", "post_attention_layernorm.input", "post_mlp_layernorm.output"),
-    "post_feedforward_layernorm": ("post_attention_layernorm.output", "MLP.input", "post_feedforward_layernorm.output"),
-    "post_norm1": ("post_norm1.output", "post_attention_layernorm.input", "post_norm2.output"),
-    "norm_after": ("input_layernorm.output", "MLP.input", "post_attention_layernorm.output"),
-    "post_attention_layernorm": ("ATTENTION.output", "post_attention_layernorm.input", "MLP.output"),
-    "do_layer_norm_before": ("ATTENTION.output", "final_layer_norm.input", "MLP.output"),
-    "ln_2": ("ATTENTION.output", "ln_2.input", "MLP.output"),
-    "ffn_norm": ("ATTENTION.output", "ffn_norm.input", "MLP.output"),
-    "": ("ATTENTION.output", "", "MLP.output"),
-}
-"""How a block joins its parts to the residual stream; the first row whose norm (or other attribute) the block has, counts.
+    ("pre_feedforward_layernorm", "ATTENTION.output", "pre_feedforward_layernorm.input", "MLP.output"),
+    ("pre_mlp_layernorm", "post_attention_layernorm.output", "pre_mlp_layernorm.input", "post_mlp_layernorm.output"),
+    ("post_self_attn_layernorm", "post_self_attn_layernorm.output", "post_attention_layernorm.input", "post_mlp_layernorm.output"),
+    ("post_feedforward_layernorm", "post_attention_layernorm.output", "MLP.input", "post_feedforward_layernorm.output"),
+    ("post_norm1", "post_norm1.output", "post_attention_layernorm.input", "post_norm2.output"),
+    ("norm_after", "input_layernorm.output", "MLP.input", "post_attention_layernorm.output"),
+    ("post_operator_norm", "post_operator_norm.output", "ffn_norm.input", "post_ffn_norm.output"),
+    ("post_attention_layernorm", "ATTENTION.output", "post_attention_layernorm.input", "MLP.output"),
+    ("do_layer_norm_before", "ATTENTION.output", "final_layer_norm.input", "MLP.output"),
+    ("ln_2", "ATTENTION.output", "ln_2.input", "MLP.output"),
+    ("ffn_norm", "ATTENTION.output", "ffn_norm.input", "MLP.output"),
+    ("", "ATTENTION.output", "", "MLP.output"),
+)
+"""How a block joins its parts to the residual stream; the first row whose norm (or other attribute) the block has, and all other modules
+that the row names, counts.
 
 Rows: BLOOM, whose attention and MLP give their sums with the stream, so that what they add is what their last matrices give; norms before
-and after each part (Gemma 2 and later), GLM-4, norms after each part only (OLMo 2), HyperCLOVA X, Molmo 2, Llama and most others, OPT,
-GPT-2, LFM2; and attention and MLP beside each other, which leaves no resid_mid (Phi, Cohere).
+and after each part (Gemma 2 and later), VaultGemma, AFMoE, GLM-4, norms after each part only (OLMo 2), HyperCLOVA X, Molmo 2, LFM3, Llama
+and most others, OPT, GPT-2, LFM2; and attention and MLP beside each other, which leaves no resid_mid (Phi, Cohere).
 """
 
 PARALLEL = ("use_parallel_residual", "parallel_attn")
 """Flags of a text config that put attention and MLP beside each other."""
 
-SOFTCAP, SCALE, DIVISOR = ("final_logit_softcapping",), ("logit_scale",), ("logits_scaling",)
+SOFTCAP, SCALE, DIVISOR = ("final_logit_softcapping",), ("logit_scale", "output_multiplier"), ("logits_scaling",)
 """Names in a text config of what is done to the logits after the unembedding."""
 
 MULTIPLIED = frozenset({"hyperclovax"})
