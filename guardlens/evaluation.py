@@ -106,7 +106,7 @@ class Evaluation(Table):
 
     def arms(self) -> "list[dict[str, Any]]":
         """One dictionary per defence and presentation: every rate with its bounds, the gap closed, and how often the gates opened."""
-        return self._arms
+        return [dict(arm) for arm in self._arms]
 
     @cached_property
     def _arms(self) -> list[dict[str, Any]]:

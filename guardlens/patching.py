@@ -65,7 +65,7 @@ class Patching(Table):
         `change` is value - base, and `recovered` = (value - base) / (source - base), a ratio of means: 1 where the patch alone does all
         that the source's run does, undefined (nan) where the interval of source - base reaches 0: nothing was lost that could be recovered.
         """
-        return self._summary
+        return self._summary.copy()
 
     @cached_property
     def _summary(self) -> Frame:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from guardlens.errors import MismatchError, StorageError
 from guardlens.notebooks import captioned, first_rows
-from guardlens.storage import Provenance, atomic, write_text
+from guardlens.storage import Provenance, atomic, digest, encoded, reading, require_path
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -37,12 +38,12 @@ class Table:
     """One row per measurement.
 
     Attributes:
-        columns: Column name -> values, all of one length.
+        columns: Column name -> values, all of one length. They are copied, and can't be written to.
         facts: How it was made: plans, presentations, seeds, the layout that ran.
         provenance: Model, template, versions, date.
 
     Raises:
-        MismatchError: Columns of different lengths.
+        MismatchError: Columns of different lengths, of several axes, or without a name.
 
     Examples:
         >>> rows = [{"layer": 5, "auroc": 0.9}, {"layer": 6, "auroc": 1.0}]
@@ -61,19 +62,33 @@ class Table:
     kind: ClassVar[str] = "table"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", {name: _column(name, values) for name, values in self.columns.items()})
         lengths = {name: len(values) for name, values in self.columns.items()}
         if len(set(lengths.values())) > 1:
             raise MismatchError(f"columns of the lengths {lengths}", "one length", "give every row every column")
 
     @classmethod
     def from_rows(cls: type[Kind], rows: Sequence[Mapping[str, Any]], **more: Any) -> Kind:
-        """Make a table of dictionaries with the same keys."""
+        """Make a table of dictionaries with the same keys.
+
+        Raises:
+            MismatchError: Rows with other keys.
+        """
         names = list(rows[0]) if rows else []
+        for place, row in enumerate(rows):
+            if set(row) != set(names):
+                raise MismatchError(
+                    f"row {place} with the columns {list(row)}", f"those of the first, {names}", "give every row every column"
+                )
         return cls({name: np.array([row[name] for row in rows]) for name in names}, **more)
 
-    @cached_property
+    @property
     def frame(self) -> Frame:
-        """The columns as a pandas data frame."""
+        """The columns as a pandas data frame of the caller's own."""
+        return self._frame.copy()
+
+    @cached_property
+    def _frame(self) -> Frame:
         import pandas as pd
 
         return pd.DataFrame(dict(self.columns))
@@ -96,36 +111,42 @@ class Table:
         return type(self)({name: values[keep] for name, values in self.columns.items()}, self.facts, self.provenance)
 
     def save(self, path: str | Path) -> None:
-        """Write `path`, which may leave out `.csv`, and the facts and the provenance as JSON beside it."""
+        """Write `path`, which may leave out `.csv`, and the facts and the provenance as JSON beside it.
+
+        Text is written as it is: a spreadsheet takes a cell that begins with `=` for a formula.
+
+        Raises:
+            StorageError: It can't be written, or it holds what can't be read back: None, dates, complex numbers, facts that aren't JSON.
+        """
         path = _csv(path)
-        with atomic(path) as partial:
-            self.frame.to_csv(partial, index=False, lineterminator="\r\n")  # so that a lone \r in an answer is quoted, too
-        types = {name: str(values.dtype.kind) for name, values in self.columns.items()}
-        meta = {"kind": self.kind, "types": types, "facts": dict(self.facts), "provenance": asdict(self.provenance)}
-        write_text(path.with_suffix(".json"), json.dumps(meta, indent=1))
+        rows, types = _written(self), {name: _type_of(name, values) for name, values in self.columns.items()}
+        meta = {"kind": self.kind, "types": types, "facts": dict(self.facts), "provenance": asdict(self.provenance), "csv": digest(rows)}
+        described = encoded(meta, "the facts of a table", indent=1).encode()
+        with atomic(path.with_suffix(".json")) as json_file, atomic(path) as csv_file:
+            json_file.write_bytes(described)
+            csv_file.write_bytes(rows)
 
     @classmethod
     def load(cls: type[Kind], path: str | Path) -> Kind:
         """Read what `save` wrote; as `Table`, a result of any kind.
 
         Raises:
-            StorageError: It can't be read, or is another kind of table.
+            StorageError: It can't be read, is another kind of table, or isn't what was saved.
         """
-        import pandas as pd
-
         path = _csv(path)
-        try:
-            meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            strings = {name: str for name, kind in meta["types"].items() if kind in "UO"}
-            frame = pd.read_csv(path, dtype=strings, keep_default_na=False, na_values={n: [""] for n in set(meta["types"]) - set(strings)})
-        except (OSError, ValueError, KeyError) as error:
-            raise StorageError(f"{path}, which can't be read ({error})", "a CSV with its JSON beside it", "check the path") from None
-        made = KINDS.get(meta["kind"]) if cls is Table else None
-        kind: type[Any] = cls if made is None else getattr(import_module(f"guardlens.{made[0]}"), made[1])
-        if meta["kind"] != kind.kind:
-            raise StorageError(f"a table of the kind {meta['kind']!r}", cls.kind, "load it with its own class")
-        columns = {name: frame[name].to_numpy(dtype=_DTYPES[letter]) for name, letter in meta["types"].items()}
-        return kind(columns, meta["facts"], Provenance(**meta["provenance"]))
+        with reading(path, "a CSV with its JSON beside it, as Table.save writes them"):
+            rows, meta = path.read_bytes(), json.loads(path.with_suffix(".json").read_bytes())
+            if meta["csv"] != digest(rows):
+                raise StorageError(
+                    f"{path}, which isn't the CSV that its JSON belongs to",
+                    "both as they were saved",
+                    "save it again, or read it with pandas",
+                )
+            made = KINDS.get(meta["kind"]) if cls is Table else None
+            kind: type[Any] = cls if made is None else getattr(import_module(f"guardlens.{made[0]}"), made[1])
+            if meta["kind"] != kind.kind:
+                raise StorageError(f"a table of the kind {meta['kind']!r}", cls.kind, "load it with its own class")
+            return kind(_read(rows, meta["types"]), meta["facts"], Provenance(**meta["provenance"]))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} rows: {', '.join(self.columns)})"
@@ -136,11 +157,80 @@ class Table:
 
 def _csv(path: str | Path) -> Path:
     """The path with its ending; a point in a name (`alpha_0.25`) is none."""
-    path = Path(path)
+    path = require_path(path)
     return path if path.suffix == ".csv" else path.with_name(f"{path.name}.csv")
 
 
-_DTYPES = {"U": object, "O": object, "f": float, "i": int, "b": bool}
+def _column(name: Any, values: Any) -> np.ndarray:
+    """A copy that can't be written to."""
+    try:
+        column = np.array(values)
+    except ValueError:  # rows of several lengths
+        column = np.empty((0, 0))
+    if not isinstance(name, str) or column.ndim != 1:
+        raise MismatchError(f"the column {name!r} of shape {np.shape(column)}", "a text as name, and one value per row", "mend the column")
+    column.flags.writeable = False
+    return column
+
+
+TYPES = (*"U?", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)), "f2", "f4", "f8")
+"""What a column may hold when it is saved: text, truth values, whole numbers and floating ones."""
+
+
+def _type_of(name: str, values: np.ndarray) -> str:
+    """The type of a column, one of `TYPES`."""
+    text = values.dtype.kind == "U" or all(isinstance(value, str) for value in values)
+    kind = "U" if text and values.dtype.kind in "UO" else values.dtype.str.lstrip("<>|=").replace("b1", "?")
+    if kind not in TYPES:
+        odd = next((repr(value) for value in values if not isinstance(value, str)), "nothing")
+        raise StorageError(
+            f"the column {name!r} of {values.dtype}, with {odd}",
+            "text or numbers",
+            "convert it: dates to text, None to '' or nan",
+        )
+    return kind
+
+
+def _written(table: Table) -> bytes:
+    """The rows as CSV.
+
+    Raises:
+        StorageError: They couldn't be read back.
+    """
+    types = {name: _type_of(name, values) for name, values in table.columns.items()}
+    frame = table._frame
+    try:
+        rows = frame.to_csv(index=False, lineterminator="\r\n").encode()  # with \r\n, a lone \r in an answer is quoted, too
+        again = _read(rows, types)
+    except (ValueError, LookupError, TypeError) as error:
+        raise StorageError(f"a table that CSV can't hold ({error})", "text in Unicode, and numbers", "mend the column") from error
+    for name, values in table.columns.items():
+        if not np.array_equal(values.astype(again[name].dtype), again[name], equal_nan=values.dtype.kind == "f"):
+            raise StorageError(f"the column {name!r}, which CSV can't hold", "text without NUL, and numbers", "mend the column")
+    return rows
+
+
+def _read(rows: bytes, types: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The columns of a CSV."""
+    import pandas as pd
+
+    if unknown := set(types.values()) - set(TYPES):
+        raise ValueError(f"columns of the types {unknown}")
+    if not types and rows.strip(b'\r\n"') == b"":
+        return {}
+    frame = pd.read_csv(BytesIO(rows), dtype=str, keep_default_na=False, skip_blank_lines=False)
+    if list(frame.columns) != list(types):
+        raise ValueError(f"the columns {list(frame.columns)} in place of {list(types)}")
+    return {name: _parsed(frame[name].to_numpy(dtype=object), kind) for name, kind in types.items()}
+
+
+def _parsed(cells: np.ndarray, kind: str) -> np.ndarray:
+    """The values of a column from their text, exactly."""
+    if kind == "U":
+        return cells
+    if kind == "?":
+        return cells == "True"
+    return np.where(cells == "", "nan", cells).astype(kind) if kind[0] == "f" else cells.astype(kind)
 
 
 def rich_table(title: str, frame: Frame) -> "RichTable":

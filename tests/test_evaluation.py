@@ -246,6 +246,46 @@ class TestResume:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         assert len({(r["defence"], r["draw"], r["presentation"], r["query"]) for r in records}) == len(records) == 64
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            *({"verdict": "Refused"}, {"label": "harmless"}, {"cluster": "c"}, {"draw": 7}, {"query": "unknown"}, {"defence": "other"}),
+            *({"gate": "open"}, {"answer": None}, {"more": 1}, {"presentation": []}),
+        ],
+        ids=str,
+    )
+    def test_a_record_that_is_no_answer_of_this_call_is_made_again(self, vlm, arms, whole, finished, tmp_path, change):
+        out = shutil.copytree(finished, tmp_path / "changed")
+        file = out / "records.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        place = next(i for i, line in enumerate(lines) if json.loads(line)["label"] == "harmful")
+        lines[place] = json.dumps(json.loads(lines[place]) | change)
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        judge = FakeJudge()
+        with pytest.warns(UserWarning, match=r"1 of 64 records in .* aren't of this run; they are made again"):
+            resumed = evaluate(vlm, arms, QUERIES, SHOWN, judge=judge, out=out, **OPTIONS)
+        pd.testing.assert_frame_equal(resumed.frame, whole.frame)
+        assert len(judge.calls) == 1
+
+    def test_repeated_records_count_once(self, vlm, arms, whole, finished, tmp_path):
+        out = shutil.copytree(finished, tmp_path / "twice")
+        (out / "records.jsonl").write_bytes((out / "records.jsonl").read_bytes() * 2)
+        again = evaluate(vlm, arms, QUERIES, SHOWN, judge=FakeJudge(last=0), out=out, **OPTIONS)
+        pd.testing.assert_frame_equal(again.frame, whole.frame)
+
+    def test_the_directory_is_open_to_one_call_at_a_time(self, vlm, arms, tmp_path):
+        class Asking(FakeJudge):
+            def __call__(self, query, answer):
+                evaluate(vlm, arms, QUERIES, SHOWN, judge=self, out=tmp_path, **OPTIONS)
+
+        with pytest.raises(errors.StorageError, match=r"which this very process has open"):
+            evaluate(vlm, arms, QUERIES, SHOWN, judge=Asking(), out=tmp_path, **OPTIONS)
+        with pytest.raises(errors.StorageError, match=r"the path ''"):
+            evaluate(vlm, arms, QUERIES, SHOWN, judge=FakeJudge(), out="", **OPTIONS)
+
+    def test_the_manifest_says_whose_answers_these_are(self, vlm, finished):
+        assert json.loads((finished / "manifest.json").read_text(encoding="utf-8"))["provenance"]["model"] == vlm.id
+
     def test_another_configuration_is_refused(self, vlm, llm, basis, tmp_path):
         def ask(model=vlm, alpha=1.0, queries=QUERIES[::4], shown=(text_only,), judge=None, seed=None, **options):
             guard = defences.vlm_guard(basis, [3], alpha=alpha) if model is vlm else defences.none
@@ -329,6 +369,14 @@ def test_plot_shows_every_arm(whole):
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["none", "guard", "placebo (2 draws)"]
     assert [ax.get_xlabel() for ax in axes] == ["harmful requests answered (%), n = 4", "harmless requests refused (%), n = 4"]
     plt.close(axes[0].figure)
+
+
+def test_what_a_table_hands_out_changes_no_rate():
+    found = table(GAP)
+    before = found.rate("asr", "none", "blank grey")
+    frame, arms, summary = found.frame, found.arms(), found.summary()
+    frame["verdict"], arms[0]["asr"], summary["asr"] = "refused", 5.0, 5.0
+    assert found.rate("asr", "none", "blank grey") == before and found.arms()[0]["asr"] == found.summary()["asr"][0] < 1
 
 
 def test_two_presentations_of_one_name_are_refused(vlm):

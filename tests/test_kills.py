@@ -71,7 +71,7 @@ def full():
 
 
 @pytest.mark.parametrize("act", [kill, full])
-@pytest.mark.parametrize("work", [records, states])
+@pytest.mark.parametrize("work", [records, states, table])
 def test_at_any_file_operation(tmp_path, work, act):
     whole = work(tmp_path / "undisturbed")
 

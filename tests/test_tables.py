@@ -1,4 +1,5 @@
 import importlib
+import json
 import math
 
 import numpy as np
@@ -86,3 +87,122 @@ def test_a_point_in_a_name_is_no_ending(tmp_path):
     for strength in (0.25, 0.5):
         Table({"strength": np.array([strength])}).save(tmp_path / f"alpha_{strength}")
     assert [Table.load(tmp_path / f"alpha_{strength}").columns["strength"].item() for strength in (0.25, 0.5)] == [0.25, 0.5]
+
+
+ODD = {
+    "None": np.array(["x", None], dtype=object),
+    "complex numbers": np.array([1j]),
+    "dates": np.array(["2020-01-01"], dtype="M8[D]"),
+    "bytes": np.array([b"x"]),
+    "long floats": np.array([1.0], dtype="g"),
+    "integers beyond 64 bits": np.array([2**70]),
+    "surrogates": np.array(["\ud800"]),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_a_csv_cannot_hold_is_refused_and_leaves_no_file(tmp_path, kind):
+    with pytest.raises(errors.StorageError, match=r"the column 'a'|can't hold"):
+        Table({"a": ODD[kind]}).save(tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "\ufeffa"])
+def test_names_that_a_csv_cannot_hold(tmp_path, name):
+    with pytest.raises(errors.StorageError, match=r"a table that CSV can't hold"):
+        Table({name: np.ones(1)}).save(tmp_path / "t")
+
+
+@pytest.mark.parametrize("facts", [{"a": np.ones(2)}, {"a": {1}}, {"a": object()}])
+def test_facts_that_are_no_json_leave_the_old_table(tmp_path, facts):
+    table().save(tmp_path / "t")
+    with pytest.raises(errors.StorageError, match=r"in the facts of a table"):
+        Table({"a": np.ones(1)}, facts).save(tmp_path / "t")
+    assert Table.load(tmp_path / "t").columns["layer"].tolist() == [0, 1, 1]
+
+
+def test_numbers_of_numpy_in_facts(tmp_path):
+    Table({"a": np.ones(1)}, {"x": np.float32(0.5), "n": [np.int64(3)]}).save(tmp_path / "t")
+    assert Table.load(tmp_path / "t").facts == {"x": 0.5, "n": [3]}
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8", "i1", "u8", "?"])
+def test_numbers_keep_their_type_and_every_bit(tmp_path, kind):
+    values = np.array([0.1, -0.0, 3.0, 1e-7, np.inf, np.nan][: 6 if kind[0] == "f" else 1]).astype(kind)
+    Table({"a": values}).save(tmp_path / "t")
+    loaded = Table.load(tmp_path / "t").columns["a"]
+    assert loaded.dtype == values.dtype and loaded.tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize(("name", "values"), [("a", np.zeros((2, 2))), ("a", 5), ("a", [[1], [1, 2]]), (5, [0])])
+def test_columns_have_a_name_and_one_axis(name, values):
+    with pytest.raises(errors.MismatchError, match=r"the column .* of shape"):
+        tables._column(name, values)
+
+
+def test_lists_and_series_are_columns():
+    import pandas as pd
+
+    assert tables._column("a", [1, 2]).tolist() == [1, 2] and tables._column("b", pd.Series([0.5, 1])).tolist() == [0.5, 1]
+
+
+def test_rows_have_the_same_keys():
+    for rows in ([{"a": 1}, {"b": 1}], [{"a": 1}, {"a": 1, "b": 2}]):
+        with pytest.raises(errors.MismatchError, match=r"row 1 with the columns .*\nExpected those of the first, \['a'\]"):
+            Table.from_rows(rows)
+
+
+def test_what_is_handed_out_is_the_callers_own():
+    given = np.array([1, 2])
+    made = Table({"a": given})
+    given[0] = 7
+    frame = made.frame
+    frame.loc[0, "a"], frame["b"] = 9, 9
+    with pytest.raises(ValueError, match="read-only"):
+        made.columns["a"][0] = 9
+    assert made.columns["a"].tolist() == made.frame["a"].tolist() == [1, 2] and [*made.frame] == ["a"]
+
+
+CHANGES = {
+    "a column more": lambda rows: rows.replace(b"a\r\n", b"a,z\r\n").replace(b"1\r\n", b"1,5\r\n"),
+    "integers emptied": lambda rows: rows.replace(b"1", b""),
+    "cut in the middle": lambda rows: rows[: len(rows) // 2],
+    "another separator": lambda rows: rows.replace(b",", b";"),
+    "text in numbers": lambda rows: rows.replace(b"1", b"abc"),
+    "empty": lambda rows: b"",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_csv_that_was_changed_is_refused(tmp_path, change):
+    Table({"b": np.array(["x", "y"]), "a": np.array([1, 2])}).save(tmp_path / "t")
+    path = tmp_path / "t.csv"
+    path.write_bytes(CHANGES[change](path.read_bytes()))
+    with pytest.raises(errors.StorageError, match=r"t.csv, which isn't the CSV that its JSON belongs to[\s\S]*save it again, or"):
+        Table.load(path)
+
+
+META = [
+    *({"kind": kind} for kind in ([], "other")),
+    *({"types": types} for types in ({"a": "q"}, {"b": "i8"}, {}, None)),
+    *({"provenance": provenance} for provenance in (None, {"x": 1}, {"model": 5})),
+    *({missing: ...} for missing in ("kind", "types", "facts", "provenance", "csv")),
+    {"csv": ""},
+]
+
+
+@pytest.mark.parametrize("change", META, ids=str)
+def test_a_json_that_was_changed_is_refused(tmp_path, change):
+    Table({"a": np.array([1, 2])}).save(tmp_path / "t")
+    meta = json.loads((tmp_path / "t.json").read_text()) | change
+    (tmp_path / "t.json").write_text(json.dumps({name: value for name, value in meta.items() if value is not ...}))
+    with pytest.raises(errors.StorageError):
+        Table.load(tmp_path / "t")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "5", "{", "[" * 99_999])
+def test_a_broken_json_is_refused(tmp_path, text):
+    Table({"a": np.array([1, 2])}).save(tmp_path / "t")
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(errors.StorageError, match=r"t.csv, which can't be read"):
+        Table.load(tmp_path / "t")
