@@ -1,6 +1,7 @@
 """`compare`: how separable harmful and harmless are in the LLM and in the VLM, layer by layer, with paired intervals."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,12 +9,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from guardlens import separability as sep
 from guardlens.activations import Activations
-from guardlens.directions import Directions
-from guardlens.errors import MismatchError
+from guardlens.directions import Directions, warn_of_own_queries
+from guardlens.errors import MismatchError, NumericsError, as_count, require_type
 from guardlens.intervals import Interval, percentile, resample_counts
-from guardlens.queries import WITHOUT_IMAGES, require_labels
+from guardlens.queries import Query, require_labels
 from guardlens.sites import require_same_space
-from guardlens.storage import require_same_model
+from guardlens.storage import require_related, require_same_model
 from guardlens.tables import Frame, Table
 
 Measured = tuple[float, Float[np.ndarray, "draw"]]
@@ -73,8 +74,12 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
 
     Raises:
         QueryError: A label is missing, or there is only one class.
-        MismatchError: The LLM's run shows an image; other queries, hook, layers or width; or directions of another model or hook.
-        NumericsError: Too few groups of queries for five folds.
+        MismatchError: The LLM's run shows an image or was edited; other queries, texts, labels, hook, positions, layers or width; two runs
+            of one name; runs of unrelated models, or directions of another model or hook.
+        NumericsError: Too few groups of queries for five folds, no draws, or no direction at a layer.
+
+    Warns:
+        UserWarning: Queries that made the directions; or values that are undefined (nan), with the reason.
 
     Examples:
         >>> asked, shown = gl.collect(model.llm, queries), gl.collect(model, queries, grey)  # other queries than the directions'
@@ -83,25 +88,30 @@ def compare(llm: Activations, vlm: Activations | Sequence[Activations], directio
         >>> bool(rows["value"]["LLM, text"] > rows["value"]["VLM, blank grey"])  # the threshold of the text serves less well
         True
     """
-    runs = [llm, *([vlm] if isinstance(vlm, Activations) else vlm)]
+    draws = as_count(draws, "draws", NumericsError, "leave it out, or ask for some thousands")
+    runs = [llm, *(vlm if isinstance(vlm, Sequence) else [vlm])]
+    for run in runs:
+        require_type(run, Activations, MismatchError, "compare(collect(model.llm, queries), collect(model, queries, shown), directions)")
+    require_type(directions, Directions, MismatchError, "make directions of other queries first: directions.ssd(activations)")
     require_labels(llm.queries)
-    require_same_model(
-        f"the directions {directions.method!r}", directions.provenance.model, *(run.provenance.model for run in (llm, *runs))
-    )
-    _require_text(llm)
+    _require_directions(directions, runs)
+    _require_plain_text(llm)
     for run in runs:
         _require_comparable(llm, run, directions)
+    names = _names(runs)
+    warn_of_own_queries(directions, llm.queries)
     groups = np.array([query.stands_with for query in llm.queries])
     counts = resample_counts(len(groups), groups, draws)
     own: dict[tuple[str, int], Measured] = {}
-    probed = zip(runs, _probes(runs, groups), strict=True)
-    rows = [row for run, probes in probed for row in _rows(llm, run, directions, probes, counts, own)]
+    probed = zip(names, runs, _probes(runs, groups), strict=True)
+    rows = [row for name, run, probes in probed for row in _rows(name, llm, run, directions, probes, counts, own)]
+    _warn_of_undefined(rows)
     words = sep.bag_of_words_scores([query.text for query in llm.queries], llm.harmful, groups)
     surface = percentile(sep.auroc(words, llm.harmful), sep.bootstrap_auroc(words, llm.harmful, counts), len(groups))
     facts = {
         "bag_of_words": [surface.value, surface.low, surface.high],
         "directions": directions.method,
-        "runs": [_name(run, llm) for run in runs],
+        "runs": names,
         "models": [run.provenance.model for run in runs],
         "n_groups": len(set(groups.tolist())),
     }
@@ -122,6 +132,7 @@ def _probes(runs: Sequence[Activations], groups: Shaped[np.ndarray, "query"]) ->
 
 
 def _rows(
+    name: str,
     llm: Activations,
     run: Activations,
     directions: Directions,
@@ -130,15 +141,16 @@ def _rows(
     own: dict[tuple[str, int], Measured],
 ) -> Iterator[dict[str, Any]]:
     """The rows of one run. The LLM's own values, which come first, are kept in `own` for the changes of the others."""
+    first = not own
     for layer in llm.layers:
-        for metric, (value, resampled) in _metrics(llm, run, layer, directions, probes, counts):
+        for metric, (value, resampled) in _metrics(llm, None if first else run, layer, directions, probes, counts):
             interval = percentile(value, resampled, counts.shape[1])
-            change = _change((value, resampled), own.get((metric, layer)), counts.shape[1])
-            if run is llm:
+            change = _change((value, resampled), None if first else own.get((metric, layer)), counts.shape[1])
+            if first:
                 own[metric, layer] = (value, resampled)
             yield {
                 "metric": metric,
-                "run": _name(run, llm),
+                "run": name,
                 "layer": layer,
                 "value": interval.value,
                 "low": interval.low,
@@ -151,28 +163,30 @@ def _rows(
 
 
 def _metrics(
-    llm: Activations, run: Activations, layer: int, directions: Directions, probes: Probes, counts: np.ndarray
+    llm: Activations, vlm: Activations | None, layer: int, directions: Directions, probes: Probes, counts: np.ndarray
 ) -> Iterator[tuple[str, Measured]]:
-    labels, first = run.harmful, directions.at(layer)[0].double().numpy()
+    """Of the LLM itself without a VLM's run, else of that one."""
+    labels, first = llm.harmful, directions.at(layer)[0].double().numpy()
     threshold = float(directions.midpoints[directions.index(layer)])
-    text, states = llm.at(layer).double().numpy(), run.at(layer).double().numpy()
+    text, states = llm.at(layer).double().numpy(), (vlm or llm).at(layer).double().numpy()
     scores = states @ first
     yield "auroc", (sep.auroc(scores, labels), sep.bootstrap_auroc(scores, labels, counts))
     yield "d_prime", (sep.d_prime(scores, labels), sep.bootstrap_d_prime(scores, labels, counts))
     if np.isfinite(threshold):
-        yield "midpoint_accuracy", _share((scores > threshold) == labels, counts)
+        yield "midpoint_accuracy", _mean((scores > threshold) == labels, counts)
     for name, correct in zip(("probe", "transfer"), probes[layer], strict=True):
-        yield name, _share(correct, counts)
-    if run is not llm:
+        yield name, _mean(correct, counts)
+    if vlm is not None:
         cosine = sep.centroid_cosine(text, states, labels), sep.bootstrap_centroid_cosine(text, states, labels, counts)
         yield "centroid_cosine", cosine
         along, off, norm = sep.drift_terms(text, states, first)
         for name, term in (("drift_along", along), ("drift_off", off)):
-            yield name, (float(term.mean() / norm.mean()), sep.bootstrap_mean(term, counts, per=norm))
+            yield name, _mean(term, counts, norm)
 
 
-def _share(correct: Bool[np.ndarray, "query"], counts: np.ndarray) -> Measured:
-    return float(correct.mean()), sep.bootstrap_mean(correct, counts)
+def _mean(values: Shaped[np.ndarray, "query"], counts: np.ndarray, per: Float[np.ndarray, "query"] | None = None) -> Measured:
+    once = np.ones((1, len(values)), int)
+    return float(sep.bootstrap_mean(values, once, per)[0]), sep.bootstrap_mean(values, counts, per)
 
 
 def _change(here: Measured, there: Measured | None, n: int) -> Interval:
@@ -181,16 +195,30 @@ def _change(here: Measured, there: Measured | None, n: int) -> Interval:
     return percentile(here[0] - there[0], here[1] - there[1], n)
 
 
-def _name(run: Activations, llm: Activations) -> str:
-    return f"{'LLM' if run is llm else 'VLM'}, {run.presentation}"
+def _names(runs: Sequence[Activations]) -> list[str]:
+    """What the runs are called in tables: the LLM's comes first."""
+    names = [f"{'LLM' if place == 0 else 'VLM'}, {run.presentation}{f', {run.plan}' if run.plan else ''}" for place, run in enumerate(runs)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise MismatchError(f"two runs of the name {twice!r}", "a name for each", "compare one of them in a call of its own")
+    return names
 
 
-def _require_text(llm: Activations) -> None:
-    """Presentations that show an image begin with its kind."""
-    if llm.presentation.split()[0] in ("blank", "noise", "own") and not llm.presentation.endswith(WITHOUT_IMAGES):
+def _require_directions(directions: Directions, runs: Sequence[Activations]) -> None:
+    """Directions of one of the models; each run of the LLM's model, or of a VLM that has that LLM beside it."""
+    llm = runs[0]
+    models = (model for run in runs for model in run.provenance.models)
+    require_same_model(f"the directions {directions.method!r}", directions.provenance.model, *models)
+    for run in runs[1:]:
+        require_related(f"the run {run.presentation!r}", run.provenance, llm.provenance)
+
+
+def _require_plain_text(llm: Activations) -> None:
+    """In the LLM's place, the model as it is, without an image."""
+    if llm.shows_images or llm.plan:
         raise MismatchError(
-            f"the run {llm.presentation!r} in the LLM's place",
-            "the run without an image first",
+            f"the run {llm.presentation!r}{f' with the plan {llm.plan}' if llm.plan else ''} in the LLM's place",
+            "the run without an image and without an edit first" if llm.plan else "the run without an image first",
             "compare(collect(model.llm, queries), collect(model, queries, presentation), directions)",
         )
 
@@ -199,13 +227,48 @@ def _require_comparable(llm: Activations, run: Activations, directions: Directio
     require_same_space(f"the directions {directions.method!r}", directions.hook, run.hook)
     for what, here, there in (
         ("hook", run.hook, llm.hook),
-        ("queries", [query.id for query in run.queries], [query.id for query in llm.queries]),
+        ("positions", run.positions, llm.positions),
+        ("queries", _asked(run), _asked(llm)),
         ("layers", list(run.layers), list(llm.layers)),
         ("width", run.d_model, directions.d_model),
     ):
         if here != there:
+            first = next((other.id for query, other in zip(run.queries, llm.queries, strict=False) if _said(query) != _said(other)), None)
             raise MismatchError(
                 f"other {what} in the run {run.presentation!r}",
                 f"the same {what} as in the LLM's run and the directions",
-                "collect both alike",
+                f"collect both alike; they differ first at query {first!r}" if what == "queries" and first else "collect both alike",
             )
+    directions.require_some(run.layers)
+
+
+def _asked(run: Activations) -> list[tuple[str, ...]]:
+    return [_said(query) for query in run.queries]
+
+
+def _said(query: Query) -> tuple[str, ...]:
+    """What two runs must agree on; images may differ."""
+    return query.id, query.text, query.label or "", query.stands_with
+
+
+UNDEFINED = {
+    "d_prime": "a class has a single query, or neither class spreads along v1",
+    "centroid_cosine": "harmful and harmless states have the same mean",
+    "drift_along": "the LLM's states are all zero",
+    "drift_off": "the LLM's states are all zero",
+}
+"""Metric -> why it can be nan."""
+
+
+def _warn_of_undefined(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Say why values, or only their intervals, are nan."""
+    layers: dict[tuple[str, str, str], list[int]] = {}
+    for row in rows:
+        metric, run = row["metric"], row["run"]
+        if np.isnan(row["value"]):
+            layers.setdefault((metric, run, UNDEFINED.get(metric, "there is no value")), []).append(row["layer"])
+        elif np.isnan(row["low"]):
+            layers.setdefault((f"the interval of {metric}", run, "it is so in more than 5 % of the resamples"), []).append(row["layer"])
+    if layers:
+        said = "; ".join(f"{what} of {run!r} at the layers {where}, as {why}" for (what, run, why), where in layers.items())
+        warnings.warn(f"undefined (nan): {said}", stacklevel=3)

@@ -15,7 +15,7 @@ from guardlens.activations import Activations, numbered
 from guardlens.errors import MismatchError, NumericsError, SiteError, as_count, require_type
 from guardlens.queries import Query, require_labels
 from guardlens.sites import parse, require_same_space
-from guardlens.storage import Provenance, digest, load_tensors, require_same_model, save_tensors
+from guardlens.storage import Provenance, digest, load_tensors, require_related, save_tensors
 
 ORTHONORMAL = 1e-2
 """How far the products of rows may be from 0 and 1: as far as bfloat16 rounds them."""
@@ -197,7 +197,7 @@ class Directions:
         """
         require_type(activations, Activations, MismatchError, "collect states first: gl.collect(model, queries)")
         require_same_space(f"the directions {self.method!r}", self.hook, activations.hook)
-        require_same_model(f"the directions {self.method!r}", self.provenance.model, *activations.provenance.models)
+        require_related(f"the directions {self.method!r}", self.provenance, activations.provenance)
         if activations.d_model != self.d_model:
             raise MismatchError(
                 f"states of width {activations.d_model}", f"width {self.d_model}, the directions' own", "use one model for both"
@@ -219,7 +219,7 @@ class Directions:
         """
         require_type(other, Directions, MismatchError, "make others, as with directions.diff_in_means(activations)")
         require_same_space(f"the directions {self.method!r}", self.hook, other.hook)
-        require_same_model(f"the directions {other.method!r}", other.provenance.model, self.provenance.model)
+        require_related(f"the directions {other.method!r}", other.provenance, self.provenance)
         if other.d_model != self.d_model:
             raise MismatchError(f"directions of the widths {self.d_model} and {other.d_model}", "one width", "use one model for both")
         first = [other.vectors[other.index(layer), 0] for layer in self.layers] if self.layers else [other.vectors[0, 0]]
@@ -353,6 +353,22 @@ class Directions:
         ]
         made = notebooks.facts({"hook": self.hook, "model": self.provenance.model})
         return notebooks.captioned(repr(self), made, notebooks.table(rows))
+
+
+def warn_of_own_queries(directions: Directions, queries: Sequence[Query]) -> None:
+    """Say so where directions are measured on the very queries that they were made from, which they separate better than others.
+
+    Warns:
+        UserWarning: As said.
+    """
+    known = set(directions.made_from)
+    own = sum(digest(query.text.encode()) in known for query in queries)
+    if own:
+        warnings.warn(
+            f"{own} of the {len(queries)} queries made the directions {directions.method!r}, which part these better than new ones: "
+            "measure them on other queries",
+            stacklevel=3,
+        )
 
 
 _TENSORS = ("vectors", "harmful_mean", "harmless_mean", "spectrum")

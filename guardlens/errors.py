@@ -83,7 +83,7 @@ def as_count(value: object, name: str, error: type[GuardlensError], next_step: s
         >>> gl.errors.as_count(2.5, "draws", gl.errors.NumericsError, "leave it out")
         Traceback (most recent call last):
         guardlens.errors.NumericsError: Found draws=2.5.
-        Expected a whole number from 1 up.
+        Expected a whole number, 1 or more.
         Next: leave it out.
     """
     found = _bare(value)
@@ -92,7 +92,7 @@ def as_count(value: object, name: str, error: type[GuardlensError], next_step: s
     except TypeError:
         number = None
     if number is None or number < least:
-        raise error(f"{name}={value!r}", f"a whole number from {least} up", next_step)
+        raise error(f"{name}={value!r}", f"a whole number, {least} or more", next_step)
     return number
 
 

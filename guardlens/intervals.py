@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from guardlens.errors import NumericsError
+from guardlens.errors import NumericsError, as_count
 
 DRAWS = 10_000
 """Resamples for statistics that are computed for all draws at once."""
@@ -92,7 +92,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
         >>> print(wilson(0, 12))
         0.00 [0.00, 0.24] (n=12)
     """
-    if not 0 <= successes <= n:
+    successes, n = (as_count(count, name, NumericsError, "count items", least=0) for count, name in ((successes, "successes"), (n, "n")))
+    if successes > n:
         raise NumericsError(f"{successes} successes among {n} items", f"a number from 0 to {n}", "count successes among these items only")
     if n == 0:
         return Interval(math.nan, math.nan, math.nan, 0, level)
@@ -113,6 +114,7 @@ def proportion(outcomes: Bool[np.ndarray, "item"], clusters: Shaped[np.ndarray, 
     Returns:
         An `Interval` in [0, 1] whose n counts items; nan where there are none.
     """
+    outcomes = _outcomes(outcomes)
     groups = _group_count(outcomes, clusters)
     if groups == len(outcomes):
         return wilson(int(outcomes.sum()), len(outcomes), level)
@@ -168,6 +170,7 @@ def gap_closed(
 
     Source: evaluation.md section 3.
     """
+    text, image, defended = (_outcomes(arm) for arm in (text, image, defended))
     _require_paired(text, image)
     _require_paired(image, defended)
     undefined = Interval(math.nan, math.nan, math.nan, len(text), level)
@@ -215,6 +218,7 @@ def mcnemar(first: Bool[np.ndarray, "item"], second: Bool[np.ndarray, "item"]) -
         >>> print(mcnemar(np.array([True, True, True, False]), np.array([False, False, False, False])))
         3 : 0 discordant, p = 0.25
     """
+    first, second = _outcomes(first), _outcomes(second)
     _require_paired(first, second)
     b, c = int((first & ~second).sum()), int((second & ~first).sum())
     tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
@@ -281,8 +285,9 @@ def resample_counts(
         change = percentile(auroc(vlm_scores, labels) - auroc(llm_scores, labels), draws, len(labels))
 
     Raises:
-        NumericsError: No items, or as many cluster labels as there are not items.
+        NumericsError: No items or no draws, or as many cluster labels as there are not items.
     """
+    draws = as_count(draws, "draws", NumericsError, "leave it out, or ask for some thousands")
     members = _members(n, clusters)
     groups = int(members.max()) + 1
     return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=draws)[:, members]
@@ -291,12 +296,12 @@ def resample_counts(
 def percentile(value: float, draws: Float[np.ndarray, "draw"], n: int, level: float = 0.95) -> Interval:
     """The interval between the outer percentiles of resampled values.
 
-    nan draws (a resample without one of the classes, a ratio over 0) are dropped; where they are more than 5 %, or the value itself is
-    nan, the bounds are nan.
+    nan draws (a resample without one of the classes, a ratio over 0) are dropped; where they are more than 5 %, where there is no draw, or
+    where the value itself is nan, the bounds are nan.
     """
     _require_level(level)
     kept = draws[~np.isnan(draws)]
-    if math.isnan(value) or len(kept) < 0.95 * len(draws):
+    if math.isnan(value) or not len(kept) or len(kept) < 0.95 * len(draws):
         return Interval(float(value), math.nan, math.nan, n, level)
     low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high), n, level)
@@ -329,6 +334,8 @@ def _members(n: int, clusters: np.ndarray | None) -> Int[np.ndarray, "item"]:
         return np.arange(n)
     if len(clusters) != n:
         raise NumericsError(f"{len(clusters)} cluster labels for {n} items", "one label per item", "select clusters and items alike")
+    if any(cluster != cluster for cluster in clusters):
+        raise NumericsError("a cluster label that is nan", "a label for each item", "give items of no cluster a label of their own")
     return np.unique(clusters, return_inverse=True)[1]
 
 
@@ -338,6 +345,14 @@ def _group_count(outcomes: np.ndarray, clusters: np.ndarray | None) -> int:
 
 def _divided(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     return np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom != 0)
+
+
+def _outcomes(given: np.ndarray) -> Bool[np.ndarray, "item"]:
+    """Yes or no for each item. 0 and 1 say it, too; a missing value doesn't."""
+    values = np.asarray(given)
+    if values.ndim != 1 or not (values.dtype == bool or np.isin(values, (0, 1)).all()):
+        raise NumericsError(f"outcomes of {values.dtype} and shape {values.shape}", "true or false for each item", "drop what is missing")
+    return values.astype(bool)
 
 
 def _require_paired(first: np.ndarray, second: np.ndarray) -> None:

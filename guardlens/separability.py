@@ -7,12 +7,13 @@ the twin on the queries as they are, so there is one implementation. With one cl
 Source: Hanley & McNeil 1982 (AUROC); Fisher 1936; Alain & Bengio 2016, arXiv 1610.01644 (probes); evaluation.md section 5.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from guardlens.errors import NumericsError
+from guardlens.errors import NumericsError, as_count
 
 FLAT = 1e-12
 """Scores whose spread is below this share of their size count as constant (rounding in float64)."""
@@ -37,6 +38,7 @@ def bootstrap_auroc(
 ) -> Float[np.ndarray, "draw"]:
     """AUROC in each resample: one sort for all draws, then the harmless weight below each harmful score."""
     _require_finite("scores", scores)
+    _require_labels(labels, len(scores))
     order = np.argsort(scores, kind="stable")
     starts = np.unique(scores[order], return_index=True)[1]
     harmful = np.add.reduceat(np.where(labels, counts, 0)[:, order], starts, axis=1)
@@ -66,6 +68,7 @@ def bootstrap_d_prime(
 ) -> Float[np.ndarray, "draw"]:
     """d′ in each resample, from weighted sums of the scores and their squares."""
     _require_finite("scores", scores)
+    _require_labels(labels, len(scores))
     scores = np.asarray(scores, np.float64)
     centred = scores - scores.mean()
     harmful, harmless = (_moments(centred[chosen], counts[:, chosen]) for chosen in (labels, ~labels))
@@ -84,6 +87,7 @@ def midpoint_accuracy(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarra
         NumericsError: A score is not finite.
     """
     _require_finite("scores", scores)
+    _require_labels(labels, len(scores))
     return float(((scores > threshold) == labels).mean())
 
 
@@ -168,14 +172,17 @@ def held_out(
     """Indices of training and test queries, fold by fold, stratified by label; no group is on both sides.
 
     Raises:
-        NumericsError: A label occurs in fewer groups than there are folds.
+        NumericsError: A label occurs in fewer groups than there are folds, or there are fewer than two folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
+    folds = as_count(folds, "folds", NumericsError, "leave it out for five", least=2)
+    _require_labels(labels, len(groups))
     fewest = min(len(np.unique(groups[chosen])) for chosen in (labels, ~labels))
     if fewest < folds:
         expected = f"each label in at least {folds} groups, one per fold"
-        raise NumericsError(f"a label that occurs in {fewest} groups", expected, "collect more pairs or ask for fewer folds")
+        found = f"a label that occurs in {fewest} group{'s' if fewest != 1 else ''}"
+        raise NumericsError(found, expected, "collect more pairs, or queries of more clusters")
     return list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups))
 
 
@@ -258,6 +265,9 @@ def bag_of_words_scores(
     scores = np.empty(len(labels))
     for train, test in held_out(labels, groups, folds, seed):
         model = make_pipeline(CountVectorizer(token_pattern=r"\w+"), LogisticRegression(max_iter=1000))
+        if not any(re.search(r"\w", texts[i]) for i in train):
+            scores[test] = 0.0  # texts without words give nothing away
+            continue
         model.fit([texts[i] for i in train], labels[train])
         scores[test] = model.decision_function([texts[i] for i in test])
     return scores
@@ -284,6 +294,7 @@ def _moments(values: np.ndarray, counts: np.ndarray) -> tuple[Float[np.ndarray, 
 
 def _class_difference(states: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> Float[np.ndarray, "draw d_model"]:
     _require_finite("states", states)
+    _require_labels(labels, len(states))
     states = np.asarray(states, np.float64)
     harmful, harmless = (_divided(counts[:, c] @ states[c], counts[:, c].sum(axis=1, keepdims=True)) for c in (labels, ~labels))
     return harmful - harmless
@@ -296,6 +307,13 @@ def _divided(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
 
 def _once(labels: np.ndarray) -> Int[np.ndarray, "1 query"]:
     return np.ones((1, len(labels)), int)
+
+
+def _require_labels(labels: np.ndarray, n: int) -> None:
+    """Refuse labels that numpy would take for indices."""
+    labels = np.asarray(labels)
+    if labels.dtype != bool or labels.shape != (n,):
+        raise NumericsError(f"labels of {labels.dtype} and shape {labels.shape} for {n} queries", "a boolean for each", "say labels == 1")
 
 
 def _require_finite(name: str, values: np.ndarray) -> None:

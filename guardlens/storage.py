@@ -81,6 +81,17 @@ def require_same_model(what: str, of: str, *against: str) -> None:
         )
 
 
+def require_related(what: str, of: Provenance, against: Provenance) -> None:
+    """Refuse a result of one model beside that of another. A VLM and the LLM that was loaded beside it belong together.
+
+    Raises:
+        MismatchError: The fingerprints differ; the models are named.
+    """
+    one, other = ({model.rpartition("@")[2] for model in provenance.models} for provenance in (of, against))
+    if not one & other:
+        require_same_model(what, of.model, *against.models)
+
+
 def digest(*parts: bytes | memoryview) -> str:
     """A short name for these bytes: 12 hexadecimal digits of SHA-256."""
     found = hashlib.sha256()

@@ -51,11 +51,146 @@ def shown(name, hook="resid_post"):
     return dataclasses.replace(activations(planted(), name=name), hook=hook)
 
 
-@pytest.mark.parametrize("swapped", ["blank grey", "noise 1", "own", "blank grey | framed"])
-def test_the_first_run_is_the_one_without_an_image(basis, swapped):
+@pytest.mark.parametrize("name", ["blank grey", "border", "text"])
+def test_the_first_run_is_the_one_without_an_image(basis, name):
+    """As the runs recorded it, whatever the presentation is called."""
+    beside = dataclasses.replace(shown(name), shows_images=True)
     with pytest.raises(errors.MismatchError, match=r"in the LLM's place\.\nExpected the run without an image first\.\nNext: compare\("):
-        gl.compare(shown(swapped), shown("text"), basis)
-    gl.compare(shown(f"{swapped} | without images"), shown(swapped), basis, draws=2)
+        gl.compare(beside, shown("text"), basis)
+    gl.compare(shown(name), beside, basis, draws=2)
+
+
+def test_an_edited_run_is_not_the_llms_but_may_be_a_vlms(basis):
+    plain, edited = shown("text"), dataclasses.replace(shown("blank grey"), plan="add(ssd)")
+    with pytest.raises(errors.MismatchError, match=r"the run 'blank grey' with the plan add\(ssd\) in the LLM's place"):
+        gl.compare(edited, plain, basis, draws=2)
+    gap = gl.compare(plain, [shown("blank grey"), edited], basis, draws=2)
+    assert gap.facts["runs"] == ["LLM, text", "VLM, blank grey", "VLM, blank grey, add(ssd)"]
+
+
+def test_two_runs_of_one_name_are_not_averaged(basis):
+    with pytest.raises(errors.MismatchError, match=r"two runs of the name 'VLM, blank grey'"):
+        gl.compare(shown("text"), [shown("blank grey")] * 2, basis, draws=2)
+    same = shown("text")
+    assert gl.compare(same, same, basis, draws=2).where(metric="auroc", run="VLM, text").columns["change"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda query: dataclasses.replace(query, text="how to wash the hat ?"), "queries"),
+        (lambda query: dataclasses.replace(query, label="harmless" if query.label == "harmful" else "harmful"), "queries"),
+        (lambda query: dataclasses.replace(query, cluster="one"), "queries"),
+    ],
+)
+def test_other_queries_under_the_same_ids(basis, change, what):
+    other = dataclasses.replace(shown("blank grey"), queries=(*QUERIES[:7], *map(change, QUERIES[7:])))
+    with pytest.raises(errors.MismatchError, match=rf"other {what} in the run 'blank grey'[\s\S]*they differ first at query 'q7'"):
+        gl.compare(shown("text"), other, basis, draws=2)
+    with_images = tuple(dataclasses.replace(query, images=("x.png",), source="a file") for query in QUERIES)
+    gl.compare(shown("text"), dataclasses.replace(shown("own"), queries=with_images), basis, draws=2)
+
+
+def test_other_positions(basis):
+    with pytest.raises(errors.MismatchError, match="other positions in the run 'blank grey'"):
+        gl.compare(shown("text"), dataclasses.replace(shown("blank grey"), positions=(-3, -2)), basis, draws=2)
+
+
+def test_the_queries_that_made_the_directions(basis, states):
+    run, other = activations(states[0]), activations(states[0], tuple(dataclasses.replace(q, text=q.text + " please") for q in QUERIES))
+    made = directions.diff_in_means(run)
+    with pytest.warns(UserWarning, match=r"^80 of the 80 queries made the directions 'diff_in_means\(\)'"):
+        gl.compare(run, activations(states[1], name="blank grey"), made, draws=2)
+    gl.compare(other, other, made, draws=2)
+    gl.compare(run, run, directions.random(made), draws=2)
+
+
+class TestModels:
+    """A VLM of `vlm@2` with the LLM `llm@1` beside it."""
+
+    LLM, VLM = Provenance("llm@1"), Provenance("vlm@2", llm="llm@1")
+
+    @pytest.mark.parametrize("made_by", ["llm@1", "vlm@2"])
+    def test_a_vlm_and_its_llm_belong_together(self, basis, made_by):
+        runs = dataclasses.replace(shown("text"), provenance=self.LLM), dataclasses.replace(shown("blank grey"), provenance=self.VLM)
+        gl.compare(*runs, dataclasses.replace(basis, provenance=Provenance(made_by)), draws=2)
+        with pytest.raises(errors.MismatchError, match="of the model other@3"):
+            gl.compare(*runs, dataclasses.replace(basis, provenance=Provenance("other@3")), draws=2)
+
+    def test_runs_of_unrelated_models(self, basis):
+        of_llm = dataclasses.replace(basis, provenance=self.LLM)
+        runs = (dataclasses.replace(shown(name), provenance=whose) for name, whose in (("text", self.LLM), ("own", Provenance("vlm@4"))))
+        with pytest.raises(errors.MismatchError, match=r"the run 'own' of the model vlm@4\.\nExpected those of llm@1"):
+            gl.compare(*runs, of_llm, draws=2)
+
+
+class TestDegenerate:
+    @pytest.fixture
+    def compared(self, basis):
+        def of(text, image, reason):
+            runs = activations(text), activations(image, name="blank grey")
+            if reason is None:
+                return gl.compare(*runs, basis, draws=100)
+            with pytest.warns(UserWarning, match=r"^undefined \(nan\): ") as caught:
+                found = gl.compare(*runs, basis, draws=100)
+            assert len(caught) == 1 and reason in str(caught[0].message)
+            return found
+
+        return of
+
+    def test_constant_states_are_at_chance_and_have_no_distance(self, compared):
+        still = np.ones((N, 2, WIDTH))
+        gap = compared(still, still, "d_prime of 'LLM, text' at the layers [0, 3], as a class has a single query, or neither class spreads")
+        for run in (LLM, VLM):
+            assert value(gap, "auroc", run, 0) == value(gap, "midpoint_accuracy", run, 0) == 0.5
+            assert np.isnan(value(gap, "d_prime", run, 0))
+        assert np.isnan(value(gap, "centroid_cosine", VLM, 0)) and value(gap, "drift_along", VLM, 0) == value(gap, "drift_off", VLM, 0) == 0
+
+    def test_classes_without_spread_lie_infinitely_far_apart(self, compared):
+        apart = np.ones((N, 2, WIDTH))
+        apart[..., 0] = np.where(LABELS[:, None], 1, -1)
+        gap = compared(apart, apart, "neither class spreads along v1")
+        assert np.isnan(value(gap, "d_prime", LLM, 0))
+        for metric in ("auroc", "midpoint_accuracy", "probe", "transfer", "centroid_cosine"):
+            assert value(gap, metric, VLM, 3) == pytest.approx(1)
+
+    def test_states_of_zero_have_no_norm_to_drift_by(self, compared):
+        gap = compared(
+            np.zeros((N, 2, WIDTH)), planted(), "drift_off of 'VLM, blank grey' at the layers [0, 3], as the LLM's states are all"
+        )
+        assert np.isnan(value(gap, "drift_along", VLM, 3)) and value(gap, "auroc", LLM, 3) == 0.5
+
+    def test_ties_count_half(self, compared):
+        rounded = planted().round()
+        gap = compared(rounded, rounded, None)
+        assert value(gap, "auroc", LLM, 3) == pytest.approx(roc_auc_score(LABELS, rounded[:, 1, 0]))
+
+    def test_a_direction_that_is_not_there(self, basis):
+        vectors = basis.vectors.clone()
+        vectors[1] = 0
+        with pytest.raises(errors.NumericsError, match=r"'planted', which are zero at the layers \[3\]"):
+            gl.compare(shown("text"), shown("blank grey"), dataclasses.replace(basis, vectors=vectors), draws=2)
+
+    def test_texts_without_words(self, basis):
+        silent = tuple(dataclasses.replace(query, text="?!" + "." * i) for i, query in enumerate(QUERIES))
+        run = activations(planted(), silent)
+        assert gl.compare(run, run, basis, draws=20).facts["bag_of_words"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("draws", [0, -1, 1.5, True, None, "9"])
+def test_draws_that_are_none(basis, draws, unchecked):
+    with pytest.raises(errors.NumericsError, match=r"Found draws=.*\nExpected a whole number, 1 or more"):
+        gl.compare(shown("text"), shown("blank grey"), basis, draws=draws)
+    assert len(gl.compare(shown("text"), shown("blank grey"), basis, draws=np.int64(2))) == 2 * (5 + 8)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("odd", [None, 5, "text", QUERIES])
+def test_what_is_no_run_and_no_direction(basis, position, odd, unchecked):
+    given = [shown("text"), shown("blank grey"), basis]
+    given[position] = odd
+    with pytest.raises(errors.MismatchError, match="something of type"):
+        gl.compare(*given)
 
 
 def test_directions_and_runs_of_different_hooks(basis):

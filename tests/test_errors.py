@@ -45,7 +45,7 @@ def test_whole_numbers_of_numpy_and_torch_count(three):
 
 @pytest.mark.parametrize("odd", [True, np.True_, 2.5, 3.0, float("nan"), "3", None, [3], -1, 0, np.float64(3)])
 def test_other_counts_are_refused(odd):
-    with pytest.raises(errors.NumericsError, match=r"Found draws=.*\nExpected a whole number from 1 up\.\nNext: leave it out\."):
+    with pytest.raises(errors.NumericsError, match=r"Found draws=.*\nExpected a whole number, 1 or more\.\nNext: leave it out\."):
         errors.as_count(odd, "draws", errors.NumericsError, "leave it out")
 
 

@@ -222,3 +222,57 @@ def test_heavy_libraries_load_lazily(module):
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("draws", [0, -1, 1.5, True, None])
+def test_draws_that_are_none(draws, unchecked):
+    for resampled in (lambda: resample_counts(3, draws=draws), lambda: bootstrap(np.mean, 3, draws=draws)):
+        with pytest.raises(NumericsError, match=r"Found draws=.*\nExpected a whole number, 1 or more"):
+            resampled()
+
+
+@pytest.mark.parametrize(("successes", "n"), [(2.5, 5), (-1, 5), (1, -5), (True, 5), (6, 5), ("2", 5)])
+def test_counts_that_are_none(successes, n, unchecked):
+    with pytest.raises(NumericsError):
+        wilson(successes, n)
+    assert wilson(np.int64(2), np.uint8(5)) == wilson(2, 5)
+
+
+@pytest.mark.parametrize("odd", [[0.5, 1.0], [1.0, float("nan")], ["refused", "answered"], [2, 1], [None, True], [[True], [False]]])
+def test_outcomes_that_are_neither_true_nor_false(odd, unchecked):
+    whole, odd = np.array([True, False]), np.array(odd)
+    for test in (proportion, lambda arm: mcnemar(whole, arm), lambda arm: mcnemar(arm, whole), lambda arm: gap_closed(whole, arm, whole)):
+        with pytest.raises(NumericsError, match="outcomes of"):
+            test(odd)
+    assert mcnemar(np.array([1, 0]), np.array([0.0, 0.0])) == mcnemar(whole, ~whole & whole)
+
+
+@pytest.mark.parametrize("clusters", [np.array([1.0, float("nan"), 2.0]), np.array(["a", float("nan"), "b"], object)])
+def test_clusters_that_are_missing(clusters, unchecked):
+    with pytest.raises(NumericsError, match="a cluster label that is nan"):
+        proportion(np.array([True, False, True]), clusters)
+
+
+def test_nothing_and_a_single_item():
+    none, one = np.zeros(0, bool), np.ones(1, bool)
+    for undefined in (proportion(none), mean_difference(none, none), gap_closed(none, none, none), percentile(0.5, np.zeros(0), 0)):
+        assert np.isnan(undefined.low) and undefined.n == 0
+    assert mcnemar(none, none).p == mcnemar(one, one).p == 1
+    single = stats.binomtest(1, 1).proportion_ci(method="wilson")
+    assert (proportion(one).low, proportion(one).high) == pytest.approx((single.low, single.high))
+    assert mean_difference(one, ~one).value == -1 and gap_closed(~one, one, ~one).value == 1
+
+
+@given(st.data())
+def test_the_order_of_the_items_does_not_matter(data):
+    n = data.draw(st.integers(1, 12))
+    text, image, defended = (np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for _ in range(3))
+    order = np.array(data.draw(st.permutations(range(n))))
+    first, shuffled = mcnemar(image, defended), mcnemar(image[order], defended[order])
+    assert first == shuffled
+    assert first.p == pytest.approx(stats.binomtest(first.b, first.b + first.c).pvalue if first.b + first.c else 1)
+    assert proportion(defended) == proportion(defended[order])
+    closed, again = gap_closed(text, image, defended), gap_closed(text[order], image[order], defended[order])
+    assert closed.value == pytest.approx(again.value, nan_ok=True)
+    if not np.isnan(closed.value):
+        assert closed.value == pytest.approx((image.mean() - defended.mean()) / (image.mean() - text.mean()))

@@ -176,6 +176,26 @@ def test_a_probe_that_sees_its_groups_only_once_is_at_chance_on_group_noise():
     assert probe_accuracy(states, labels, np.arange(200))[0].mean() == 1.0
 
 
+@pytest.mark.parametrize("labels", [[0, 1] * 6, [0.0, 1.0] * 6, ["harmful", "harmless"] * 6, [True, False] * 5])
+def test_labels_that_numpy_would_take_for_indices(labels, unchecked):
+    states, labels = np.random.default_rng(0).normal(size=(12, 3)), np.array(labels)
+    for measure in (
+        lambda: auroc(states[:, 0], labels),
+        lambda: d_prime(states[:, 0], labels),
+        lambda: midpoint_accuracy(states[:, 0], labels, 0.0),
+        lambda: centroid_cosine(states, states, labels),
+        lambda: held_out(labels, np.arange(12), folds=2),
+    ):
+        with pytest.raises(NumericsError, match="labels of"):
+            measure()
+
+
+@pytest.mark.parametrize("folds", [0, 1, 2.0, True, None])
+def test_fewer_than_two_folds(folds, unchecked):
+    with pytest.raises(NumericsError, match="Found folds="):
+        held_out(np.arange(12) % 2 == 0, np.arange(12), folds)
+
+
 def test_too_few_groups_are_said():
     states, labels, _ = two_classes(n=12)
     with pytest.raises(NumericsError) as caught:
