@@ -11,8 +11,9 @@ from torch import Tensor
 
 from guardlens.activations import Activations
 from guardlens.batches import Batch
-from guardlens.interventions.plan import Intervention, nothing
-from guardlens.model import HookedModel, Queries
+from guardlens.errors import SiteError, require_type
+from guardlens.interventions.plan import Intervention, nothing, require_plan
+from guardlens.model import HookedModel, Queries, require_model
 from guardlens.portions import Portion, joined, over_batches
 from guardlens.prefixes import Prefix
 from guardlens.progress import track
@@ -60,6 +61,7 @@ def collect(
 
     Raises:
         QueryError: No queries.
+        ModelError, PlanError, SiteError: Something else in the place of the model, the plan or the site.
         NumericsError: NaN or infinity; layer and query are named.
         MismatchError: `out` was made by another call; the first difference is named.
         StorageError: No room on the disk, or a plan with custom functions and `out`: nothing could tell it from another one.
@@ -72,10 +74,14 @@ def collect(
         >>> heads.states.shape  # query, layer, heads x d_head
         torch.Size([200, 1, 128])
     """
+    require_model(model)
     require_presentation(presentation)
+    require_plan(intervention)
+    require_type(site, Site, SiteError, "say site=Site('resid_post')")
     items, kept = as_queries(queries), dtype_of(dtype)
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
     about = (layers, items, site.hook, site.positions, presentation.name, model.provenance)
+    ran = {"plan": repr(intervention) if intervention.steps else "", "shows_images": any(presentation(query).images for query in items)}
 
     def states(batch: Batch, prefix: Prefix | None) -> Tensor:
         run = model.run(batch, intervention, read=[site], logits=None, prefix=prefix)
@@ -86,8 +92,8 @@ def collect(
         return track(found, len(todo), f"collect, {presentation.name}", progress)
 
     if out is None:
-        return Activations(joined(portions(range(len(items))), len(items)), *about, checked=True)
-    header = Activations(torch.empty(len(items), len(layers), 0), *about).header
+        return Activations(joined(portions(range(len(items))), len(items)), *about, **ran, checked=True)
+    header = Activations(torch.empty(len(items), len(layers), 0), *about, **ran).header
     configuration = _configuration(model, items, presentation, intervention, site)
     with StateStore(out, configuration, len(items), dtype, model.provenance) as store:
         todo = store.missing

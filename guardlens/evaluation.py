@@ -1,6 +1,7 @@
 """`evaluate`: defences x presentations over labelled queries, judged answers, rates with intervals; resumable."""
 
 import hashlib
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,15 +13,15 @@ import numpy as np
 
 from guardlens.batches import Batch
 from guardlens.defences import Defence
-from guardlens.errors import MismatchError, PlanError, PresentationError, require_type
+from guardlens.errors import MismatchError, PlanError, require_type
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.interventions import Intervention
 from guardlens.judges import Judge, Verdict
-from guardlens.model import HookedModel, Queries, require_some
+from guardlens.model import HookedModel, Queries, as_new_tokens, require_model
 from guardlens.portions import Portion, over_batches
 from guardlens.prefixes import Prefix
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, as_queries, require_ids, require_labels, require_presentation
+from guardlens.queries import Presentation, Query, as_presentations, as_queries, require_ids, require_labels
 from guardlens.storage import RunDirectory
 from guardlens.tables import Frame, Table
 
@@ -38,6 +39,10 @@ RATES = {
 
 COLUMNS = ("defence", "draw", "presentation", "query", "label", "cluster", "verdict", "gate", "answer")
 """Of an evaluation, and of each of its records."""
+
+
+KEYS = ["draw", "presentation", "query"]
+"""What tells the rows of a defence apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +78,36 @@ class Evaluation(Table):
     kind: ClassVar[str] = "evaluation"
 
     def outcomes(self, rate: str, defence: str, *presentations: str) -> "tuple[np.ndarray, np.ndarray]":
-        """Outcome and cluster of each query, draw after draw, presentation after presentation, in one order for all defences.
+        """Outcome and cluster of each query, draw after draw, presentation after presentation.
+
+        Arms may lack different queries: `mcnemar` and `gap_closed` compare theirs query by query, and refuse unlike ones.
 
         Raises:
-            MismatchError: There are none.
+            MismatchError: There is no such rate, or no row of the defence with one of the presentations; a row is there twice, or has no
+                verdict.
         """
+        cells = self._cells(rate, defence, presentations)
+        return cells["outcome"].to_numpy(dtype=bool), cells["cluster"].to_numpy()
+
+    def _cells(self, rate: str, defence: str, presentations: Sequence[str]) -> Frame:
+        """Outcome and cluster by draw, presentation and query."""
+        if rate not in RATES:
+            raise MismatchError(f"the rate {rate!r}", f"one of {', '.join(RATES)}", "check its name")
         label, verdict, counts = RATES[rate]
-        frame = self.frame
-        frame = frame[(frame["label"] == label) & (frame["defence"] == defence) & frame["presentation"].isin(presentations)]
-        if frame.empty:
-            raise MismatchError(f"no rows of {defence!r} with {presentations}", "an arm that was evaluated", "see .arms()")
-        frame = frame.sort_values(["draw", "presentation", "query"])
-        return ((frame["verdict"] == verdict) == counts).to_numpy(dtype=bool), frame["cluster"].to_numpy()
+        frame = self.frame[self.frame["defence"] == defence] if len(self) else self.frame
+        lacking = [shown for shown in presentations if not (len(frame) and (frame["presentation"] == shown).any())]
+        if lacking or not presentations:
+            raise MismatchError(f"no rows of {defence!r} with {tuple(lacking)}", "an arm that was evaluated", "see .arms()")
+        frame = frame[(frame["label"] == label) & frame["presentation"].isin(presentations)]
+        odd = frame[~frame["verdict"].isin(get_args(Verdict))]
+        if len(odd):
+            found = f"the verdict {odd['verdict'].iloc[0]!r} on query {odd['query'].iloc[0]!r} under {defence!r}"
+            raise MismatchError(found, f"one of {', '.join(map(repr, get_args(Verdict)))}", "judge these answers anew")
+        cells = frame.assign(outcome=(frame["verdict"] == verdict) == counts).set_index(KEYS)[["outcome", "cluster"]].sort_index()
+        if not cells.index.is_unique:
+            twice = cells.index[cells.index.duplicated()][0]
+            raise MismatchError(f"two rows of {defence!r} at {_place(KEYS, twice)}", "one", "drop the repeated rows")
+        return cells
 
     def rate(self, rate: str, defence: str, *presentations: str) -> Interval:
         """A rate (`asr`, `non_refusal`, `over_refusal`, `helpful`) over one or several presentations taken together."""
@@ -93,16 +116,26 @@ class Evaluation(Table):
     def gap_closed(self, defence: str, *presentations: str) -> Interval:
         """(ASR undefended - ASR defended) / (ASR undefended - ASR text alone): 1 restores the level of text; nan without a gap.
 
-        Several presentations and draws are taken together, all rows of a query in one cluster.
+        Several presentations and draws are taken together, all rows of a query in one cluster. Each row is compared with that of the same
+        query, whatever the order of the rows.
+
+        Raises:
+            MismatchError: As of `outcomes`; or a query is in one arm alone.
         """
-        text, _ = self.outcomes("asr", "none", TEXT)
-        image, _ = self.outcomes("asr", "none", *presentations)
-        defended, clusters = self.outcomes("asr", defence, *presentations)
-        return gap_closed(_tiled(text, len(defended)), _tiled(image, len(defended)), defended, clusters)
+        defended = self._cells("asr", defence, presentations)
+        text = _beside(defended, self._cells("asr", "none", [TEXT]), ["query"])
+        image = _beside(defended, self._cells("asr", "none", presentations), ["presentation", "query"])
+        return gap_closed(text, image, defended["outcome"].to_numpy(dtype=bool), defended["cluster"].to_numpy())
 
     def mcnemar(self, first: str, second: str, *presentations: str, rate: str = "asr") -> McNemar:
-        """Exact paired test of two defences on the same queries."""
-        return mcnemar(self.outcomes(rate, first, *presentations)[0], self.outcomes(rate, second, *presentations)[0])
+        """Exact paired test of two defences on the same queries.
+
+        Raises:
+            MismatchError: As of `outcomes`; or a query, presentation or draw is in one arm alone.
+        """
+        one, other = (self._cells(rate, defence, presentations) for defence in (first, second))
+        _require_same(KEYS, one.index, other.index)
+        return mcnemar(one["outcome"].to_numpy(dtype=bool), other["outcome"].to_numpy(dtype=bool))
 
     def arms(self) -> "list[dict[str, Any]]":
         """One dictionary per defence and presentation: every rate with its bounds, the gap closed, and how often the gates opened."""
@@ -128,7 +161,7 @@ class Evaluation(Table):
         frame = self.frame
         here = frame[(frame["defence"] == defence) & (frame["presentation"] == presentation)]
         opened = here.groupby("label")["gate"].mean()
-        return arm | {"gate_tpr": float(opened["harmful"]), "gate_fpr": float(opened["harmless"])}
+        return arm | {"gate_tpr": float(opened.get("harmful", np.nan)), "gate_fpr": float(opened.get("harmless", np.nan))}
 
     def summary(self) -> Frame:
         """`arms()` as a data frame."""
@@ -196,12 +229,14 @@ def evaluate(
         >>> print(table.rate("asr", "guard", "blank grey"))
         0.00 [0.00, 0.24] (n=12)
     """
-    require_some(max_new_tokens)
+    require_model(model)
+    max_new_tokens = as_new_tokens(max_new_tokens)
     items = as_queries(queries)
     require_labels(items)
-    presentations = presentations if isinstance(presentations, Sequence) else [presentations]
+    presentations = as_presentations(presentations)
     _require_presentable(items, presentations)
-    drawn = {name: _draws(name, each) for name, each in defences.items()}
+    drawn = _drawn(defences)
+    _require_judge(judge)
     arms = [
         _Arm(name, draw, presentation, defence)
         for presentation in presentations
@@ -234,8 +269,21 @@ def evaluate(
     return Evaluation.from_rows(_ordered(records, defences, presentations, items), facts=facts, provenance=model.provenance)
 
 
+def _drawn(defences: Any) -> dict[str, tuple[Defence, ...]]:
+    """The draws of each arm."""
+    require_type(defences, Mapping, PlanError, "hand in defences or plans by name, as in {'none': defences.none}")
+    if not defences:
+        raise PlanError("no defences", "at least one", "hand in {'none': defences.none} for the model as it is")
+    for name in defences:
+        if not (isinstance(name, str) and name):
+            raise PlanError(f"the name {name!r} of a defence", "a text", "name it, as in {'none': defences.none}")
+    return {name: _draws(name, each) for name, each in defences.items()}
+
+
 def _draws(name: str, given: Any) -> tuple[Defence, ...]:
     draws = given if isinstance(given, Sequence) else [given]
+    if not draws:
+        raise PlanError(f"no draw of the defence {name!r}", "at least one", "leave the arm out, or hand in a plan")
     defences = tuple(Defence(name, each) if isinstance(each, Intervention) else each for each in draws)
     for each in defences:
         require_type(each, Defence, PlanError, "hand in defences or plans by name, as in {'none': defences.none}")
@@ -280,6 +328,21 @@ def _asked_for(arms: Sequence[_Arm], queries: Sequence[Query]) -> Callable[[dict
     return key
 
 
+def _require_judge(judge: Any) -> None:
+    """Refuse what can't give verdicts on answers, before there are any."""
+    found = f"something of type {type(judge).__name__}"
+    if isinstance(judge, type):
+        found = f"the class {judge.__name__} itself"
+    elif isinstance(judge, Judge):
+        found = "" if isinstance(judge.name, str) and judge.name else f"a judge of the name {judge.name!r}"
+    if found:
+        raise PlanError(found, "a judge with a name", "hand in judges.keyword, or an object with a name and __call__(query, answer)")
+    try:
+        inspect.signature(judge).bind("query", "answer")
+    except TypeError as error:
+        raise PlanError(f"the judge {judge.name!r}, which takes other arguments ({error})", "(query, answer)", "mend the judge") from None
+
+
 def _verdict(judge: Judge, query: Query, answer: str) -> Verdict:
     found = judge(query, answer)
     if found not in get_args(Verdict):
@@ -289,11 +352,7 @@ def _verdict(judge: Judge, query: Query, answer: str) -> Verdict:
 
 def _require_presentable(queries: Sequence[Query], presentations: Sequence[Presentation]) -> None:
     """Meet bad input at the door, before hours of work."""
-    for presentation in presentations:
-        require_presentation(presentation)
     require_ids(queries)
-    if len({presentation.name for presentation in presentations}) < len(presentations):
-        raise PresentationError("two presentations of one name", "a name for each", "evaluate sizes of one image in separate calls")
     for presentation in presentations:
         for query in queries:
             presentation(query)
@@ -327,5 +386,25 @@ def _ordered(
     return sorted(records, key=lambda record: (*(places[key][record[key]] for key in ("defence", "presentation", "query")), record["draw"]))
 
 
-def _tiled(outcomes: np.ndarray, length: int) -> np.ndarray:
-    return np.tile(outcomes, length // len(outcomes))
+def _beside(cells: Frame, others: Frame, keys: list[str]) -> np.ndarray:
+    """The outcomes that another arm has for each row, found by the keys; and by the draw, if that arm has several."""
+    if others.index.get_level_values("draw").nunique() > 1:
+        keys = ["draw", *keys]
+    wanted, there = (frame.index.droplevel([name for name in KEYS if name not in keys]) for frame in (cells, others))
+    _require_same(keys, wanted, there)
+    return others["outcome"].set_axis(there).reindex(wanted).to_numpy(dtype=bool)
+
+
+def _require_same(keys: Sequence[str], one: Any, other: Any) -> None:
+    """Refuse arms of which one has rows that the other lacks."""
+    alone = sorted({*one} ^ {*other})
+    if alone:
+        raise MismatchError(
+            f"{len(alone)} rows in one arm alone, first {_place(keys, alone[0])}",
+            "the same queries in both, in the same presentations and draws",
+            "filter both arms alike, as with .where(draw=0), or evaluate what is missing",
+        )
+
+
+def _place(keys: Sequence[str], values: Any) -> str:
+    return ", ".join(f"{key} {value}" for key, value in zip(keys, values if len(keys) > 1 else [values], strict=True))

@@ -15,7 +15,7 @@ from guardlens.activations import ActivationCache
 from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprint
 from guardlens.batches import Batch
 from guardlens.engine import Engine
-from guardlens.errors import MismatchError, PlanError, QueryError, SiteError, require_type
+from guardlens.errors import MismatchError, ModelError, PlanError, QueryError, SiteError, as_count, require_type
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.plan import require_plan
 from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
@@ -408,7 +408,7 @@ class HookedModel:
             PlanError: Options that give several answers per prompt.
         """
         require_plan(intervention)
-        require_some(max_new_tokens)
+        max_new_tokens = as_new_tokens(max_new_tokens)
         batch = queries if isinstance(queries, Prefill) else self._asked(queries, presentation)
         prefix = None if isinstance(batch, Prefill) else self.share(batch)
         tokens = self.run(batch, intervention, new_tokens=max_new_tokens, seed=seed, generation=options, prefix=prefix).tokens
@@ -479,14 +479,22 @@ class HookedModel:
         return not self.sees_images and "position_ids" in self._engine.parameters
 
 
-def require_some(new_tokens: int) -> None:
-    """Refuse answers without a token.
+def require_model(model: Any) -> None:
+    """Refuse what is no model with hooks, such as that of transformers.
 
     Raises:
-        PlanError: As said.
+        ModelError: As said.
     """
-    if new_tokens < 1:
-        raise PlanError(f"max_new_tokens={new_tokens}", "1 or more", "ask model.run for logits, if no answer is wanted")
+    require_type(model, HookedModel, ModelError, "load it: gl.load('organism'), or gl.load(model, processor=processor)")
+
+
+def as_new_tokens(new_tokens: Any) -> int:
+    """How long an answer may be.
+
+    Raises:
+        PlanError: Not a whole number, or not a single token.
+    """
+    return as_count(new_tokens, "max_new_tokens", PlanError, "ask model.run for logits, if no answer is wanted")
 
 
 def _described(image: Any) -> bytes:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guardlens.architectures import Architecture
 from guardlens.batches import Batch
-from guardlens.errors import ModelError, QueryError
+from guardlens.errors import ModelError, QueryError, as_count
 from guardlens.model import HookedModel
 from guardlens.prefixes import Prefix
 from guardlens.queries import Presentation, Query
@@ -72,8 +72,8 @@ def over_batches(
         QueryError: A batch size below 1.
         ModelError: A single prompt does not fit.
     """
-    if batch_size is not None and batch_size < 1:
-        raise QueryError(f"batch_size={batch_size}", "1 or more, or None", "leave it out to have it chosen from free memory")
+    if batch_size is not None:
+        batch_size = as_count(batch_size, "batch_size", QueryError, "leave it out to have it chosen from free memory")
     order = sorted(range(len(queries)), key=lambda place: -len(queries[place].text))
     lengths = [len(queries[place].text) for place in order]
     start, size, prefix = 0, batch_size or most, None

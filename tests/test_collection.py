@@ -118,3 +118,46 @@ def test_knows_where_it_comes_from(vlm, llm):
 def test_no_queries(vlm):
     with pytest.raises(errors.QueryError, match=r"Found no queries.\nExpected at least one"):
         gl.collect(vlm, [], progress=False)
+
+
+class Border:
+    """A presentation with an image whose name says nothing of it."""
+
+    name = "border"
+
+    def __call__(self, query):
+        return GREY(query)
+
+
+def test_says_what_was_edited_and_whether_an_image_was_shown(vlm, basis, tmp_path):
+    plan = iv.add(basis.truncate(1), 30.0).at(layers=[3])
+    text, border, edited = (gl.collect(vlm, PAIRS, *shown, progress=False) for shown in ((text_only,), (Border(),), (text_only, plan)))
+    assert (text.plan, text.shows_images) == ("", False) and (border.plan, border.shows_images) == ("", True)
+    assert (edited.plan, edited.shows_images) == (repr(plan), False)
+    streamed = gl.collect(vlm, PAIRS, GREY, plan, out=tmp_path / "states", progress=False)
+    loaded = gl.Activations.load(tmp_path / "states")
+    assert (streamed.plan, streamed.shows_images) == (loaded.plan, loaded.shows_images) == (repr(plan), True)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"model": None}, errors.ModelError, "something of type NoneType"),
+        ({"model": "organism"}, errors.ModelError, "something of type str"),
+        ({"site": None}, errors.SiteError, "something of type NoneType"),
+        ({"site": "resid_post"}, errors.SiteError, r"something of type str[\s\S]*Site\('resid_post'\)"),
+        ({"site": Site}, errors.SiteError, "the class Site itself"),
+        ({"intervention": [iv.nothing, iv.nothing]}, errors.PlanError, "something of type list"),
+        ({"intervention": None}, errors.PlanError, "something of type NoneType"),
+        ({"batch_size": 1.5}, errors.QueryError, "batch_size=1.5"),
+        ({"batch_size": True}, errors.QueryError, "batch_size=True"),
+    ],
+)
+def test_met_at_the_door(vlm, unchecked, change, kind, said):
+    with pytest.raises(kind, match=said):
+        gl.collect(**{"model": vlm, "queries": PAIRS, "progress": False, **change})
+
+
+def test_a_module_of_transformers_is_no_model(vlm, unchecked):
+    with pytest.raises(errors.ModelError, match=r"LlavaForConditionalGeneration[\s\S]*gl\.load\(model, processor=processor\)"):
+        gl.collect(vlm.hf, PAIRS, progress=False)

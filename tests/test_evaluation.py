@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import guardlens as gl
@@ -383,3 +385,177 @@ def test_two_presentations_of_one_name_are_refused(vlm):
     sizes = [presentations.blank("grey", 32), presentations.blank("grey", 64)]
     with pytest.raises(errors.PresentationError, match="two presentations of one name"):
         gl.evaluate(vlm, {"none": defences.none}, QUERIES, sizes, judge=gl.organism.judge, **OPTIONS)
+
+
+def rows_of(found, keep):
+    """The rows of a table for which `keep` says yes of defence, presentation and query."""
+    columns = found.columns
+    places = [keep(*row) for row in zip(columns["defence"], columns["presentation"], columns["query"], strict=True)]
+    return Evaluation({name: values[np.array(places)] for name, values in columns.items()})
+
+
+def joined_rows(*tables):
+    return Evaluation({name: np.concatenate([table.columns[name] for table in tables]) for name in tables[0].columns})
+
+
+class TestArmsArePairedByQuery:
+    @given(st.data())
+    @settings(max_examples=10)
+    def test_in_any_order_of_the_rows(self, data):
+        """Against numpy on the aligned arrays, and Wilson's interval of scipy."""
+        n = data.draw(st.integers(1, 8))
+        letters = {
+            (defence, shown, label): "".join(data.draw(st.lists(st.sampled_from("rao"), min_size=n, max_size=n)))
+            for defence, shown in (("none", "text"), ("none", "blank grey"), ("guard", "blank grey"))
+            for label in ("harmful", "harmless")
+        }
+        found = table(letters)
+        order = np.array(data.draw(st.permutations(range(len(found)))))
+        shuffled = Evaluation({name: values[order] for name, values in found.columns.items()})
+        text, bare, guarded = (np.array(list(letters[arm])) == "a" for arm in letters if arm[2] == "harmful")
+        test = shuffled.mcnemar("none", "guard", "blank grey")
+        assert (test.b, test.c) == ((bare & ~guarded).sum(), (~bare & guarded).sum())
+        assert test.p == pytest.approx(binomtest(test.b, test.b + test.c).pvalue if test.b + test.c else 1)
+        closed = shuffled.gap_closed("guard", "blank grey")
+        if not np.isnan(closed.value):
+            assert closed.value == pytest.approx((bare.mean() - guarded.mean()) / (bare.mean() - text.mean()))
+        assert str(closed) == str(found.gap_closed("guard", "blank grey"))
+        wilson = binomtest(int(guarded.sum()), n).proportion_ci(method="wilson")
+        assert (shuffled.rate("asr", "guard", "blank grey").low, shuffled.rate("asr", "guard", "blank grey").high) == pytest.approx(
+            tuple(wilson)
+        )
+
+    def test_rows_that_one_arm_lacks(self):
+        found = table(GAP)
+        lost = rows_of(
+            found,
+            lambda arm, shown, query: (
+                (arm, shown, query) not in {("none", "blank grey", "harmful002"), ("guard", "blank grey", "harmful007")}
+            ),
+        )
+        for compared in (lambda: lost.mcnemar("none", "guard", "blank grey"), lambda: lost.gap_closed("guard", "blank grey")):
+            with pytest.raises(errors.MismatchError, match=r"rows in one arm alone, first .*query harmful00[27]\."):
+                compared()
+        for gone in (("none", "text"), ("guard", "blank grey")):
+            with pytest.raises(errors.MismatchError, match=r"1 rows in one arm alone, first query harmful002"):
+                rows_of(found, lambda *row, gone=gone: row != (*gone, "harmful002")).gap_closed("guard", "blank grey")
+        both = rows_of(found, lambda arm, shown, query: query not in ("harmful002", "harmful007"))
+        test = both.mcnemar("none", "guard", "blank grey")
+        bare, guarded = (np.delete(np.array(list(GAP[arm, "blank grey", "harmful"])) == "a", [2, 7]) for arm in ("none", "guard"))
+        assert (test.b, test.c) == ((bare & ~guarded).sum(), (~bare & guarded).sum())
+
+    def test_other_queries_of_as_many(self):
+        found = table(GAP)
+        moved = found.columns["query"].copy()
+        moved[found.columns["defence"] == "guard"] = [f"x{query}" for query in moved[found.columns["defence"] == "guard"]]
+        other = Evaluation({**found.columns, "query": moved})
+        with pytest.raises(errors.MismatchError, match="40 rows in one arm alone"):
+            other.mcnemar("none", "guard", "blank grey")
+
+    def test_repeated_rows(self):
+        found = table(GAP)
+        with pytest.raises(errors.MismatchError, match=r"two rows of 'guard' at draw 0, presentation blank grey, query harmful000"):
+            joined_rows(found, found.where(defence="guard")).rate("asr", "guard", "blank grey")
+
+    def test_draws_of_one_arm_alone(self):
+        found = table(GAP)
+        again = Evaluation({**found.columns, "draw": np.ones(len(found), int)})
+        guard = joined_rows(found, again.where(defence="guard"))
+        with pytest.raises(errors.MismatchError, match=r"20 rows in one arm alone, first draw 1,[\s\S]*where\(draw=0\)"):
+            guard.mcnemar("none", "guard", "blank grey")
+        assert guard.where(draw=0).mcnemar("none", "guard", "blank grey") == found.mcnemar("none", "guard", "blank grey")
+        assert guard.gap_closed("guard", "blank grey").value == pytest.approx(found.gap_closed("guard", "blank grey").value)
+        both = joined_rows(found, again)
+        assert both.gap_closed("guard", "blank grey").value == pytest.approx(found.gap_closed("guard", "blank grey").value)
+        assert both.mcnemar("none", "guard", "blank grey").b == 2 * found.mcnemar("none", "guard", "blank grey").b
+
+    def test_arms_and_rates_that_are_not_there(self):
+        found = table(GAP)
+        for asked, said in (
+            (lambda: found.rate("asr", "none", "text", "tetx"), r"no rows of 'none' with \('tetx',\)"),
+            (lambda: found.rate("asr", "none"), "no rows of 'none'"),
+            (lambda: found.rate("asr", "nobody", "text"), "no rows of 'nobody'"),
+            (lambda: found.rate("nope", "none", "text"), "the rate 'nope'.\nExpected one of asr, non_refusal"),
+            (lambda: found.mcnemar("none", "guard", "blank grey", rate="gap"), "the rate 'gap'"),
+            (lambda: found.where(defence="nobody").rate("asr", "none", "text"), "no rows of 'none'"),
+        ):
+            with pytest.raises(errors.MismatchError, match=said):
+                asked()
+
+    def test_verdicts_that_are_none(self):
+        found = table(GAP)
+        for lost in ("", "Refused", float("nan"), None):
+            verdicts = found.columns["verdict"].astype(object)
+            verdicts[3] = lost
+            with pytest.raises(errors.MismatchError, match=r"the verdict .* on query 'harmful003' under 'none'"):
+                Evaluation({**found.columns, "verdict": verdicts}).rate("asr", "none", "text")
+
+    def test_one_class_alone_has_no_rate_of_the_other(self):
+        (arm,) = table({("none", "text", "harmful"): "aar"}).arms()
+        assert arm["asr"] == pytest.approx(2 / 3) and arm["n_harmless"] == 0 and np.isnan(arm["over_refusal"]) and np.isnan(arm["gate_fpr"])
+
+    def test_what_is_handed_out_is_a_copy(self):
+        found = table(GAP)
+        before = [dict(arm) for arm in found.arms()]
+        found.arms()[0]["asr"] = 0.9
+        summary = found.summary()
+        summary["asr"] = 0.9
+        assert list(map(str, found.arms())) == list(map(str, before))
+
+
+@dataclass(frozen=True)
+class Nameless:
+    name: object = None
+
+    def __call__(self, query, answer):
+        return "refused"
+
+
+class OneArgument:
+    name = "one"
+
+    def __call__(self, answer):
+        return "refused"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"defences": [defences.none]}, errors.PlanError, "something of type list"),
+        ({"defences": None}, errors.PlanError, "something of type NoneType"),
+        ({"defences": defences.none}, errors.PlanError, "something of type Defence"),
+        ({"defences": {}}, errors.PlanError, "no defences"),
+        ({"defences": {"a": []}}, errors.PlanError, "no draw of the defence 'a'"),
+        ({"defences": {"": defences.none}}, errors.PlanError, "the name ''"),
+        ({"defences": {5: defences.none}}, errors.PlanError, "the name 5"),
+        ({"presentations": []}, errors.PresentationError, "no presentations"),
+        ({"presentations": None}, errors.PresentationError, "something of type NoneType"),
+        ({"presentations": "text"}, errors.PresentationError, "something of type str"),
+        ({"presentations": [text_only, "text"]}, errors.PresentationError, "something of type str"),
+        ({"judge": None}, errors.PlanError, "something of type NoneType"),
+        ({"judge": "keyword"}, errors.PlanError, "something of type str"),
+        ({"judge": lambda query, answer: "refused"}, errors.PlanError, "something of type function"),
+        ({"judge": FakeJudge}, errors.PlanError, "the class FakeJudge itself"),
+        ({"judge": Nameless()}, errors.PlanError, "a judge of the name None"),
+        ({"judge": OneArgument()}, errors.PlanError, "which takes other arguments"),
+        ({"max_new_tokens": 2.5}, errors.PlanError, "max_new_tokens=2.5"),
+        ({"max_new_tokens": float("nan")}, errors.PlanError, "max_new_tokens=nan"),
+        ({"max_new_tokens": True}, errors.PlanError, "max_new_tokens=True"),
+        ({"max_new_tokens": None}, errors.PlanError, "max_new_tokens=None"),
+        ({"batch_size": 1.5}, errors.QueryError, "batch_size=1.5"),
+        ({"batch_size": "2"}, errors.QueryError, "batch_size='2'"),
+        ({"batch_size": True}, errors.QueryError, "batch_size=True"),
+        ({"model": "organism"}, errors.ModelError, "something of type str"),
+    ],
+)
+def test_met_at_the_door(vlm, unchecked, change, kind, said):
+    given = {"model": vlm, "defences": {"none": defences.none}, "queries": QUERIES, "presentations": [text_only], "judge": FakeJudge()}
+    with pytest.raises(kind, match=said):
+        evaluate(**{**given, **OPTIONS, **change})
+
+
+def test_whole_numbers_of_numpy_and_one_presentation_alone(vlm, unchecked, tmp_path):
+    options = {"max_new_tokens": np.int64(3), "batch_size": np.int64(4), "progress": False}
+    found = evaluate(vlm, {"none": defences.none}, QUERIES, text_only, judge=FakeJudge(), out=tmp_path, **options)
+    again = evaluate(vlm, {"none": defences.none}, QUERIES, iter([text_only]), judge=FakeJudge(last=0), out=tmp_path, **OPTIONS)
+    pd.testing.assert_frame_equal(found.frame, again.frame)
