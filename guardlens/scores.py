@@ -1,5 +1,6 @@
 """One number per query: from the logits at the prompt's last token, or at every token of an answer. Never aggregated here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from guardlens.errors import ModelError
+from guardlens.errors import ModelError, PlanError, as_count, require_type
 
 
 @runtime_checkable
@@ -80,6 +81,9 @@ class RefusalLogOdds:
     Attributes:
         starts: Openings of refusals; those whose first token is unknown to the tokenizer are left out.
 
+    Raises:
+        PlanError: Openings that are no texts.
+
     Source: Arditi et al. 2024 (arXiv 2406.11717).
 
     Examples:
@@ -92,14 +96,21 @@ class RefusalLogOdds:
     name: str = "refusal_logodds"
     unit: str = "refusal log-odds (nats)"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.starts, str) or not isinstance(self.starts, Sequence) or not self.starts:
+            raise PlanError(f"the openings {self.starts!r}", "texts in a tuple", "say RefusalLogOdds(('Sorry', 'I cannot'))")
+        object.__setattr__(self, "starts", tuple(self.starts))
+        for start in self.starts:
+            require_type(start, str, PlanError, "name the openings as texts")
+
     def token_ids(self, tokenizer: Any) -> list[int]:
         """The first tokens of the openings.
 
         Raises:
             ModelError: The tokenizer knows none of them.
         """
-        firsts = {tokenizer(start, add_special_tokens=False)["input_ids"][0] for start in self.starts}
-        known = sorted(firsts - {tokenizer.unk_token_id})
+        ids = [tokenizer(start, add_special_tokens=False)["input_ids"] for start in self.starts]
+        known = sorted({tokens[0] for tokens in ids if tokens} - {tokenizer.unk_token_id})
         if not known:
             raise ModelError(
                 "a tokenizer that knows none of the openings of a refusal", "at least one", "pass RefusalLogOdds(('...',)) of its language"
@@ -141,6 +152,9 @@ class AnswerLogProb:
     Attributes:
         text: The answer, as it follows the chat template's generation prompt.
 
+    Raises:
+        PlanError: What is no text.
+
     Examples:
         >>> refusal = scores.AnswerLogProb("sorry , i can not")
         >>> effect = gl.sweep(model, guard, queries, grey, scores=[refusal])
@@ -150,6 +164,9 @@ class AnswerLogProb:
 
     text: str
     name: str = "answer_logprob"
+
+    def __post_init__(self) -> None:
+        require_type(self.text, str, PlanError, "say AnswerLogProb('I am sorry')")
 
     @property
     def unit(self) -> str:
@@ -184,6 +201,9 @@ class AnswerKL:
     Attributes:
         tokens: How long the answers are at most.
 
+    Raises:
+        PlanError: A length below 1, or no whole number.
+
     Examples:
         >>> effect = gl.sweep(model, guard, queries, grey, scores=[scores.AnswerKL(tokens=4)])
         >>> bool((effect.columns["value"] > -1e-5).all())  # nats, up to rounding
@@ -193,6 +213,9 @@ class AnswerKL:
     tokens: int = 16
     name: str = "answer_kl"
     unit: str = "KL divergence along the answer (nats/token)"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", as_count(self.tokens, "tokens", PlanError, "say AnswerKL(tokens=16)"))
 
     def answer(self, model: Any, kept: Any) -> Answer:
         """What the unedited model says, its end included."""

@@ -12,6 +12,9 @@ from guardlens.errors import MismatchError, SiteError, as_count
 Positions = str | tuple[int | None, int | None]
 """One of `POSITIONS`, or `(start, stop)`: a slice of the prompt's real tokens, counted from either end."""
 
+Layers = SupportsIndex | Iterable[SupportsIndex]
+"""One layer or several, counted from 0: numbers, a range, an array, a column of a data frame."""
+
 POSITIONS = ("last", "all", "image", "instruction", "post_instruction")
 
 
@@ -160,7 +163,7 @@ class Site:
         return tuple(Point(self.hook, layer) for layer in layers)
 
 
-def as_layers(layers: SupportsIndex | Iterable[SupportsIndex] | None) -> tuple[int, ...] | None:
+def as_layers(layers: Layers | None) -> tuple[int, ...] | None:
     """One layer, several or None as a sorted tuple without repeats, or None. Layers may come out of an array or a data frame.
 
     Raises:
@@ -171,7 +174,8 @@ def as_layers(layers: SupportsIndex | Iterable[SupportsIndex] | None) -> tuple[i
     if isinstance(layers, str | bytes | Mapping):
         raise SiteError(f"layers={layers!r}", "one layer, or several", "say layers=5 or layers=[5, 6]")
     several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0  # an array without an axis is one layer
-    found = tuple(sorted({as_layer(layer) for layer in (layers if several else [layers])}))
+    given: Any = layers if several else [layers]
+    found = tuple(sorted({as_layer(layer) for layer in given}))
     if not found:
         raise SiteError("no layers", "one at least", "name some, or leave layers out for all of them")
     return found

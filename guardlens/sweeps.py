@@ -1,6 +1,6 @@
 """`sweep`: plans at every layer and strength, scored for every query, with a placebo of equal norm beside them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.batches import Batch
-from guardlens.errors import MismatchError, PlanError, require_type
+from guardlens.errors import MismatchError, NumericsError, PlanError, as_count, as_number, require_type, type_of
 from guardlens.intervals import percentile, resample_counts
 from guardlens.interventions.plan import Intervention, require_plan
 from guardlens.keeping import Kept, over_prompts, shown
@@ -23,6 +23,7 @@ from guardlens.progress import track
 from guardlens.queries import Presentation, Query, require_ids, text_only
 from guardlens.runs import Run
 from guardlens.scores import AnswerScore, Score, kl, refusal_logodds
+from guardlens.sites import Layers, as_layers
 from guardlens.tables import Frame, Table
 
 AnyScore = Score | AnswerScore
@@ -61,11 +62,16 @@ class Sweep(Table):
         """Mean change of each cell for each label, placebo draws taken together, with a 95 % interval.
 
         The interval resamples clusters of queries (a pair, or the query itself, where no cluster is known), the same in every cell.
+
+        Raises:
+            MismatchError: No rows.
         """
         return self._summary
 
     @cached_property
     def _summary(self) -> Frame:
+        if not len(self):
+            raise MismatchError("a sweep without rows", "one at least", "select rows that are there, as in .where(score='kl')")
         frame = self.frame.assign(arm=self.frame["arm"].str.split().str[0], change=self.frame["value"] - self.frame["base"])
         asked = {label: part.drop_duplicates("query") for label, part in frame.groupby("label", sort=False)}
         resampled = {label: resample_counts(len(part), part["cluster"].to_numpy()) for label, part in asked.items()}
@@ -91,7 +97,9 @@ class Sweep(Table):
 
         Raises:
             MismatchError: The sweep has no refusal log-odds, no labels, fewer single layers, or several plans and none was named.
+            NumericsError: A layer's log-odds are nan.
         """
+        k = as_count(k, "k", MismatchError, "ask for one layer or more, as in best(2)")
         frame, plans = self.frame, sorted(map(str, set(self.columns["plan"])))
         if plan not in plans if plan else len(plans) > 1:
             raise MismatchError(f"the plan {plan!r}" if plan else "several plans", f"one of {plans}", "say best(k, plan=...)")
@@ -105,15 +113,32 @@ class Sweep(Table):
             )
         change = (frame["value"] - frame["base"]).groupby([frame["layer"], frame["strength"], frame["label"]]).mean().unstack()
         merit = (change["harmful"] - change["harmless"].clip(lower=0)).groupby(level="layer").mean()
+        if merit.isna().any():
+            raise NumericsError(
+                f"log-odds that are nan at the layers {[int(layer) for layer in merit.index[merit.isna()]]}",
+                "numbers for both labels at each layer and strength",
+                "sweep all layers at the same strengths, with a score that is finite",
+            )
         ranked = sorted(merit.index, key=lambda layer: (merit[layer], layer), reverse=True)
         return tuple(sorted(int(layer) for layer in ranked[:k]))
 
     def plot(self, score: str | None = None, ax: Any = None) -> Any:
-        """Heat maps of the mean change, layer x strength, one per plan, arm and label."""
+        """Heat maps of the mean change, layer x strength, one per plan, arm and label.
+
+        Args:
+            score: Its name; the first one without it.
+            ax: Where to draw, one axes per map; a new figure without it.
+
+        Raises:
+            MismatchError: No rows, or none of this score.
+        """
         from guardlens import plots
 
         summary = self.summary()
         score = score or str(summary["score"].iloc[0])
+        known = list(dict.fromkeys(summary["score"]))
+        if score not in known:
+            raise MismatchError(f"the score {score!r}", f"one of {known}", "name a score that was swept")
         summary = summary[summary["score"] == score]
         several = summary["plan"].nunique() > 1
         names = summary["plan"] + ", " + summary["arm"] if several else summary["arm"].replace("edit", str(summary["plan"].iloc[0]))
@@ -132,8 +157,8 @@ def sweep(
     presentation: Presentation = text_only,
     *,
     scores: Sequence[AnyScore] = (refusal_logodds, kl),
-    strengths: Sequence[float] = (1.0,),
-    layers: int | Sequence[int | Sequence[int]] | None = None,
+    strengths: float | Iterable[float] = (1.0,),
+    layers: Layers | Iterable[Layers] | None = None,
     placebos: int = 1,
     batch_size: int | None = None,
     progress: bool = True,
@@ -156,7 +181,9 @@ def sweep(
         progress: Show a bar.
 
     Raises:
-        PlanError: A plan has no free layer.
+        PlanError: A plan has no free layer, or plans, scores, strengths or placebos are none, or scores don't give one number per query.
+        SiteError: Layers that are none, or that the model has not.
+        NumericsError: A score that is nan or infinite; plan and query are named.
         QueryError: No queries.
 
     Examples:
@@ -169,18 +196,21 @@ def sweep(
     items, presentation = shown(queries, presentation)
     require_told_apart(items, scores)
     named = dict(plans) if isinstance(plans, Mapping) else {"edit": plans}
-    for plan in named.values():
+    for name, plan in named.items():
+        require_type(name, str, PlanError, "name each plan by a text")
         require_plan(plan)
     bound = next((name for name, plan in named.items() if not plan.free), None)
     if bound is not None:
         raise PlanError(
             f"the plan {bound!r}, whose layers are all set", "a step without layers, for the sweep to move", "leave .at(layers=...) out"
         )
-    wanted = range(model.cfg.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers
-    groups = [(group,) if isinstance(group, int) else tuple(group) for group in wanted]
+    groups = _groups(range(model.cfg.n_layers) if layers is None else layers)
+    strengths = [as_number(each, "strength", PlanError, "say strengths=[0.5, 1.0]") for each in _several(strengths)]
+    placebos = as_count(placebos, "placebos", PlanError, "say placebos=0 for none", least=0)
     grid = _grid(named, groups, strengths, placebos)
     if not grid:
-        raise PlanError(f"{len(groups)} layers and the strengths {list(strengths)}", "a cell at least; strength 0 is none", "name some")
+        found = f"{len(named)} plans, {len(groups)} layers and the strengths {strengths}"
+        raise PlanError(found, "a cell at least; strength 0 is none", "name some")
     ran: set[str] = set()
     title = f"sweep, {len(grid)} cells, {presentation.name}"
     prompts = queries if isinstance(queries, Kept) else items
@@ -198,16 +228,37 @@ def sweep(
 
 
 def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> None:
-    """Refuse queries of one id and scores of one name, which a table would take for one.
+    """Refuse queries of one id and scores of one name, which a table would take for one; and what are no scores.
 
     Raises:
         QueryError, PlanError: As said.
     """
     require_ids(queries)
+    if isinstance(scores, Score) or not isinstance(scores, Sequence) or not scores:
+        raise PlanError(repr(scores) if scores == [] else type_of(scores), "scores in a list", "say scores=[scores.kl]")
     for score in scores:
+        if isinstance(score, type):
+            raise PlanError(type_of(score), "a score", f"make one of it: {score.__name__}()")
         require_type(score, Score, PlanError, "hand in scores such as [scores.kl, scores.AnswerKL()]")
+        require_type(score.name, str, PlanError, "name each score by a text")
     if len({score.name for score in scores}) < len(scores):
         raise PlanError("two scores of one name", "a name for each", "say scores.AnswerLogProb(text, name=...)")
+
+
+def _several(given: Any) -> list[Any]:
+    """What was given, one or several, as a list. An array without an axis is one."""
+    single = isinstance(given, str | Mapping) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
+    return [given] if single else list(given)
+
+
+def _groups(layers: Any) -> list[tuple[int, ...]]:
+    """Layers, or groups of layers that are edited together, each once.
+
+    Raises:
+        SiteError: A group that is none.
+    """
+    groups = [as_layers(group if isinstance(group, Iterable) else [group]) for group in _several(layers)]
+    return list(dict.fromkeys(group for group in groups if group is not None))
 
 
 def _grid(
@@ -241,17 +292,55 @@ def scored(
     if of_next:
         base = kept.logits
         runs = chain(_lanes(model, kept, plans, ran), [base], (_only(other.run(batch)).to(base.device) for other, batch in others))
-        each = torch.stack([torch.stack([score(run.clone(), base.clone(), model.tokenizer) for score in of_next]) for run in runs], dim=1)
+        asked = [[_checked(score, score(run.clone(), base.clone(), model.tokenizer), len(kept)) for score in of_next] for run in runs]
+        each = torch.stack([torch.stack(values) for values in asked], dim=1)
         found = {id(score): values for score, values in zip(of_next, each, strict=True)}
     for score in scores:
         if isinstance(score, AnswerScore):
             answer = score.answer(model, kept)
-            asked = [(model, kept), *((other, other.prefill(batch)) for other, batch in others)]
-            prompts, *beside = [(giver, prefill.answering(answer.tokens)) for giver, prefill in asked]
+            givers = [(model, kept), *((other, other.prefill(batch)) for other, batch in others)]
+            prompts, *beside = [(giver, prefill.answering(answer.tokens)) for giver, prefill in givers]
             base, *rest = [_only(giver.run(prefill, logits="answer")).to(kept.logits.device) for giver, prefill in (prompts, *beside)]
             runs = chain(_lanes(*prompts, plans, ran), [base], rest)
-            found[id(score)] = torch.stack([score(run, base, answer) for run in runs])
-    return torch.stack([found[id(score)] for score in scores]).double().cpu()
+            found[id(score)] = torch.stack([_checked(score, score(run.clone(), base.clone(), answer), len(kept)) for run in runs])
+    values = torch.stack([found[id(score)] for score in scores]).double().cpu()
+    _require_finite(values, scores, plans, kept.batch)
+    return values
+
+
+def _checked(score: AnyScore, values: Any, queries: int) -> Float[Tensor, "query"]:
+    """What a score gave, as floating-point numbers.
+
+    Raises:
+        PlanError: Other than one number per query.
+    """
+    if not isinstance(values, Tensor) or values.shape != (queries,) or values.is_complex():
+        made = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type_of(values)
+        raise PlanError(
+            f"{made} from the score {score.name!r}",
+            f"a tensor of one number per query, of shape ({queries},)",
+            "score each row of the logits",
+        )
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _require_finite(
+    values: Float[Tensor, "score run query"], scores: Sequence[AnyScore], plans: Sequence[Intervention], batch: Batch
+) -> None:
+    """Refuse scores that are nan or infinite.
+
+    Raises:
+        NumericsError: Score, query and plan are named.
+    """
+    if values.isfinite().all():
+        return
+    score, run, query = (~values.isfinite()).nonzero()[0].tolist()
+    under = repr(plans[run]) if run < len(plans) else "a run without a plan"
+    raise NumericsError(
+        f"{values[score, run, query].item()} as the score {scores[score].name!r} of query {batch.queries[query].id!r} under {under}",
+        "a finite number for each query",
+        "leave this query or score out, or mend the score",
+    )
 
 
 def _lanes(model: HookedModel, kept: Prefill, plans: Sequence[Intervention], ran: set[str]) -> Iterator[Float[Tensor, "query ..."]]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import import_module
 from io import BytesIO
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -100,13 +101,14 @@ class Table:
         """The rows whose columns have these values.
 
         Raises:
-            MismatchError: There is no such column.
+            MismatchError: There is no such column, or a number is asked of a column of texts or the other way round.
         """
         unknown = set(equal) - set(self.columns)
         if unknown:
             raise MismatchError(f"the column {sorted(unknown)[0]!r}", f"one of {list(self.columns)}", "check its name")
         keep = np.ones(len(self), dtype=bool)
         for name, value in equal.items():
+            _require_comparable(name, self.columns[name], value)
             keep &= self.columns[name] == value
         return type(self)({name: values[keep] for name, values in self.columns.items()}, self.facts, self.provenance)
 
@@ -153,6 +155,21 @@ class Table:
 
     def _repr_html_(self) -> str:
         return captioned(repr(self), first_rows(self.frame))
+
+
+def _require_comparable(name: str, column: np.ndarray, value: Any) -> None:
+    """Refuse a value that no row of a column can equal, such as '5' in one of numbers.
+
+    Raises:
+        MismatchError: As said.
+    """
+    texts = column.dtype.kind == "U" or (column.dtype.kind == "O" and all(isinstance(each, str) for each in column))
+    fits = isinstance(value, str) if texts else isinstance(value, Real | np.generic) and not isinstance(value, str)
+    if len(column) and not fits:
+        held = column[0].item() if isinstance(column[0], np.generic) else column[0]
+        raise MismatchError(
+            f"{name}={value!r}", f"one {'text' if texts else 'number'}, as in {name}={held!r}", "ask for a value of its kind"
+        )
 
 
 def _csv(path: str | Path) -> Path:

@@ -8,11 +8,13 @@ import pytest
 
 SETUP = """
 import dataclasses, json, sys
+from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
 import guardlens as gl
 from guardlens import Intervention, Site, defences, directions, gates, presentations, scores
 from guardlens import interventions as iv
 from guardlens.interventions import edits, Affine, Step
+from guardlens.sweeps import Sweep
 
 def of(layers):
     means = torch.zeros(2, 3, 4)
@@ -25,6 +27,16 @@ none = torch.zeros(1, 0, 4)
 
 def affine(shift, read=none, layers=None):
     return Affine("mine", layers, read, read, none, none, shift)
+
+def swept(plans=plan, **more):
+    "Up to where the model is needed."
+    return gl.sweep(SimpleNamespace(cfg=SimpleNamespace(n_layers=3)), plans, ["how ?"], progress=False, **more)
+
+def table(*values, **more):
+    rows = [{"plan": "edit", "arm": "edit", "layers": str(layer), "layer": layer, "strength": 1.0, "query": label, "label": label,
+             "cluster": label, "score": "refusal_logodds", "value": value, "base": 0.0} | more
+            for layer, value in enumerate(values) for label in ("harmful", "harmless")]
+    return Sweep.from_rows(rows)
 
 def outcome(code):
     try:
@@ -66,6 +78,9 @@ SITES = {
     "iv.State(hook='blocks.3.hook_out', layer=2)": "one place",
     "iv.State(positions=range(2))": POSITIONS,
     "gates.Linear('mine', [0.5], torch.ones(1, 4), torch.zeros(1))": "a whole number",
+    **{f"swept(layers={layers})": LAYER
+       for layers in ("5.0", "[5.0]", "True", "[None]", "[(5, None)]", "np.array([1.0])", "[[True]]", "-1")},
+    **{f"swept(layers={layers})": "one" for layers in ("'5'", "['5']", "[()]", "[[]]", "[0, []]", "{0: 1}")},
     "defences.vlm_guard(V, layers='1')": "one layer, or several",
     "defences.vlm_guard(V, layers=1.0)": LAYER,
 }  # fmt: skip
@@ -131,6 +146,22 @@ PLANS = {
     **{f"defences.vlm_guard(V, reference={held})": "something of type State" for held in ("None", "'own'", "presentations.text_only")},
     "defences.vlm_guard(None)": "something of type Directions",
     "defences.vlm_guard(V, reading='swap')": "one of replace, add, amplify, project",
+    **{f"swept(strengths={strengths})": NUMBER for strengths in ("['1']", "'1'", "None", "[nan]", "[True]", "[[1.0]]", "{1.0: 2}")},
+    **{f"swept(strengths={strengths})": "a cell at least" for strengths in ("[]", "[0.0]", "(x for x in [])")},
+    **{f"swept(placebos={placebos})": "a whole number from 0 up" for placebos in ("-1", "1.5", "'1'", "None", "True")},
+    **{f"swept(scores={given})": "scores in a list"
+       for given in ("[]", "()", "None", "scores.kl", "'kl'[:0]", "scores.KL", "iter([scores.kl])")},
+    "swept(scores=[scores.KL])": "a score",
+    "swept(scores=['kl'])": "something of type Score",
+    "swept(scores=[scores.KL(name=None)])": "something of type str",
+    **{f"swept({{{name}: plan}})": "something of type str" for name in ("5", "None")},
+    **{f"swept({plans})": "something of type Intervention" for plans in ("[plan]", "None", "guard", "{'a': guard}")},
+    "swept({})": "a cell at least",
+    "swept(plan.at(hook='embed'))": "a step without layers",
+    **{f"scores.AnswerKL({tokens})": "a whole number from 1 up" for tokens in ("0", "-1", "1.5", "True", "None")},
+    **{f"scores.AnswerLogProb({text})": "something of type str" for text in ("5", "None", "['sorry']")},
+    **{f"scores.RefusalLogOdds({starts})": "texts in a tuple" for starts in ("'sorry'", "()", "None", "5")},
+    "scores.RefusalLogOdds((5,))": "something of type str",
     "defences.Defence(None)": "something of type str",
     "defences.Defence('guard', guard)": "something of type Intervention",
     "defences.Defence('guard', present='grey')": "a function of a presentation",
@@ -152,6 +183,13 @@ OTHERS = {
     "gates.Linear('mine', (0, 1), torch.ones(1, 4), torch.zeros(1))": ("MismatchError", "2 on the first axis"),
     "gates.Linear('mine', None, torch.ones(1, 4, 4), torch.zeros(1))": ("MismatchError", "a row of weights and a threshold per layer"),
     "gates.threshold_at_fpr(V, None)": ("MismatchError", "something of type Activations"),
+    **{f"table(1.0, 2.0).best({k})": ("MismatchError", "a whole number from 1 up") for k in ("0", "-1", "1.5", "'1'", "True")},
+    "table(nan, 2.0).best()": ("NumericsError", "log-odds that are nan at the layers [0]"),
+    "table(nan, nan).best()": ("NumericsError", "log-odds that are nan at the layers [0, 1]"),
+    "table(1.0).plot('nope')": ("MismatchError", "one of ['refusal_logodds']"),
+    "table(1.0).where(layer=7).plot()": ("MismatchError", "a sweep without rows"),
+    "table(1.0).where(layer=7).summary()": ("MismatchError", "a sweep without rows"),
+    "table(1.0).where(layer='0')": ("MismatchError", "one number, as in layer=0"),
     "iv.State(run='grey')": ("PresentationError", "as a presentation"),
 }
 

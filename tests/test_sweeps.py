@@ -166,6 +166,16 @@ def test_strength_zero_is_left_out(vlm, plan):
     assert found.columns["strength"].tolist() == [1.0] * len(QUERIES)
 
 
+def test_cells_are_named_once_whatever_names_their_layers_and_strengths(vlm, plan):
+    options = {"scores": [kl], "placebos": 1, "progress": False}
+    strengths = (strength for strength in (1.0, np.float32(2), 1))
+    found = gl.sweep(vlm, plan, QUERIES, layers=np.array([5, 5]), strengths=strengths, **options)
+    assert len(found) == 2 * 2 * len(QUERIES) and set(found.columns["strength"]) == {1.0, 2.0}  # both for the placebo, too
+    found = gl.sweep(vlm, plan, QUERIES, layers=[(5, 6), (6, 5), torch.tensor(6)], strengths=[1.0], **options)
+    assert list(dict.fromkeys(found.columns["layers"])) == ["5+6", "6"]
+    assert len(gl.sweep(vlm, plan, QUERIES, layers=np.int64(5), **options)) == 2 * len(QUERIES)
+
+
 def test_only_free_steps_move_and_scale(vlm, basis, batch):
     fixed, free = iv.add(basis.truncate(1), 9.0).at(layers=[1]), iv.amplify(basis, 4.0)
     found = gl.sweep(vlm, fixed >> free, QUERIES, GREY, scores=[kl], layers=[6], strengths=[0.25], placebos=0, progress=False)
@@ -265,6 +275,25 @@ class TestBest:
             hand_made(self.EFFECTS, score="kl").best()
 
 
+class Odd:
+    """A score of its own making."""
+
+    name, unit = "odd", "nothing"
+
+    def __init__(self, make):
+        self.make = make
+
+    def __call__(self, logits, base, tokenizer):
+        return self.make(logits)
+
+
+class OddAnswer(AnswerLogProb):
+    """An answer's score that writes over what it is given."""
+
+    def __call__(self, logits, base, answer):
+        return logits.zero_().add_(base.zero_()).sum((1, 2)) + super().__call__(logits + 0, base, answer)
+
+
 class TestErrors:
     def test_a_plan_without_a_free_step(self, vlm, basis):
         with pytest.raises(errors.PlanError, match=r"Found the plan 'set', whose layers are all set.\nExpected a step without layers"):
@@ -277,6 +306,41 @@ class TestErrors:
     def test_a_layer_that_is_not_there(self, vlm, basis):
         with pytest.raises(errors.SiteError, match=r"Found layer 8.\nExpected a layer from 0 to 7"):
             gl.sweep(vlm, iv.project_out(basis[0]), QUERIES, layers=[8], progress=False)
+
+    @pytest.mark.parametrize(
+        ("make", "found"),
+        [
+            (lambda logits: 3.0, "something of type float from the score 'odd'"),
+            (lambda logits: None, "something of type NoneType from the score 'odd'"),
+            (lambda logits: logits[:, 0].numpy(), "something of type ndarray from the score 'odd'"),
+            (lambda logits: logits, r"torch.float32 of shape \(5, 251\) from the score 'odd'"),
+            (lambda logits: logits[:2, 0], r"torch.float32 of shape \(2,\)"),
+            (lambda logits: logits[:, 0] * 1j, r"torch.complex64 of shape \(5,\)"),
+        ],
+    )
+    def test_a_score_gives_one_number_per_query(self, vlm, plan, make, found):
+        with pytest.raises(errors.PlanError, match=rf"Found {found}[\s\S]*\nExpected a tensor of one number per query, of shape \(5,\)"):
+            gl.sweep(vlm, plan, QUERIES, scores=[Odd(make)], layers=[4], placebos=0, progress=False)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_score_that_is_not_finite_is_refused_and_named(self, vlm, plan, value):
+        odd = Odd(lambda logits: torch.where(torch.arange(len(logits)) == 1, value, logits[:, 0]))
+        with pytest.raises(errors.NumericsError, match=rf"Found {value} as the score 'odd' of query '.*' under amplify\(.*layers=\[4\]"):
+            gl.sweep(vlm, plan, QUERIES, scores=[kl, odd], layers=[4], placebos=0, progress=False)
+
+    def test_whole_numbers_and_truths_are_scores(self, vlm, plan):
+        for make in (lambda logits: logits.argmax(1), lambda logits: logits[:, 0] > 0):
+            found = gl.sweep(vlm, plan, QUERIES, scores=[Odd(make)], layers=[4], placebos=0, progress=False)
+            expected = make(vlm.run(vlm.batch(QUERIES)).logits[0])
+            assert found.columns["base"].tolist() == expected.double().tolist()
+
+    def test_a_score_can_not_change_what_others_see(self, vlm, plan):
+        odd, options = OddAnswer("sorry , i can not", name="odd"), {"layers": [4, 5], "placebos": 0, "progress": False}
+        alone = gl.sweep(vlm, plan, QUERIES, scores=[odd], **options)
+        both = gl.sweep(vlm, plan, QUERIES, scores=[odd, AnswerLogProb("sorry , i can not")], **options).where(score="answer_logprob")
+        sober = gl.sweep(vlm, plan, QUERIES, scores=[AnswerLogProb("sorry , i can not")], **options)
+        assert np.array_equal(both.columns["value"], sober.columns["value"])
+        assert len(set(np.round(alone.columns["value"], 3))) == 1
 
     def test_refusals_in_an_unknown_language(self, vlm, basis):
         with pytest.raises(errors.ModelError, match="a tokenizer that knows none of the openings of a refusal"):

@@ -206,3 +206,12 @@ def test_a_broken_json_is_refused(tmp_path, text):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(errors.StorageError, match=r"t.csv, which can't be read"):
         Table.load(tmp_path / "t")
+
+
+def test_rows_are_asked_for_by_values_of_their_columns_kind():
+    table = Table({"layer": np.arange(3), "layers": np.array(["5", "6", "5+6"])})
+    assert len(table.where(layer=np.int64(1))) == len(table.where(layers="5+6")) == len(table.where(layer=True)) == 1
+    for odd in ({"layer": "1"}, {"layers": 5}, {"layers": None}, {"layer": [1, 2]}, {"layer": None}):
+        with pytest.raises(errors.MismatchError, match=r"Found layers?=[\s\S]*\nExpected one (text|number), as in layers?="):
+            table.where(**odd)
+    assert len(Table({"layer": np.arange(0)}).where(layer="1")) == 0

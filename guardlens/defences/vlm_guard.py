@@ -4,7 +4,6 @@ The paper projects the safety component out of the VLM's state, h(Q) (I - V^T V)
 image-free query q. It leaves open how the two join; `reading` names the ways, `closed` what a closed gate leaves.
 """
 
-from collections.abc import Iterable
 from typing import Literal, get_args
 
 from guardlens.defences.protocol import Defence
@@ -14,7 +13,7 @@ from guardlens.interventions import Intervention, add_component, amplify, gates,
 from guardlens.interventions.gates import Gate
 from guardlens.interventions.plan import Phase
 from guardlens.interventions.states import State
-from guardlens.sites import Positions
+from guardlens.sites import Layers, Positions
 
 Reading = Literal["replace", "add", "amplify", "project"]
 """How the projection and the alignment of the paper join; see `vlm_guard`.
@@ -30,7 +29,7 @@ Closed = Literal["untouched", "project"]
 
 def vlm_guard(
     directions: Directions,
-    layers: int | Iterable[int] | None = None,
+    layers: Layers | None = None,
     *,
     reading: Reading = "replace",
     alpha: float = 1.0,

@@ -1,6 +1,6 @@
 """The algebra: an intervention is a sequence of steps (edit, site, gate, phase, strength), changed by modifiers and joined by `>>`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ from guardlens.interventions.files import fingerprint, load, save
 from guardlens.interventions.gates import Combined, Gate, Linear
 from guardlens.interventions.states import State
 from guardlens.notebooks import captioned, span, table
-from guardlens.sites import BLOCKS, HOOKS, Point, Positions, Site, as_layers, parse, require_same_space
+from guardlens.sites import BLOCKS, HOOKS, Layers, Point, Positions, Site, as_layers, parse, require_same_space
 from guardlens.storage import require_same_model
 
 Phase = Literal["prefill", "decode", "always"]
@@ -102,9 +102,7 @@ class Intervention:
         for step in self.steps:
             require_type(step, Step, PlanError, "hand in steps; plans are joined with >>")
 
-    def at(
-        self, *, hook: str | None = None, layers: int | Iterable[int] | None = None, positions: Positions | None = None
-    ) -> "Intervention":
+    def at(self, *, hook: str | None = None, layers: Layers | None = None, positions: Positions | None = None) -> "Intervention":
         """Move all steps: to another hook, to these layers, to these positions.
 
         A full hook name says the layer, too; a hook that is in no block has none.
@@ -172,7 +170,7 @@ class Intervention:
         """Whether some step has no layers yet."""
         return any(step.site.free for step in self.steps)
 
-    def placed(self, layers: Iterable[int], strength: float = 1.0) -> "Intervention":
+    def placed(self, layers: Layers, strength: float = 1.0) -> "Intervention":
         """Put the free steps at these layers and scale them; the others stay as they are."""
         where, by = as_layers(layers), as_number(strength, "strength", PlanError, "say placed(layers, 0.5)")
 
