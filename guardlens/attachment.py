@@ -1,23 +1,29 @@
 """`attach`: a guard leaves the lab. Its taps run under plain torch hooks, in whatever code calls a Hugging Face model, without nnsight."""
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from threading import get_ident
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from guardlens.architectures import Architecture, find, fingerprint, unwrapped
+from guardlens.architectures import KNOWN, Architecture, find, fingerprint, require_named, unwrapped
 from guardlens.batches import Batch, Layout
 from guardlens.errors import ModelError, PlanError, require_type
+from guardlens.generation import merged, require_stepwise
 from guardlens.interventions.plan import Intervention, nothing, require_plan
 from guardlens.interventions.states import State
 from guardlens.program import Held, Record, Tap, compile_taps, required_runs, site_of
+from guardlens.prompts import words_of
 from guardlens.queries import Query, TextOnly, text_only
+from guardlens.runs import require_finite_step
 from guardlens.torch_driver import placed
 from guardlens.twins import Cutter
 
@@ -41,19 +47,29 @@ class _Run:
 
 @dataclass(frozen=True, eq=False)
 class _Forward:
-    """A forward in progress: of which module, the hooks of its taps, and for which tokens logits were asked (0 for all)."""
+    """A forward in progress: of which module, the hooks of its taps, for which tokens logits were asked (0 for all), and who called it."""
 
     module: nn.Module
     hooks: ExitStack
     keep: int | Tensor
+    caller: FrameType
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has not ended, be it in another thread. A KeyboardInterrupt ends one without a word to torch's hooks."""
+        try:
+            self.caller.clear()
+        except RuntimeError:  # of a frame that is still executing
+            return True
+        return False
 
 
 class Attachment:
     """A guard on a model of transformers. Made by `attach`; as a context manager, it is removed at the end.
 
     A forward with an empty KV cache shows new prompts. One with the cache that they filled, or without a cache and with one token more, is
-    the next step of their answers. Each row is a prompt of its own, whether or not it repeats another (beams, several answers). One
-    forward at a time: threads that share the model must take turns.
+    the next step of their answers: prompts come whole, never in pieces. Each row is a prompt of its own, whether or not it repeats another
+    (beams, several answers). One forward at a time: threads that share the model must take turns. NaN and infinity raise NumericsError.
 
     Attributes:
         plan: What it changes.
@@ -77,7 +93,22 @@ class Attachment:
         self._seen = 0
         self._cache: Callable[[], Any] = lambda: None
         self._forward: _Forward | None = None
+        self._refused: list[int] = []
         self._handles: list[Any] = []
+
+    @classmethod
+    def on(cls, hf: Any) -> "Attachment | None":
+        """The guard that is on a model; None without one.
+
+        Examples:
+            >>> handle = gl.attach(guard.at(layers=7), model.hf, model.processor)
+            >>> found = gl.attachment.Attachment.on(model.hf)
+            >>> found is handle
+            True
+            >>> found.remove()
+        """
+        owners = (getattr(hook, "__self__", None) for hook in unwrapped(hf)._forward_pre_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, cls)), None)
 
     @property
     def verdicts(self) -> dict[tuple[int, int | None], Bool[Tensor, "row"]]:
@@ -87,6 +118,8 @@ class Attachment:
     def remove(self) -> None:
         """Leave the model as it was."""
         self._close()
+        if self._handles:
+            del self._inner.generate
         while self._handles:
             self._handles.pop().remove()
 
@@ -105,27 +138,60 @@ class Attachment:
             self._handles.append(top.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(top.register_forward_hook(self._after, always_call=True))
         self._handles.append(self._hf.get_submodule(self._cfg.decoder).register_forward_pre_hook(self._require_forward))
+        self._inner.generate = self._generate
+
+    def _generate(self, *args: Any, **options: Any) -> Any:
+        """The model's own `generate`, where it brings whole prompts and then one token of every answer per forward."""
+        own = type(self._inner).generate
+        given = inspect.signature(own).bind_partial(self._inner, *args, **options).arguments
+        settings = merged(self._inner, {**given, **options})
+        require_stepwise(settings)
+        mask = settings.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():
+            raise PlanError("prompts padded on the right", "padding on the left for generation", "say padding_side='left' to the processor")
+        return own(self._inner, *args, **options)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._forward is not None and self._forward.module is not module:
             return args, kwargs  # the model within its adapter's forward
+        if self._forward is not None and self._forward.goes_on:
+            self._refused.append(get_ident())
+            raise PlanError(
+                "a forward of a guarded model while another is going on, be it of an edit that calls the model or of another thread",
+                "one forward at a time",
+                "call it before or after; let threads take turns with a lock",
+            )
         self._close()
         keep = kwargs.get("logits_to_keep", 0) if self._wide else 0
-        self._forward = _Forward(module, ExitStack(), keep)
+        self._forward = _Forward(module, ExitStack(), keep, _frame_of_the_call())
         run, step, whole = self._advance(dict(zip(self._names, args, strict=False)) | kwargs)
         taps = [tap for tap in run.taps if step == 0 or whole or tap.decode]
         self._forward.hooks.enter_context(placed(self._hf, self._cfg, taps, step, run.batch))
         return args, {**kwargs, "logits_to_keep": 0} if isinstance(keep, Tensor) or keep else kwargs
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if get_ident() in self._refused:  # torch calls this behind a call that was refused, too
+            self._refused.remove(get_ident())
+            return None
         if self._forward is None or self._forward.module is not module:
             return None
         keep, cache = self._forward.keep, getattr(output, "past_key_values", None)
         self._cache = weakref.ref(cache) if cache is not None else lambda: None
         self._close()
+        if getattr(output, "logits", None) is not None:
+            self._require_finite(output.logits)
         if output is not None and (isinstance(keep, Tensor) or keep):
             output.logits = output.logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return output
+
+    def _require_finite(self, logits: Float[Tensor, "row token vocab"]) -> None:
+        """Look at the newest token of every row."""
+        assert self._run is not None
+        batch, step = self._run.batch, self._seen - self._run.batch.mask.shape[1]
+        newest = logits[:, -1]
+        if logits.shape[1] == batch.mask.shape[1] and batch.padded_right:
+            newest = logits[torch.arange(len(logits)), batch.select("last").long().argmax(dim=1).to(logits.device)]
+        require_finite_step(self._run.record, batch.queries, newest, step)
 
     def _close(self) -> None:
         if self._forward is not None:
@@ -196,7 +262,12 @@ class Attachment:
 
     def _without_images(self, batch: Batch, inputs: Inputs) -> Batch:
         assert self._twin is not None
-        other = _batch(self._twin({**inputs, "attention_mask": batch.mask.long()}), self._cfg)
+        made = self._twin({**inputs, "attention_mask": batch.mask.long()})
+        if not isinstance(made, Mapping) or "input_ids" not in made:
+            raise ModelError(
+                f"a twin= that gives something of type {type(made).__name__}", "inputs of the model", "give input_ids and attention_mask"
+            )
+        other = _batch(made, self._cfg)
         if other.beside_image or len(other.mask) != len(batch.mask):
             raise ModelError(
                 f"a twin= that gives {len(other.mask)} rows{', some with image tokens' if other.beside_image else ''}",
@@ -206,7 +277,14 @@ class Attachment:
         return other
 
 
-def attach(plan: Intervention, hf: Any, processor: Any = None, *, twin: Callable[[Inputs], Inputs] | None = None) -> Attachment:
+def attach(
+    plan: Intervention,
+    hf: Any,
+    processor: Any = None,
+    *,
+    twin: Callable[[Inputs], Inputs] | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> Attachment:
     """Put a guard on a model of transformers: every call of it, of its `generate` and of pipelines with it is then guarded.
 
     Runs the taps that `HookedModel` runs, under torch's own hooks. The weights stay as they are, and nnsight is not imported.
@@ -216,6 +294,7 @@ def attach(plan: Intervention, hf: Any, processor: Any = None, *, twin: Callable
         hf: The Hugging Face model.
         processor: Its processor; needed of a VLM where the plan asks for the text twin.
         twin: Makes the inputs of the text twin from those of a prompt, for a processor whose images can't be cut out of the text.
+        names: What the model's parts are called, of a family that `load` needs them of.
 
     Raises:
         MismatchError: The plan was made for another model, or for a separate LLM (`load(..., llm=...)`): here, the text twin is the model
@@ -233,7 +312,8 @@ def attach(plan: Intervention, hf: Any, processor: Any = None, *, twin: Callable
     """
     require_plan(plan)
     require_type(hf, nn.Module, ModelError, "hand in the model of transformers and its processor; of a HookedModel, its .hf and .processor")
-    cfg = find(hf)
+    require_named(hf, names)
+    cfg = find(hf, KNOWN.also(names))
     _require_alone(hf)
     _require_known(plan, cfg.n_layers)
     plan.check((f"{type(hf).__name__}@{fingerprint(hf)}",), cfg.n_layers, cfg.widths)
@@ -245,15 +325,27 @@ def attach(plan: Intervention, hf: Any, processor: Any = None, *, twin: Callable
         raise ModelError(
             "a plan that asks for the text twin, without a processor", "the model's processor", "call attach(plan, hf, processor)"
         )
+    if processor is not None and not hasattr(words_of(processor), "convert_ids_to_tokens"):
+        raise ModelError(
+            f"a processor of type {type(processor).__name__}", "the model's processor", "hand in AutoProcessor.from_pretrained(...)"
+        )
     learned = Cutter.learn(processor, cfg.image_token_id) if needs_twin and twin is None else None  # type: ignore[arg-type]
     made = Attachment(plan, hf, cfg, twin or learned)
     made._hook()
     return made
 
 
+def _frame_of_the_call() -> FrameType:
+    """Of torch's own code that runs the hooks and then the forward."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != nn.Module._call_impl.__code__.co_filename:
+        frame = frame.f_back
+    assert frame is not None
+    return frame
+
+
 def _require_alone(hf: Any) -> None:
-    owners = [getattr(hook, "__self__", None) for hook in unwrapped(hf)._forward_pre_hooks.values()]
-    there = next((owner for owner in owners if isinstance(owner, Attachment)), None)
+    there = Attachment.on(hf)
     if there is not None:
         raise PlanError(
             f"a second guard on a model with {there!r}", "one guard on a model", "join the plans with >>, or call .remove() on the first"
@@ -279,6 +371,8 @@ def _require_known(plan: Intervention, n_layers: int) -> None:
 def _batch(inputs: Inputs, cfg: Architecture) -> Batch:
     """The inputs of a forward as a batch. Its queries are the rows."""
     ids, given = inputs["input_ids"], inputs.get("attention_mask")
+    if ids.ndim != 2:
+        raise ModelError(f"input_ids of shape {tuple(ids.shape)}", "a row of ids per prompt", "hand in input_ids[None] of a single prompt")
     if given is not None and getattr(given, "shape", None) != ids.shape:
         shape = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else "s of each kind of layer"
         raise ModelError(

@@ -13,6 +13,7 @@ from guardlens import interventions as iv
 from guardlens import presentations
 from guardlens.architectures.names import BESIDES
 from guardlens.batches import Batch
+from guardlens.condition import require_ready
 from guardlens.directions import Directions
 from guardlens.errors import GuardlensError, ModelError
 from guardlens.model import HookedModel
@@ -53,6 +54,7 @@ def require_sound(model: HookedModel) -> None:
     """
     if model.cfg.proven or any(parameter.is_meta for parameter in model.hf.parameters()):
         return
+    require_ready(model.hf)
     family = f"{type(model.hf).__name__}, a family that is new to guardlens,"
     for what in ESSENTIAL:
         finding = _try(what, TRIALS[what], model)

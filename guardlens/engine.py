@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,13 +14,18 @@ from torch import Tensor, nn
 
 from guardlens.architectures import Architecture, unwrapped
 from guardlens.batches import Batch
-from guardlens.errors import PlanError
+from guardlens.errors import GuardlensError, PlanError
+from guardlens.generation import OUTPUTS, REFUSALS, merged, refused
 from guardlens.program import Tap
 from guardlens.sites import Point
 from guardlens.trace_driver import drive, wrap
+from guardlens.turns import nested, running
 
 Places = tuple[Int[Tensor, "state"], Int[Tensor, "state"]]
 """Rows and columns."""
+
+Watch = Callable[[Float[Tensor, "row vocab"], int], None]
+"""Is shown the newest logits and the step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +93,7 @@ class Engine:
     def last_logits(self, inputs: Mapping[str, Any]) -> Float[Tensor, "query vocab"]:
         """Logits at the last column, no tap in place; for inputs with a cache, which is then filled."""
         only = {"logits_to_keep": 0 if self.cfg.narrows else 1} if "logits_to_keep" in self.parameters else {}
-        with torch.no_grad():
+        with running(self.hf), torch.no_grad():
             return self.inner(**inputs, **only).logits[:, -1]
 
     def continued(self, inputs: Mapping[str, Any], taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
@@ -126,38 +132,95 @@ class Engine:
         return self.cfg.finish(unembed(states[places])) if logits is None else logits[places]
 
     def generate(
-        self, batch: Batch, taps: Sequence[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any]
+        self, batch: Batch, taps: Sequence[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any], watch: Watch
     ) -> Int[Tensor, "row new"]:
         """New tokens of every row; greedy without options.
 
+        Args:
+            batch: The prompts.
+            taps: What to run, and where.
+            new_tokens: At most so many.
+            seed: Of the draws.
+            options: Of transformers' `generate`.
+            watch: Is shown the logits of each new token, as the model itself gives them, and the step.
+
         Raises:
-            PlanError: A batch padded on the right, or options that give several answers per prompt.
+            PlanError: A batch padded on the right, or options that transformers refuses.
         """
         if batch.padded_right:
             raise PlanError("a batch padded on the right", "padding on the left for generation", "make it with padding_side='left'")
-        if several := next((name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) != 1), None):
-            raise PlanError(f"{several}={options[several]}", "one answer per prompt", "hand in the query several times, or several seeds")
-        settings = {"max_new_tokens": new_tokens, "do_sample": False, **options}
+        set_by_checkpoint = getattr(self.hf, "generation_config", None)
+        settings = {name: False for name in OUTPUTS if getattr(set_by_checkpoint, name, None)}
+        settings |= {"max_new_tokens": new_tokens, "do_sample": False, **options}
         if self._need_all_tokens(taps):
             settings["logits_to_keep"] = 0
-        if not settings.get("use_cache", True):
+        if not merged(self.hf, settings).get("use_cache", True):
             taps = [replace(tap, decode=True) for tap in taps]
-        with torch.random.fork_rng(enabled=seed is not None):
+        with torch.random.fork_rng(enabled=seed is not None), self._watched(watch), alone(self.inner, self.decoder) as begun:
             if seed is not None:
                 torch.manual_seed(seed)
-            tokens = self._drive(self.hf.generate, {**batch.inputs, **settings}, taps, batch, new_tokens)
+            try:
+                tokens = self._drive(self.hf.generate, {**batch.inputs, **settings}, taps, batch, new_tokens)
+            except REFUSALS as error:
+                if begun or isinstance(error, GuardlensError):
+                    raise
+                raise refused(error) from error
         return tokens[:, batch.mask.shape[1] :]
+
+    @contextmanager
+    def _watched(self, watch: Watch) -> Iterator[None]:
+        """Shows the logits of each step, before `generate` works on them."""
+        steps = count()
+
+        def show(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
+            watch(self.cfg.finish(logits[:, -1]), next(steps))
+
+        handle = self.hf.get_submodule(self.cfg.unembed).register_forward_hook(show)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _need_all_tokens(self, taps: Sequence[Tap]) -> bool:
         """Whether a tap looks where the model would leave out tokens whose logits are not asked for."""
         return self.cfg.narrows or any(tap.point.hook == "unembed" for tap in taps)
 
     def _drive(self, call: Callable[..., Any], inputs: dict[str, Any], taps: Sequence[Tap], batch: Batch, steps: int = 1) -> Any:
-        return drive(self._wrapped, self.cfg, call, inputs, taps, beside_image=batch.beside_image, steps=steps)
+        tapped = [self.hf.get_submodule(self.cfg.locate(tap.point, batch.beside_image).path) for tap in taps]
+        with running(self.hf), alone(self.inner, self.decoder, *tapped):
+            return drive(self._wrapped, self.cfg, call, inputs, taps, beside_image=batch.beside_image, steps=steps)
 
     @cached_property
     def _wrapped(self) -> Any:
         return wrap(self.hf)
+
+
+@contextmanager
+def alone(*modules: nn.Module) -> Iterator[list[nn.Module]]:
+    """Refuses to run any of the modules inside of itself, as an edit that calls the model would; gives those that have been run.
+
+    Raises:
+        PlanError: As said.
+    """
+    inside: set[nn.Module] = set()
+    begun: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module in inside:
+            raise nested()
+        inside.add(module)
+        begun[:] = [module]
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        inside.discard(module)
+
+    handles = [module.register_forward_pre_hook(enter) for module in set(modules)]
+    handles += [module.register_forward_hook(leave, always_call=True) for module in set(modules)]
+    try:
+        yield begun
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,6 +39,9 @@ LENGTHS = ("max_length", "max_new_tokens")
 COUNTS = ("max_time", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "num_return_sequences", "pad_token_id", "top_k")
 """Settings that are never negative."""
 
+REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, ImportError)
+"""What transformers raises where it refuses options."""
+
 
 def generation_settings(hf: Any, options: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """What is in force when `hf` generates under these options: all that they or the checkpoint's `generation_config` set.
@@ -119,6 +122,16 @@ def require_options(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> No
             raise PlanError(_shown(name, value), "answers alone", "ask model.run for logits and reads, or call model.hf.generate")
         if name in COUNTS and isinstance(value, int | float | np.number) and value < 0:
             raise PlanError(_shown(name, value), "no negative number", "leave it out")
+
+
+def refused(error: Exception) -> PlanError:
+    """What transformers said of options before it ran the model."""
+    said = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+    return PlanError(
+        f"options of generation that transformers refuses ({said})",
+        "options of its generate",
+        "mend them, or the checkpoint's generation_config",
+    )
 
 
 def _made(config: Any) -> dict[str, Any]:

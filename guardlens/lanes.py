@@ -9,6 +9,7 @@
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,7 +19,7 @@ from guardlens.batches import Batch, Layout
 from guardlens.engine import Engine
 from guardlens.prefixes import Stem
 from guardlens.program import Held, compile_taps
-from guardlens.runs import Run, checked, reads_of
+from guardlens.runs import Run, checked, reads_of, require_finite_step
 from guardlens.ways import Asked, first_block, scored
 
 
@@ -35,13 +36,14 @@ def run_tiles(engine: Engine, asked: Asked, held: Held) -> Run:
     taps, record = compile_taps(asked.plans, asked.read, layout, batch, engine.cfg.n_layers, held)
     run = replace(batch, inputs=layout.spread(batch.inputs, engine.cfg.packed))
     if asked.new_tokens:
-        tokens = engine.generate(run, taps, asked.new_tokens, asked.seed, asked.generation).unflatten(0, (lanes, -1))
+        watch = partial(require_finite_step, record, batch.queries)
+        tokens = engine.generate(run, taps, asked.new_tokens, asked.seed, asked.generation, watch).unflatten(0, (lanes, -1))
     else:
         raw = engine.forward(run, taps, _kept(batch, asked.logits))
         logits = None if raw is None else raw.unflatten(0, (lanes, -1))
     reads = reads_of(record, asked.read, batch, engine.cfg.n_layers)
-    if logits is not None and asked.logits != "all":
-        logits = checked(_scored_of(logits, batch, asked.logits), batch)
+    if logits is not None:
+        logits = checked(logits, batch, batch.mask) if asked.logits == "all" else checked(_scored_of(logits, batch, asked.logits), batch)
     return Run(reads, logits, tokens, record.verdicts, layout.name)
 
 
@@ -85,7 +87,8 @@ def run_answers(engine: Engine, asked: Asked, held: Held, stem: Stem) -> Run:
     inputs = layout.spread({name: batch.inputs[name] for name in ("input_ids", "attention_mask")})
     rows = torch.arange(queries, device=device).repeat(lanes)
     options = {"past_key_values": stem.unpacked(rows), "position_ids": stem.positions[..., rows, :], **asked.generation}
-    tokens = engine.generate(replace(batch, inputs=inputs), taps, asked.new_tokens, asked.seed, options)
+    watch = partial(require_finite_step, record, batch.queries)
+    tokens = engine.generate(replace(batch, inputs=inputs), taps, asked.new_tokens, asked.seed, options, watch)
     reads = reads_of(record, asked.read, batch, engine.cfg.n_layers)
     return Run(reads, None, tokens.unflatten(0, (lanes, -1)), record.verdicts, layout.name)
 

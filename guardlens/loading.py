@@ -67,7 +67,7 @@ def load(
     _require_loadable(source, dtype, device, device_map)
     if isinstance(source, nn.Module):
         _require_whole(source, processor, {"dtype": None if dtype == "auto" else dtype, "device_map": device_map, **options})
-        hf, name = source.eval(), Path(getattr(source.config, "name_or_path", "") or type(source).__name__).name
+        hf, name = source, Path(getattr(source.config, "name_or_path", "") or type(source).__name__).name
     else:
         path = str(importlib.resources.files("guardlens") / "organism" / "weights") if source == "organism" else str(source)
         name = Path(path).name if Path(path).exists() and source != "organism" else str(source)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -14,20 +15,23 @@ from torch import Tensor
 from guardlens.activations import ActivationCache
 from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprint
 from guardlens.batches import Batch
+from guardlens.condition import require_ready
 from guardlens.engine import Engine
 from guardlens.errors import MismatchError, ModelError, PlanError, QueryError, SiteError, as_count, require_type
+from guardlens.generation import flat, merged, require_one_answer, require_options, require_stepwise
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.plan import require_plan
 from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
 from guardlens.notebooks import captioned, facts
 from guardlens.prefixes import Prefill, Prefix, answers_kind
-from guardlens.program import Held, required_runs, site_of
+from guardlens.program import Held, Tap, required_runs, site_of
 from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise, words_of
 from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
-from guardlens.runs import Run
+from guardlens.runs import Run, checked
 from guardlens.sites import Site
 from guardlens.storage import Provenance, digest
 from guardlens.trials import Trials
+from guardlens.turns import lock_of, taken
 from guardlens.verbs import HookFunction, NamesFilter, cache_taps, hook_taps
 from guardlens.ways import Asked, together
 
@@ -131,7 +135,8 @@ class HookedModel:
         require_presentation(presentation)
         prompts = [presentation(query) for query in items]
         require_showable(items, prompts, presentation, self.processor, self.sees_images)
-        inputs = tokenise(self.processor, prompts, padding_side, self.sees_images)
+        with lock_of(self.hf):  # what the processor is set to meanwhile must not reach another thread's prompts
+            inputs = tokenise(self.processor, prompts, padding_side, self.sees_images)
         if missing := self._engine.required - set(inputs):
             raise needs_image(type(self._engine.inner).__name__, f"it needs {', '.join(sorted(missing))}")
         mask = inputs["attention_mask"].bool()
@@ -192,11 +197,25 @@ class HookedModel:
         if layout not in LAYOUTS or (new_tokens and layout != "auto"):
             found = f"the layout {layout!r}{' of generated answers' if layout in LAYOUTS else ''}"
             raise PlanError(found, f"one of {', '.join(LAYOUTS)}, and auto for answers", "leave it out: the cheapest is chosen")
-        options = {"pad_token_id": self._pad_token_id, **generation}
+        options = self._options(generation, batch) if new_tokens else {}
         asked = Asked(self.cfg, batch, [plan.to(device) for plan in lanes], read, logits, new_tokens, seed, options)
-        if new_tokens:
-            return self._answered(asked, kept, prefix)
-        return self._shared(asked, kept, prefix, layout) if kept or len(lanes) > 1 or layout != "auto" else self._alone(asked, prefix)
+        with self._turn():
+            if new_tokens:
+                return self._answered(asked, kept, prefix)
+            return self._shared(asked, kept, prefix, layout) if kept or len(lanes) > 1 or layout != "auto" else self._alone(asked, prefix)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The model, ready and for this thread alone.
+
+        Raises:
+            ModelError: It is in training mode, or under a guard.
+            PlanError: It is running already, as within an edit that calls it.
+        """
+        with taken(self.hf) as first:
+            if first:
+                require_ready(self.hf)
+            yield
 
     def _shared(self, asked: Asked, kept: Prefill | None, prefix: Prefix | None, layout: str) -> Run:
         """Plans that share what they can: the cheapest way, or the one that was asked for."""
@@ -236,6 +255,18 @@ class HookedModel:
         run = run_tiles(self._engine, asked, self._held(asked, kept.held if kept else None))
         return replace(run, why="answers are generated" if len(asked.plans) > 1 else "")
 
+    def _options(self, generation: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+        """What `generate` is called with, once it is known to give one answer per prompt, token by token."""
+        require_type(generation, Mapping, PlanError, "say generation={'do_sample': True, ...}")
+        options = flat(generation)
+        require_options(options, batch.inputs)
+        settings = merged(self.hf, options)
+        require_stepwise(settings)
+        require_one_answer(settings)
+        tokenizer = {"tokenizer": self.tokenizer} if "stop_strings" in settings else {}
+        caching = {name: settings[name] for name in ("use_cache", "cache_implementation") if name in settings}
+        return {"pad_token_id": self._pad_token_id, **tokenizer, **caching, **options}
+
     def _require_kept(self, kept: Prefill | None, batch: Batch, logits: str | None, new_tokens: int) -> None:
         """Refuse prompts that are not this model's own, and answers where they can't be scored."""
         if kept:
@@ -273,11 +304,13 @@ class HookedModel:
         if batch.answered:
             raise PlanError("prompts with answers", "prompts alone", "keep them first, then say kept.answering(tokens)")
         shared = self._begins(prefix, batch)
-        made = None if batch.padded_right else self._trials.stem(batch, shared)
-        if made is not None:
-            return Prefill(batch, *made, models=self.ids)
-        flaw = "the batch is padded on the right" if batch.padded_right else self._trials.flaws["branches", batch.beside_image]
-        plain = run_tiles(self._engine, Asked(self.cfg, batch, [nothing]), {}).logits
+        with self._turn():
+            made = None if batch.padded_right else self._trials.stem(batch, shared)
+            if made is not None:
+                checked(made[1][None], batch)
+                return Prefill(batch, *made, models=self.ids)
+            flaw = "the batch is padded on the right" if batch.padded_right else self._trials.flaws["branches", batch.beside_image]
+            plain = run_tiles(self._engine, Asked(self.cfg, batch, [nothing]), {}).logits
         assert plain is not None
         return Prefill(batch, None, plain[0], flaw=flaw, models=self.ids)
 
@@ -314,7 +347,8 @@ class HookedModel:
         if apart or (len(batch.queries) - 1) * length < WORTH:
             return None
         first = self.batch(batch.queries[:1], batch.presentation)
-        made = self._trials.prefix(first, length, lambda: self.batch(batch.queries[:2], batch.presentation))
+        with self._turn():
+            made = self._trials.prefix(first, length, lambda: self.batch(batch.queries[:2], batch.presentation))
         return None if made is None else replace(made, model=self.id)
 
     @cached_property
@@ -338,7 +372,7 @@ class HookedModel:
         batch = self._asked(queries, presentation)
         computed = [p for p in self.cfg.computed(batch.beside_image) if p.hook != "pattern" or self._engine.eager]
         taps, kept = cache_taps(self.cfg, names_filter, computed)
-        logits = self._engine.forward(batch, taps)
+        logits = self._logits(batch, taps)
         return logits, ActivationCache(kept, self.cfg.n_layers, self.to_logits, self.cfg.residual_scale)
 
     def run_with_hooks(
@@ -360,7 +394,11 @@ class HookedModel:
             SiteError: Unknown hook name; the closest is suggested.
         """
         batch = self._asked(queries, presentation)
-        return self._engine.forward(batch, hook_taps(self.cfg, fwd_hooks))
+        return self._logits(batch, hook_taps(self.cfg, fwd_hooks))
+
+    def _logits(self, batch: Batch, taps: Sequence[Tap]) -> Float[Tensor, "query seq vocab"]:
+        with self._turn():
+            return checked(self._engine.forward(batch, taps)[None], batch, batch.mask)[0]
 
     def _asked(self, queries: Queries | Batch, presentation: Presentation | None) -> Batch:
         """A batch as it is, or one of queries, as text alone by default: which is said where they have images."""
@@ -405,7 +443,9 @@ class HookedModel:
             options: Handed to transformers' `generate`: `do_sample=True, temperature=0.7`, `use_cache=False`, ... Greedy by default.
 
         Raises:
-            PlanError: Options that give several answers per prompt.
+            PlanError: Options, of the call or in the checkpoint's own `generation_config`, that give several answers per prompt or bring
+                more than one token per forward.
+            NumericsError: NaN or infinity in an edit or in the logits of a step; step and query are named.
         """
         require_plan(intervention)
         max_new_tokens = as_new_tokens(max_new_tokens)

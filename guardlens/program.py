@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens.batches import Batch, Layout, Placement
-from guardlens.errors import PlanError
+from guardlens.errors import NumericsError, PlanError
 from guardlens.interventions.plan import Intervention, Step, resolved, source_of
 from guardlens.interventions.states import Context, State
+from guardlens.queries import Query
 from guardlens.sites import Point, Positions, Site
 
 Held = Mapping[tuple[State, int | None], Float[Tensor, "query d_model"]]
@@ -32,18 +33,37 @@ class Record:
         own: States of this run, by lane, step, state and layer; without a step after all edits of their place, for whatever comes later.
         verdicts: Which queries a gate opened for, by lane, step and layer.
         reads: One vector per lane and query, by site and point.
+        broken: For which states an edit gave NaN or infinity the last time that it ran, and of which queries they are, by edit and point.
     """
 
     held: Held = field(default_factory=dict)
     own: dict[OwnKey, Tensor] = field(default_factory=dict)
     verdicts: Verdicts = field(default_factory=dict)
     reads: dict[tuple[Site, Point], Tensor] = field(default_factory=dict)
+    broken: dict[tuple[int, int, Point], tuple[Step, Bool[Tensor, "state"], Int[Tensor, "state"]]] = field(default_factory=dict)
 
     def lookup(self, lane: int, number: int, asked_at: Point, n_layers: int, state: State) -> Float[Tensor, "query d_model"]:
         """The held state that the step `number` of a lane means at `asked_at`."""
         if state.run is None:
             return self.own[own_key(lane, number, asked_at, n_layers, state)]
         return self.held[resolved(state, asked_at), source_of(state, asked_at, n_layers).layer]
+
+    def require_finite(self, queries: Sequence[Query]) -> None:
+        """Refuse edits that gave NaN or infinity.
+
+        Raises:
+            NumericsError: The first such edit is named, with its layer and query.
+        """
+        flags = [bad.any() for _, bad, _ in self.broken.values()]
+        if not flags or not torch.stack([flag.to(flags[0].device) for flag in flags]).any():  # a GPU must be waited for at each question
+            return
+        for (_, _, point), (step, bad, owners) in self.broken.items():
+            if bad.any():
+                raise NumericsError(
+                    f"NaN or infinity at {point.name} after the edit {step.edit!r}, query {queries[int(owners[bad][0])].id!r}",
+                    "finite numbers",
+                    "weaken the edit, look at what it is made of, or load the model in bfloat16 or float32 instead of float16",
+                )
 
 
 def own_key(lane: int, number: int, asked_at: Point, n_layers: int, state: State) -> OwnKey:
@@ -128,7 +148,10 @@ class Apply:
         if self.step.gate is not None:
             opened = self.record.verdicts[self.lane, self.number, self.point.layer].to(states.device)
             edited = torch.where(opened[context.query][:, None], edited, exact)
-        return edited.to(states.dtype)
+        edited = edited.to(states.dtype)
+        bad = ~torch.isfinite(edited).all(dim=-1)
+        self.record.broken[self.lane, self.number, self.point] = self.step, bad, context.query
+        return edited
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from guardlens.activations import require_finite
 from guardlens.batches import Batch
+from guardlens.errors import NumericsError
 from guardlens.program import Record
+from guardlens.queries import Query
 from guardlens.sites import Site
 
 
@@ -43,8 +45,9 @@ def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int)
     """What was written down at each site, layer by layer.
 
     Raises:
-        NumericsError: NaN or infinity; layer and query are named.
+        NumericsError: NaN or infinity, read or made by an edit; layer and query are named.
     """
+    record.require_finite(batch.queries)
     reads = {}
     for site in sites:
         points = site.points(n_layers)
@@ -56,15 +59,50 @@ def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int)
     return reads
 
 
-def checked(logits: Float[Tensor, "lane query *token vocab"], batch: Batch) -> Float[Tensor, "lane query *token vocab"]:
+def checked(
+    logits: Float[Tensor, "lane query *token vocab"], batch: Batch, real: Bool[Tensor, "query token"] | None = None
+) -> Float[Tensor, "lane query *token vocab"]:
     """The same.
+
+    Args:
+        logits: Of some tokens.
+        batch: The prompts.
+        real: Which of them count; all without it.
 
     Raises:
         NumericsError: NaN or infinity; lane and query are named.
     """
-    found = logits.transpose(0, 1).flatten(2)
-    require_finite(found, batch.queries, tuple(range(len(logits))), "the logits of lane")
+    bad = ~torch.isfinite(logits).all(dim=-1)
+    bad = bad if real is None else bad & real.to(bad.device)
+    if bad.any():
+        lane, query = (int(place) for place in bad.nonzero()[0][:2])
+        raise not_finite(f"the logits of lane {lane}, query {batch.queries[query].id!r}")
     return logits
+
+
+def require_finite_step(record: Record, queries: Sequence[Query], logits: Float[Tensor, "row vocab"], step: int) -> None:
+    """Refuse NaN and infinity while answers are generated.
+
+    Args:
+        record: Of the run; it knows of each edit whether it gave them.
+        queries: Whose rows repeat, lane after lane.
+        logits: Of the newest token.
+        step: 0 for the prompts.
+
+    Raises:
+        NumericsError: The edit is named, else the step; and the query.
+    """
+    bad = ~torch.isfinite(logits).all(dim=-1)
+    if bad.any():
+        record.require_finite(queries)
+        raise not_finite(f"the logits of step {step}, query {queries[int(bad.nonzero()[0]) % len(queries)].id!r}")
+
+
+def not_finite(where: str) -> NumericsError:
+    """NaN or infinity, and the way out."""
+    return NumericsError(
+        f"NaN or infinity in {where}", "finite numbers", "load the model in bfloat16 or float32 instead of float16, or weaken the edit"
+    )
 
 
 def agree(mine: Float[Tensor, "*lane row value"], expected: Float[Tensor, "*known row value"]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guardlens.batches import Batch
 from guardlens.engine import Engine
-from guardlens.errors import GuardlensError, ModelError
+from guardlens.errors import GuardlensError, ModelError, NumericsError, PlanError
 from guardlens.interventions import Context, Custom, Intervention, Step, nothing
 from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
 from guardlens.prefixes import Prefix, Stem, answers_kind, prefix_of, stem_of
@@ -90,10 +90,8 @@ class Trials:
             return None
         try:
             made = make()
-        except GuardlensError:
-            raise
         except Exception as error:  # a foreign model or cache may fail in any way, and the table must say so
-            if out_of_memory(error):
+            if out_of_memory(error) or (isinstance(error, GuardlensError) and not isinstance(error, NumericsError)):
                 raise
             self.flaws[what] = str(error) if isinstance(error, Disagreement) else f"{type(error).__name__}: {error}".splitlines()[0]
             return None
@@ -155,7 +153,10 @@ class Trials:
                 taken.append(scores.to(self.engine.hf.dtype))  # which `generate` widens
                 return scores
 
-            run(self._asked(stem.batch, new_tokens=3, generation={"logits_processor": [noted]}))
+            try:
+                run(self._asked(stem.batch, new_tokens=3, generation={"logits_processor": [noted]}))
+            except PlanError as error:
+                raise Disagreement(f"its own generate takes no logits processor ({error.found})") from None
             if not taken:
                 raise Disagreement("its own generate hands no logits to a processor, so that answers can't be compared")
             return taken

@@ -4,24 +4,28 @@ import copy
 import dataclasses
 import subprocess
 import sys
+import threading
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlavaProcessor, PreTrainedTokenizerFast, XGLMConfig, XGLMForCausalLM
 
 import guardlens as gl
 from guardlens import errors, gates, presentations, prompts
 from guardlens import interventions as iv
-from guardlens.architectures import find
+from guardlens.architectures import find, unwrapped
 from guardlens.directions import Directions
 from guardlens.queries import Prompt, WithoutImages, text_only
 from guardlens.twins import Cutter
 from tests import reference, zoo
 from tests.zoo.family import TEXTS as SENTENCES
+from tests.zoo.family import build, tokenizer
+from tests.zoo.text import TEMPLATE
 
 TEXTS = ["how to forge the badge ?", "please explain how to wash the hat .", "i want to push the radio ?", "tell me how to mend the fern ."]
 GREY = presentations.blank("grey", 32)
@@ -663,6 +667,136 @@ class TestErrors:
         far = rendering("{% if shown %} <image>{% endif %} " + words + " {{ 'mend' if shown and 'tulip' in messages[0].content[-1].text }}")
         with pytest.raises(errors.ModelError, match=f"{CUT}: cutting an image of 24 x 24 does not give the prompt without one"):
             attach(iv.patch(basis, iv.text_twin), by=far)
+
+
+class TestWhatRuns:
+    """What `HookedModel` refuses of generation is refused here, too, but for beams and several answers, whose rows are prompts."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}, {"guidance_scale": 2.0}, {"prefill_chunk_size": 4},
+         {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, {"generation_config": GenerationConfig(guidance_scale=2.0)}],
+    )  # fmt: skip
+    def test_generation_that_is_not_token_by_token(self, hf_vlm, batch, basis, attach, options):
+        handle = attach(iv.project_out(basis))
+        with pytest.raises(errors.PlanError, match="by which a forward is not one token of every answer"):
+            generate(hf_vlm, batch, **options)
+        handle.remove()
+        assert "generate" not in vars(hf_vlm)
+
+    def test_an_assistant(self, hf_vlm, batch, basis, attach):
+        attach(iv.project_out(basis))
+        with pytest.raises(errors.PlanError, match="assistant_model"):
+            generate(hf_vlm, batch, assistant_model=hf_vlm)
+
+    def test_what_the_checkpoint_says(self, hf_vlm, batch, basis, attach, monkeypatch):
+        monkeypatch.setattr(hf_vlm.generation_config, "prompt_lookup_num_tokens", 3)
+        attach(iv.project_out(basis))
+        with pytest.raises(errors.PlanError, match="prompt_lookup_num_tokens=3"):
+            generate(hf_vlm, batch)
+
+    def test_prompts_padded_on_the_right(self, vlm, hf_vlm, basis, attach):
+        attach(iv.project_out(basis))
+        with pytest.raises(errors.PlanError, match="padded on the right"):
+            generate(hf_vlm, vlm.batch(TEXTS, padding_side="right"))
+
+    @pytest.mark.parametrize("at", [0, 2])
+    def test_nan_and_infinity(self, hf_vlm, batch, attach, at):
+        def poison(states, context):
+            return torch.where((context.query == 1)[:, None] & (context.step == at), states / 0, states)
+
+        attach(iv.custom(poison).at(layers=[4]).during("always"))
+        with pytest.raises(errors.NumericsError, match=r"blocks.4.hook_resid_post after the edit custom\(.*poison\), query 'row 1'"):
+            generate(hf_vlm, batch)
+
+    def test_a_call_of_the_model_inside_of_an_edit(self, hf_vlm, batch, basis, attach):
+        """Also where the edit goes on without it: the forward around it stays guarded."""
+        direction, inside = 12 * basis.at(6)[0], []
+
+        def edit(states, context):
+            try:
+                hf_vlm(**batch.inputs)
+            except errors.PlanError as error:
+                inside.append(error.found)
+            return states + direction
+
+        attach(iv.custom(edit).at(layers=[6]))
+        expected = reference.generate(hf_vlm, batch.inputs, 6, lambda h: h + direction, "prefill", 8)
+        assert torch.equal(generate(hf_vlm, batch), expected)
+        assert inside and "while another is going on" in inside[0]
+
+    def test_a_forward_of_another_thread(self, hf_vlm, batch, basis, attach):
+        begun, end, found = threading.Event(), threading.Event(), []
+
+        def edit(states, context):
+            begun.set()
+            end.wait(20)
+            return states + 12 * basis.at(6)[0]
+
+        attach(iv.custom(edit).at(layers=[6]))
+
+        def work():
+            with torch.no_grad():
+                found.append(hf_vlm(**batch.inputs).logits)
+
+        other = threading.Thread(target=work)
+        other.start()
+        begun.wait(20)
+        with pytest.raises(errors.PlanError, match="threads take turns"):
+            hf_vlm(**batch.inputs)
+        end.set()
+        other.join()
+        with torch.no_grad():
+            assert torch.equal(found[0], hf_vlm(**batch.inputs).logits)
+
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+    @pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "under PEFT"])
+    @pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=["cached", "no cache"])
+    def test_a_vector_is_added_once_to_every_token(self, hf_vlm, batch, basis, attach, wrapped, options):
+        """In the prompt and at every step, whatever modules the model is wrapped in."""
+        direction, before, after = 3 * basis.at(4)[0], [], []
+        hf = get_peft_model(copy.deepcopy(hf_vlm), LoraConfig(r=2, target_modules=["q_proj"])).eval() if wrapped else hf_vlm
+        blocks = unwrapped(hf).model.language_model.layers
+        given = blocks[4].register_forward_hook(lambda module, args, output: before.append(output[:, -1].clone()))
+        taken = blocks[5].register_forward_pre_hook(lambda module, args: after.append(args[0][:, -1].clone()))
+        attach(iv.custom(lambda states, context: states + direction).at(layers=[4]).during("always"), hf)
+        generate(hf, batch, new_tokens=4, **options)
+        given.remove()
+        taken.remove()
+        moved = torch.stack(after) - torch.stack(before)
+        assert len(moved) == 4 and torch.allclose(moved, direction.expand_as(moved), atol=1e-4)
+
+
+class TestNames:
+    def test_of_a_family_that_needs_them(self, attach):
+        config = XGLMConfig(vocab_size=352, d_model=32, ffn_dim=48, num_layers=3, attention_heads=4, max_position_embeddings=512)
+        hf, names = build(XGLMForCausalLM, config), {"final_norm": "layer_norm"}
+        model = gl.load(hf, processor=tokenizer(TEMPLATE), names=names)
+        batch, plan = model.batch("How to fold a paper boat?"), iv.custom(lambda states, context: states + 1).at(layers=1)
+        expected = model.run(batch, plan).logits[0]
+        attach(plan, hf, None, names=names)
+        with torch.no_grad():
+            assert torch.allclose(hf(**batch.inputs).logits[:, -1], expected, atol=1e-5)
+        with pytest.raises(errors.ModelError, match="nowhere in"):
+            attach(plan, hf, None, names={"final_norm": "nothing"})
+
+
+class TestOddThings:
+    @pytest.mark.parametrize("processor", ["x", 5])
+    def test_no_processor(self, attach, processor):
+        with pytest.raises(errors.ModelError, match="AutoProcessor"):
+            attach(iv.swap(iv.text_twin).at(layers=[3]), by=processor)
+
+    def test_a_single_row(self, hf_vlm, attach, basis, batch):
+        attach(iv.project_out(basis))
+        with pytest.raises(errors.ModelError, match="input_ids"):
+            hf_vlm(input_ids=batch.inputs["input_ids"][0])
+
+    @pytest.mark.parametrize("given", [None, {}])
+    def test_no_twin(self, hf_vlm, attach, batch, given, unchecked):
+        attach(iv.swap(iv.text_twin).at(layers=[3]), twin=lambda inputs: given)
+        with pytest.raises(errors.ModelError, match="inputs of the model"):
+            hf_vlm(**batch.inputs)
 
 
 class TestTwinOfTheCaller:

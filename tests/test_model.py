@@ -419,10 +419,10 @@ class TestErrors:
             states[2] = float("nan")
             return states
 
-        with pytest.raises(errors.NumericsError, match=f"NaN or infinity in layer 3, query '{batch.queries[2].id}'"):
-            vlm.run(batch, iv.custom(poison).at(layers=[3]), read=[Site()])
-        with pytest.raises(errors.NumericsError, match=f"the logits of lane 0, query '{batch.queries[2].id}'"):
-            vlm.run(batch, iv.custom(poison).at(layers=[3]))
+        text = rf"NaN or infinity at blocks.3.hook_resid_post after the edit custom\(.*poison\), query '{batch.queries[2].id}'"
+        for asked in ({"read": [Site()]}, {}, {"logits": "all"}, {"logits": None, "read": [Site(layers=(1,))]}):
+            with pytest.raises(errors.NumericsError, match=text):
+                vlm.run(batch, iv.custom(poison).at(layers=[3]), **asked)
 
     def test_text_twin_of_a_model_without_one(self, hf_vlm, processor, basis):
         class NeedsImages:

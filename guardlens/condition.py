@@ -1,0 +1,67 @@
+"""The condition that a model must be in, so that what is measured is the model itself."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from guardlens.architectures import unwrapped
+from guardlens.attachment import Attachment
+from guardlens.errors import ModelError
+
+KNOWN_TO_HOOK = ("accelerate", "bitsandbytes", "guardlens", "nnsight", "peft", "torch", "transformers")
+"""Packages whose hooks belong to the model as it was loaded."""
+
+
+def require_ready(hf: Any) -> None:
+    """Refuse a model under a guard or in training, and say which hooks of other code run with it.
+
+    Raises:
+        ModelError: A guard is attached, a module is in training mode, or the model gives tuples instead of what has names.
+    """
+    guard = Attachment.on(hf)
+    if guard is not None:
+        raise ModelError(
+            f"a guard that is still attached: {guard!r}",
+            "the model without it: whatever is measured would be the guard's doing, too",
+            "call .remove() on what attach gave, or gl.attachment.Attachment.on(model.hf).remove()",
+        )
+    if not getattr(unwrapped(hf).config, "return_dict", True):
+        raise ModelError("a model with config.return_dict=False", "outputs that have names", "set model.hf.config.return_dict = True")
+    for path, module in hf.named_modules():
+        if module.training:
+            raise ModelError(
+                f"training mode in {path or type(hf).__name__}: dropout and the like would make every number random",
+                "evaluation mode",
+                "call model.hf.eval(), and .train() again before you train on",
+            )
+        for hook in _hooks(module):
+            if _origin(hook) not in KNOWN_TO_HOOK:
+                message = (
+                    f"what guardlens measures includes the hook {_named(hook)} on {path or type(hf).__name__}; remove it if it is left over"
+                )
+                warnings.warn(message, stacklevel=5)
+
+
+def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    yield from module._forward_pre_hooks.values()
+    yield from module._forward_hooks.values()
+
+
+def _origin(hook: Callable[..., Any]) -> str:
+    """The package that the hook's code is of."""
+    return str(getattr(_innermost(hook), "__module__", "")).partition(".")[0]
+
+
+def _named(hook: Callable[..., Any]) -> str:
+    found = _innermost(hook)
+    return f"{found.__module__}.{getattr(found, '__qualname__', type(found).__qualname__)}"
+
+
+def _innermost(hook: Callable[..., Any]) -> Any:
+    """The function of a partial; the class of an object that is called."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return hook if hasattr(hook, "__qualname__") else type(hook)

@@ -1,0 +1,98 @@
+"""What is measured is the model itself: guards, training and hooks of other code are refused or said."""
+
+import pytest
+import torch
+
+import guardlens as gl
+from guardlens import errors, presentations
+from guardlens import interventions as iv
+
+TEXTS = ["how to forge the badge ?", "please explain how to wash the hat ."]
+
+
+@pytest.fixture(scope="module")
+def batch(vlm):
+    return vlm.batch(TEXTS, presentations.blank("grey", 32))
+
+
+VERBS = {
+    "run": lambda model, batch: model.run(batch),
+    "answers": lambda model, batch: model.generate(batch, max_new_tokens=2),
+    "kept": lambda model, batch: model.prefill(batch),
+    "cache": lambda model, batch: model.run_with_cache(batch),
+    "hooks": lambda model, batch: model.run_with_hooks(batch),
+    "collect": lambda model, batch: gl.collect(model, batch.queries, progress=False),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+class TestRefused:
+    def test_a_guard_that_is_still_attached(self, vlm, batch, verb):
+        plan = iv.custom(lambda states, context: states + 1).at(layers=[5])
+        with gl.attach(plan, vlm.hf), pytest.raises(errors.ModelError, match=r"a guard that is still attached: Attachment\(custom"):
+            verb(vlm, batch)
+
+    def test_training(self, vlm, batch, verb):
+        for path in ("", "model.language_model.layers.2.mlp"):
+            vlm.hf.get_submodule(path).train()
+            try:
+                with pytest.raises(errors.ModelError, match=f"training mode in {path or 'Llava'}"):
+                    verb(vlm, batch)
+            finally:
+                vlm.hf.eval()
+
+    def test_outputs_without_names(self, vlm, batch, verb, monkeypatch):
+        monkeypatch.setattr(vlm.hf.config, "return_dict", False)
+        with pytest.raises(errors.ModelError, match="return_dict = True"):
+            verb(vlm, batch)
+
+
+def test_a_guard_is_found_without_its_handle(vlm, batch):
+    before = vlm.run(batch).logits
+    gl.attach(iv.custom(lambda states, context: states + 1).at(layers=[5]), vlm.hf)
+    found = gl.attachment.Attachment.on(vlm.hf)
+    assert found is not None
+    found.remove()
+    assert gl.attachment.Attachment.on(vlm.hf) is None
+    assert torch.equal(vlm.run(batch).logits, before)
+
+
+class Doubling:
+    def __call__(self, module, args, output):
+        return output
+
+
+@pytest.mark.parametrize(("hook", "named"), [(lambda *_: None, "test_condition.<lambda>"), (Doubling(), "test_condition.Doubling")])
+def test_hooks_of_other_code_are_said(vlm, batch, hook, named):
+    handle = vlm.hf.get_submodule("model.language_model.layers.2").register_forward_hook(hook)
+    try:
+        with pytest.warns(UserWarning, match=f"{named} on model.language_model.layers.2"):
+            vlm.run(batch)
+    finally:
+        handle.remove()
+
+
+def test_hooks_that_came_with_the_model_are_not(vlm, batch):
+    """Such as those of accelerate and peft."""
+
+    def hook(*_):
+        return None
+
+    hook.__module__ = "accelerate.hooks"
+    handle = vlm.hf.get_submodule("model.language_model.layers.2").register_forward_pre_hook(hook)
+    try:
+        vlm.run(batch)
+    finally:
+        handle.remove()
+
+
+def test_loading_leaves_the_mode_alone(vlm, batch):
+    """A trainer that measures in between must not lose its dropout without a word."""
+    vlm.hf.train()
+    try:
+        model = gl.load(vlm.hf, processor=vlm.processor)
+        assert vlm.hf.training
+        with pytest.raises(errors.ModelError, match=r"call model.hf.eval\(\)"):
+            model.run(batch)
+    finally:
+        vlm.hf.eval()
