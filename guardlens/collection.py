@@ -1,10 +1,9 @@
 """`collect`: the hidden states of many queries, one per query and layer, in memory or streamed to a file that is mapped into it."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,12 +11,13 @@ from torch import Tensor
 from guardlens.activations import Activations
 from guardlens.batches import Batch
 from guardlens.errors import SiteError, require_type
+from guardlens.identity import configuration
 from guardlens.interventions.plan import Intervention, nothing, require_plan
 from guardlens.model import HookedModel, Queries, require_model
 from guardlens.portions import Portion, joined, over_batches
 from guardlens.prefixes import Prefix
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, as_queries, require_presentation, text_only
+from guardlens.queries import Presentation, as_queries, require_presentation, text_only
 from guardlens.sites import Site
 from guardlens.stores import StateStore, dtype_of
 
@@ -94,8 +94,8 @@ def collect(
     if out is None:
         return Activations(joined(portions(range(len(items))), len(items)), *about, **ran, checked=True)
     header = Activations(torch.empty(len(items), len(layers), 0), *about, **ran).header
-    configuration = _configuration(model, items, presentation, intervention, site)
-    with StateStore(out, configuration, len(items), dtype, model.provenance) as store:
+    depends_on = {**configuration(model, items, [presentation]), "site": repr(site), "plan": intervention.fingerprint}
+    with StateStore(out, depends_on, len(items), dtype, model.provenance) as store:
         todo = store.missing
         for portion in portions(todo):
             store.write([todo[place] for place in portion.places], portion.result, header)
@@ -109,28 +109,3 @@ def on_host(states: Tensor) -> Tensor:
     pinned = torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states, non_blocking=True)
     torch.cuda.current_stream(states.device).synchronize()
     return pinned
-
-
-def _configuration(
-    model: HookedModel, queries: Sequence[Query], presentation: Presentation, intervention: Intervention, site: Site
-) -> dict[str, Any]:
-    """What states depend on, of which no two calls that give others have the same."""
-    return {
-        "model": model.id,
-        "llm": model.llm.id,
-        "template": model.provenance.template,
-        "presentation": repr(presentation),
-        "plan": intervention.fingerprint,
-        "site": repr(site),
-        "queries": _digest(queries),
-    }
-
-
-def _digest(queries: Sequence[Query]) -> str:
-    """Of all that queries say, with the pixels of their images, or the paths."""
-    found = hashlib.sha256()
-    for query in queries:
-        found.update(repr(query).encode())
-        for image in query.images:
-            found.update(str(image).encode() if isinstance(image, str | Path) else repr(image.size).encode() + image.tobytes())
-    return found.hexdigest()[:12]

@@ -1,6 +1,5 @@
 """`evaluate`: defences x presentations over labelled queries, judged answers, rates with intervals; resumable."""
 
-import hashlib
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,8 +11,11 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 
 from guardlens.batches import Batch
+from guardlens.contents import content
 from guardlens.defences import Defence
 from guardlens.errors import MismatchError, PlanError, require_type
+from guardlens.generation import generation_settings
+from guardlens.identity import configuration, shown
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.interventions import Intervention
 from guardlens.judges import Judge, Verdict
@@ -252,8 +254,8 @@ def evaluate(
     with ExitStack() as opened:
         directory = None
         if out is not None:
-            configuration = _configuration(model, drawn, items, presentations, judge, max_new_tokens)
-            directory = opened.enter_context(RunDirectory(out, configuration, model.provenance))
+            depends_on = _depends_on(model, drawn, items, presentations, judge, max_new_tokens)
+            directory = opened.enter_context(RunDirectory(out, depends_on, model.provenance))
         records = directory.records(_asked_for(arms, items)) if directory else []
         done = {(record["defence"], record["draw"], record["presentation"], record["query"]) for record in records}
         todo = [(arm, [q for q in items if (arm.name, arm.draw, arm.presentation.name, q.id) not in done]) for arm in arms]
@@ -358,7 +360,7 @@ def _require_presentable(queries: Sequence[Query], presentations: Sequence[Prese
             presentation(query)
 
 
-def _configuration(
+def _depends_on(
     model: HookedModel,
     defences: Mapping[str, tuple[Defence, ...]],
     queries: Sequence[Query],
@@ -366,14 +368,23 @@ def _configuration(
     judge: Judge,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    asked = hashlib.sha256(repr([(q.id, q.text, q.label, q.cluster) for q in queries]).encode()).hexdigest()[:12]
+    """What the records depend on. Arms that show the same prompts share their digest."""
+    presented = {
+        (name, draw, p.name): d.present(p) for name, draws in defences.items() for draw, d in enumerate(draws) for p in presentations
+    }
+    digests = {id(each): shown(each, queries) for each in presented.values()}
     return {
-        "model": model.id,
-        "presentations": [repr(presentation) for presentation in presentations],
-        "queries": asked,
-        "judge": repr(judge),
+        **configuration(model, queries, presentations),
+        "judge": {"name": judge.name, "content": content(judge, f"the judge {judge.name!r}")},
         "max_new_tokens": max_new_tokens,
-        "defences": {name: [d.fingerprint(p) for d in draws for p in presentations] for name, draws in defences.items()},
+        "generation": generation_settings(model.hf),
+        "defences": {
+            name: [
+                {"plan": d.intervention.fingerprint, "shows": {p.name: digests[id(presented[name, draw, p.name])] for p in presentations}}
+                for draw, d in enumerate(draws)
+            ]
+            for name, draws in defences.items()
+        },
     }
 
 

@@ -102,15 +102,22 @@ class HookedModel:
         """Whether it is a VLM."""
         return self.cfg.image_token_id is not None
 
-    @cached_property
+    @property
     def id(self) -> str:
-        """Name and fingerprint of the weights; directions and plans of another fingerprint are refused."""
-        return f"{self.name}@{fingerprint(self.hf)}"
+        """Name and fingerprint; directions and plans of another fingerprint are refused. It changes with the weights, the config and the
+        adapters, and costs a pass over the weights the first time that it is asked for.
+        """
+        return f"{self.name}@{self.fingerprint}"
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the weights, the config and the adapters, whatever the model is called; see `architectures.fingerprint`."""
+        return fingerprint(self.hf)
 
     @property
     def ids(self) -> tuple[str, str]:
         """Of this model and of the LLM beside it, which is the same one if no other was given."""
-        return self.id, self.llm.id
+        return self.id, self.id if self.separate_llm is None else self.separate_llm.id
 
     @property
     def hook_names(self) -> list[str]:

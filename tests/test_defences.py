@@ -251,7 +251,7 @@ def test_fingerprints_tell_defences_apart(ssd):
         self_reminder,
         defences.reminder(after=""),
     ]
-    prints = [defence.fingerprint(GREY) for defence in guards]
+    prints = [(defence.intervention.fingerprint, defence.present(GREY)) for defence in guards]
     assert len(set(prints)) == len(prints)
-    assert vlm_guard(ssd).fingerprint(GREY) == prints[0] != vlm_guard(ssd).fingerprint(text_only)
-    assert defences.reminder().fingerprint(GREY) == self_reminder.fingerprint(GREY)
+    assert vlm_guard(ssd).intervention.fingerprint == prints[0][0]
+    assert defences.reminder().present(GREY) == self_reminder.present(GREY) != self_reminder.present(text_only)

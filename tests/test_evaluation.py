@@ -31,6 +31,10 @@ class FakeJudge:
     calls: list = field(default_factory=list, repr=False)
     last: int | None = field(default=None, repr=False)
 
+    @property
+    def fingerprint(self):
+        return self.name
+
     def __call__(self, query, answer):
         if self.last is not None and len(self.calls) >= self.last:
             raise KeyboardInterrupt
@@ -297,13 +301,13 @@ class TestResume:
         ask()
         refused = {
             "made with defences.guard = .*\nExpected defences.guard = .*\nNext: give another directory": [{"alpha": 2.0}, {"seed": 0}],
-            f"made with model = .*{vlm.id}.*\nExpected model = .*{llm.id}|made with defences": [{"model": llm}],
+            'made with model.kind = "Llava.*\nExpected model.kind = "LlamaForCausalLM': [{"model": llm}],
             "made with queries = ": [
                 {"queries": QUERIES[::2]},
                 {"queries": tuple(dataclasses.replace(q, cluster="one") for q in QUERIES[::4])},
             ],
-            "made with presentations = |made with defences": [{"shown": (GREY,)}],
-            "made with judge = .*fake.*\nExpected judge = .*other": [{"judge": FakeJudge("other")}],
+            "made with presentations.blank grey = null": [{"shown": (GREY,)}],
+            "made with judge.name = .*fake.*\nExpected judge.name = .*other": [{"judge": FakeJudge("other")}],
             "made with max_new_tokens = 3.\nExpected max_new_tokens = 5": [{"max_new_tokens": 5}],
         }
         before = (tmp_path / "records.jsonl").read_bytes()

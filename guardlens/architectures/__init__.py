@@ -2,9 +2,9 @@
 
 from guardlens.architectures.architecture import Architecture
 from guardlens.architectures.find import find, require_named
-from guardlens.architectures.fingerprint import fingerprint
+from guardlens.architectures.fingerprint import facts, fingerprint
 from guardlens.architectures.names import KNOWN, Names
 from guardlens.architectures.parts import Part
 from guardlens.architectures.search import unwrapped
 
-__all__ = ["KNOWN", "Architecture", "Names", "Part", "find", "fingerprint", "require_named", "unwrapped"]
+__all__ = ["KNOWN", "Architecture", "Names", "Part", "facts", "find", "fingerprint", "require_named", "unwrapped"]

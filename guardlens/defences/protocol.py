@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from guardlens.errors import PlanError, require_type
 from guardlens.interventions.plan import Intervention, nothing, require_plan
 from guardlens.queries import Presentation
-from guardlens.storage import digest
 
 
 def unchanged(presentation: Presentation) -> Presentation:
@@ -43,10 +42,6 @@ class Defence:
         require_plan(self.intervention)
         if not callable(self.present):
             raise PlanError(f"present={self.present!r}", "a function of a presentation", "hand in one that gives the presentation to show")
-
-    def fingerprint(self, presentation: Presentation) -> str:
-        """Equal for defences that do the same to a presentation; run directories are checked by it."""
-        return digest(repr(self.present(presentation)).encode(), self.intervention.fingerprint.encode())
 
 
 none = Defence("none")

@@ -1,0 +1,115 @@
+"""The identity of a run: all that its states and answers depend on, as facts that a run directory keeps and compares."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from guardlens.architectures import KNOWN, facts
+from guardlens.contents import content
+from guardlens.model import HookedModel
+from guardlens.prompts import words_of
+from guardlens.queries import Presentation, Query
+from guardlens.storage import digest
+
+
+def configuration(model: HookedModel, queries: Sequence[Query], presentations: Sequence[Presentation]) -> dict[str, Any]:
+    """What every run of a model on queries depends on: the model, the LLM beside it, the queries, and what is shown of them.
+
+    Weights are looked at anew, all of them. What is asked of the run (a plan, a site, a judge) is for the caller to add.
+
+    Args:
+        model: The model.
+        queries: What is asked.
+        presentations: How it is shown, each under a name of its own.
+
+    Returns:
+        Nested facts that JSON can hold, of which no two runs with other results have the same.
+    """
+    return {
+        "queries": content([replace(query, images=()) for query in queries] + [query.images for query in queries], "the queries"),
+        "presentations": {each.name: {"is": _spelt(each), "shows": shown(each, queries)} for each in presentations},
+        "model": of_model(model),
+        "llm": "the model itself" if model.separate_llm is None else of_model(model.separate_llm),
+    }
+
+
+def shown(presentation: Presentation, queries: Sequence[Query]) -> str:
+    """A digest of the prompts that a presentation makes of queries: texts, system prompts and pixels, whatever its own fields say."""
+    found, last, its_digest = hashlib.sha256(), None, ""
+    for query in queries:
+        prompt = presentation(query)
+        found.update(content(replace(prompt, images=()), f"a prompt of {presentation.name!r}").encode())
+        for image in prompt.images:
+            if image is not last:
+                last, its_digest = image, content(image)
+            found.update(its_digest.encode())
+    return found.hexdigest()[:12]
+
+
+def of_model(model: HookedModel) -> dict[str, Any]:
+    """What a model computes with: weights, config, adapters, precision, what its parts are called, and its processor."""
+    return {
+        "kind": type(model.hf).__name__,
+        **facts(model.hf, anew=True),
+        "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.hf.parameters()}),
+        "computed": _computed(model.hf),
+        "names": {f.name: [*named] for f in fields(KNOWN) if (named := getattr(model.names, f.name)) != getattr(KNOWN, f.name)},
+        "processor": of_processor(model.processor),
+    }
+
+
+def of_processor(processor: Any) -> dict[str, Any]:
+    """What makes tensors of prompts: chat template, tokenizer, and whatever prepares images."""
+    words = words_of(processor)
+    templates = [str(getattr(part, "chat_template", None)) for part in (processor, words)]
+    return {
+        "template": digest(*(template.encode() for template in templates)),
+        "tokenizer": _tokenizer(words),
+        "images": {} if processor is words else _said(processor),
+    }
+
+
+def _tokenizer(words: Any) -> str:
+    """A digest of the vocabulary, of all that turns text into tokens, and of all that turns them into text again."""
+    said = {name: getattr(words, name, None) for name in ("special_tokens_map", "clean_up_tokenization_spaces", "split_special_tokens")}
+    backend = getattr(words, "backend_tokenizer", None)
+    if backend is None:
+        return content([type(words).__qualname__, words.get_vocab(), {name: str(value) for name, value in said.items()}])
+    whole = json.loads(backend.to_str())
+    whole |= {"padding": None, "truncation": None}  # settings of the last call
+    return digest(type(words).__qualname__.encode(), json.dumps(whole, sort_keys=True).encode(), repr(said).encode())
+
+
+def _said(processor: Any) -> dict[str, Any]:
+    """The settings of a processor and of its parts, as its own files have them."""
+    own = processor.to_dict() if hasattr(processor, "to_dict") else vars(processor)
+    inner: dict[str, Any] = {name: getattr(processor, name, None) for name in ("image_processor", "video_processor", "feature_extractor")}
+    parts = {name: {"kind": type(part).__name__, **part.to_dict()} for name, part in inner.items() if hasattr(part, "to_dict")}
+    return json.loads(
+        json.dumps({"kind": type(processor).__name__, **own, **parts} | {"chat_template": None, "tokenizer": None}, default=str)
+    )
+
+
+def _computed(hf: nn.Module) -> str:
+    """A digest of what modules compute once and keep (the frequencies of positions), to four digits: devices round differently."""
+    found = []
+    for path, module in hf.named_modules():
+        stretches = {"dynamic", "longrope"} & set(re.findall(r"\w+", str(getattr(module, "rope_type", ""))))  # with the prompt's length
+        for name in sorted(() if stretches else module._non_persistent_buffers_set):
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
+                values = buffer.double().flatten().cpu()
+                weighted = values @ torch.arange(1.0, len(values) + 1, dtype=torch.float64)
+                found.append(f"{path}.{name}: {tuple(buffer.shape)} {values.sum():.3e} {weighted:.3e}")
+    return digest(*(each.encode() for each in found))
+
+
+def _spelt(presentation: Presentation) -> str:
+    """For people: how a presentation prints, without the places of objects in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(presentation))
