@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from guardlens.errors import MismatchError, StorageError, require_type
+from guardlens.errors import GuardlensError, MismatchError, StorageError, require_type
 
 FORMAT = 2
 """Of saved files; one of another format is refused."""
@@ -163,8 +163,10 @@ def reading(path: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        why = f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AttributeError) else error
+    except StorageError:
+        raise
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, GuardlensError) as error:
+        why = error.found if isinstance(error, GuardlensError) else f"{type(error).__name__}: {error}"
         raise StorageError(f"{path}, which can't be read ({why})", what, "check the path, or save it anew") from error
 
 
@@ -222,12 +224,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 def metadata_of(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> dict[str, str]:
     """What a safetensors file of guardlens says about itself, with a checksum of that and of the tensors."""
-    sums = {name: _checksum(tensor) for name, tensor in (tensors or {}).items()}
+    sums = {name: checksum(tensor) for name, tensor in (tensors or {}).items()}
     text = encoded({"format": FORMAT, "kind": kind, "header": header, "tensors": sums}, f"the header of a file of {kind}")
     return {"guardlens": text, "digest": digest(text.encode())}
 
 
-def _checksum(tensor: Tensor) -> str:
+def checksum(tensor: Tensor) -> str:
+    """A short name for a tensor: for its numbers, dtype and shape."""
     return digest(str(tensor.dtype).encode(), repr(tuple(tensor.shape)).encode(), bytes_of(tensor))
 
 
@@ -273,10 +276,11 @@ def load_tensors(path: str | Path, kind: str, *, verify: bool = True) -> tuple[d
                 "check the path, or save it anew with this version",
             )
         intact = described.get("digest") == digest(described["guardlens"].encode())
-        if not intact or (verify and {name: _checksum(tensor) for name, tensor in tensors.items()} != meta["tensors"]):
+        if not intact or (verify and {name: checksum(tensor) for name, tensor in tensors.items()} != meta["tensors"]):
             raise StorageError(
                 f"{path}, which was changed after it was saved", "the bytes that were saved", "save it anew, or copy it again"
             )
+        require_type(meta["header"], dict, StorageError, "save it anew with this version")
         return tensors, meta["header"]
 
 

@@ -1,15 +1,19 @@
 import dataclasses
 import json
+import pkgutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from guardlens import Intervention, errors, gates, presentations
+from guardlens import Directions, Intervention, errors, gates, presentations
 from guardlens import interventions as iv
+from guardlens.interventions import edits, files, states
 from guardlens.queries import text_only
 from guardlens.sites import Site
-from guardlens.storage import save_tensors
+from guardlens.storage import FORMAT, digest, load_tensors, save_tensors
 from tests.strategies import gaussian, make_directions
 
 V = make_directions(dtype=torch.float32, model="mine@1")
@@ -226,14 +230,114 @@ def test_custom_cannot_be_saved(tmp_path):
 @pytest.mark.parametrize(
     "kind",
     [
-        *("os:system", "subprocess:Popen", "builtins:eval", "guardlensx:Edit", "tests.strategies:Query"),
-        *("guardlens.storage:RunDirectory", "guardlens.interventions.files:importlib", "guardlens.__main__:app", "guardlens.nowhere:Edit"),
+        *("os:system", "builtins:eval", "guardlens.storage:RunDirectory", "guardlens.interventions.plan:Step", "guardlens.nope.x:Y", ""),
+        *("custom", "query", "Step", 5, None, ["step"]),
     ],
+    ids=str,
 )
 def test_a_file_that_names_other_types_is_refused(tmp_path, kind):
-    save_tensors(tmp_path / "p", "intervention", {}, {"type": kind, "fields": {}})
-    with pytest.raises(errors.StorageError, match=rf"the type '{kind}' in the file\.\nExpected a type of guardlens"):
+    for header in ({"type": kind, "fields": {}}, {"type": "intervention", "fields": {"steps": {"tuple": [{"type": kind, "fields": {}}]}}}):
+        save_tensors(tmp_path / "p", "intervention", {}, header)
+        with pytest.raises(errors.StorageError, match=r"the type .* in |can't be read \(TypeError"):
+            Intervention.load(tmp_path / "p")
+
+
+def changed(header, *keys, to):
+    """The header with one field changed, by the names of fields and the places in tuples that lead there."""
+    if not keys:
+        return to
+    key, *rest = keys
+    if isinstance(key, int):
+        items = [changed(item, *rest, to=to) if place == key else item for place, item in enumerate(header["tuple"])]
+        return {"tuple": items}
+    fields = header["fields"]
+    return {**header, "fields": {**fields, key: changed(fields.get(key), *rest, to=to)}}
+
+
+STEP = ("steps", 0)
+CHANGES = {
+    "steps a list": (("steps",), [1]),
+    "steps a number": (("steps",), 5),
+    "a field more": (("x",), 1),
+    "a tensor that is not there": ((*STEP, "edit", "read"), {"tensor": "nope"}),
+    "a text for a tensor": ((*STEP, "edit", "read"), "nope"),
+    "a tensor for a text": ((*STEP, "phase"), {"tensor": "plan.steps.0.edit.read"}),
+    "another phase": ((*STEP, "phase"), "later"),
+    "strength a text": ((*STEP, "strength"), "x"),
+    "strength null": ((*STEP, "strength"), None),
+    "strength nan": ((*STEP, "strength"), float("nan")),
+    "edit null": ((*STEP, "edit"), None),
+    "edit a site": ((*STEP, "edit"), {"type": "site", "fields": {}}),
+    "gate a state": ((*STEP, "gate"), {"type": "state", "fields": {}}),
+    "a hook that there is not": ((*STEP, "site", "hook"), "resid_pots"),
+    "other layers": ((*STEP, "edit", "layers"), {"tuple": [*range(9)]}),
+    "layers a text": ((*STEP, "edit", "layers"), "12345"),
+    "another width": ((*STEP, "edit", "read"), {"tensor": "narrow"}),
+    "factors of nan": ((*STEP, "edit", "shift"), {"tensor": "nan"}),
+    "factors of integers": ((*STEP, "edit", "shift"), {"tensor": "whole"}),
+    "no fields": ((*STEP,), {"type": "step"}),
+    "deep": ((*STEP, "edit"), None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_is_read_like_a_plan_that_is_made(tmp_path, change):
+    """Also where its checksums are right: somebody wrote it with other code."""
+    plan, (keys, value) = PLANS["vlm_guard"], CHANGES[change]
+    plan.save(tmp_path / "p")
+    tensors, header = load_tensors(tmp_path / "p", "intervention")
+    read, shift = tensors["plan.steps.0.edit.read"], tensors["plan.steps.0.edit.shift"]
+    tensors |= {"narrow": read[..., :-1].contiguous(), "nan": torch.full_like(shift, float("nan")), "whole": shift.long()}
+    if change == "deep":
+        value = header["fields"]["steps"]["tuple"][0]["fields"]["edit"]
+        for _ in range(400):
+            value = {"type": "turned", "fields": {"edit": value, "seed": 0}}
+    save_tensors(tmp_path / "q", "intervention", tensors, changed(header, *keys, to=value))
+    with pytest.raises(errors.StorageError):
+        Intervention.load(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    "header", [5, "x", None, [], {}, {"type": "step"}, {"type": "intervention"}, {"type": "intervention", "fields": 5}]
+)
+def test_a_header_that_is_no_plan(tmp_path, header):
+    save_file({}, tmp_path / "p", metadata=made_up(header))
+    with pytest.raises(errors.StorageError):
         Intervention.load(tmp_path / "p")
+
+
+def made_up(header):
+    """What a file of a plan says about itself, around any header."""
+    text = json.dumps({"format": FORMAT, "kind": "intervention", "header": header, "tensors": {}})
+    return {"guardlens": text, "digest": digest(text.encode())}
+
+
+def test_every_tag_is_a_type_and_every_type_of_a_plan_has_one():
+    kinds = {tag: pkgutil.resolve_name(place) for tag, place in files.TAGS.items()}
+    assert all(dataclasses.is_dataclass(kind) for kind in kinds.values()) and len(set(kinds.values())) == len(kinds)
+    here = [(module, vars(module)) for module in (edits, gates, states, presentations)]
+    made = {each for module, names in here for each in names.values() if isinstance(each, type) and each.__module__ == module.__name__}
+    saved = {each for each in made if dataclasses.is_dataclass(each)} - {edits.Custom, states.Context}
+    assert saved <= set(kinds.values())
+
+
+def test_fingerprints_stay():
+    """What is in run directories and saved plans: a change of these numbers makes all of them strangers."""
+    eye = torch.eye(2)
+    read = Directions(eye[None, :1], None, eye[:1], -eye[:1], eye[:1, :0], "made")
+    plans = (iv.nothing, iv.linear(2 * eye).at(layers=[3]), iv.replace(read, iv.text_twin).when(gates.harmful(read, 0.0)).scaled(0.5))
+    assert [plan.fingerprint for plan in plans] == ["71342e3f55cf", "60d4f7fc2bc3", "cc523c223067"]
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    save_tensors(tmp_path / "d", "directions", {}, {"layers": (np.int64(4),)})
+    assert load_tensors(tmp_path / "d", "directions")[1] == {"layers": [4]}
+    numbers = [np.float32(0.5), np.int64(4), np.bool_(True)]
+    assert [(type(value), value) for value in (files._encode(number, {}, "") for number in numbers)] == [
+        (float, 0.5),
+        (int, 4),
+        (bool, True),
+    ]
 
 
 def test_files_hold_data_only(tmp_path):

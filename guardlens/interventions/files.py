@@ -1,19 +1,41 @@
-"""Saving plans: frozen dataclasses as JSON, their tensors beside it. Only guardlens's own types are read back, and no code."""
+"""Saving plans: frozen dataclasses as JSON, their tensors beside it. Only the types of `TAGS` are read back, and no code."""
 
 import dataclasses
-import importlib
-import importlib.util
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from guardlens.errors import StorageError
-from guardlens.storage import digest, load_tensors, save_tensors
+from guardlens.storage import checksum, digest, load_tensors, reading, save_tensors
 
 KIND = "intervention"
+
+TAGS = {
+    "intervention": "guardlens.interventions.plan:Intervention",
+    "step": "guardlens.interventions.plan:Step",
+    "affine": "guardlens.interventions.edits:Affine",
+    "relative_add": "guardlens.interventions.edits:RelativeAdd",
+    "swap": "guardlens.interventions.edits:Swap",
+    "turned": "guardlens.interventions.edits:Turned",
+    "linear_gate": "guardlens.interventions.gates:Linear",
+    "combined_gate": "guardlens.interventions.gates:Combined",
+    "state": "guardlens.interventions.states:State",
+    "site": "guardlens.sites:Site",
+    "text_only": "guardlens.queries:TextOnly",
+    "without_images": "guardlens.queries:WithoutImages",
+    "blank": "guardlens.presentations:Blank",
+    "noise": "guardlens.presentations:Noise",
+    "own": "guardlens.presentations:Own",
+    "framed": "guardlens.presentations:Framed",
+    "chat": "guardlens.presentations:Chat",
+}
+"""What a plan may consist of: the name of a type in files and fingerprints, which stays when the type moves -> where it is."""
+
+_TAG_OF = {place: tag for tag, place in TAGS.items()}
 
 
 def save(plan: Any, path: str | Path) -> None:
@@ -24,16 +46,23 @@ def save(plan: Any, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Any:
-    """Read a plan."""
+    """Read a plan.
+
+    Raises:
+        StorageError: Not such a file, or one that holds something else than a plan of `TAGS`.
+    """
     tensors, header = load_tensors(path, KIND)
-    return _decode(header, tensors)
+    with reading(Path(path), "a plan that this version saved"):
+        if header["type"] != KIND:
+            raise StorageError(f"the type {header['type']!r} in {path}", "a plan", "save the plan anew with this version")
+        return _decode(header, tensors)
 
 
 def fingerprint(plan: Any) -> str:
     """A digest of everything that a plan consists of."""
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_encode(plan, tensors, "plan"), sort_keys=True)
-    return digest(header.encode(), *(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values()))
+    return digest(header.encode(), *(checksum(tensor).encode() for tensor in tensors.values()))
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:
@@ -44,11 +73,13 @@ def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:
         return {"tuple": [_encode(item, tensors, f"{key}.{i}") for i, item in enumerate(value)]}
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    if dataclasses.is_dataclass(value) and type(value).__module__.startswith("guardlens."):
-        names = [field.name for field in dataclasses.fields(value)]
-        fields = {name: _encode(getattr(value, name), tensors, f"{key}.{name}") for name in names}
-        return {"type": f"{type(value).__module__}:{type(value).__name__}", "fields": fields}
-    raise StorageError(f"{value!r} in the plan", "data only", "rebuild a plan with custom functions in code; save the rest of it")
+    if isinstance(value, np.generic):
+        return value.item()
+    tag = _TAG_OF.get(f"{type(value).__module__}:{type(value).__qualname__}")
+    if tag is None:
+        raise StorageError(f"{value!r} in the plan", "data only", "rebuild a plan with custom functions in code; save the rest of it")
+    names = [field.name for field in dataclasses.fields(value)]
+    return {"type": tag, "fields": {name: _encode(getattr(value, name), tensors, f"{key}.{name}") for name in names}}
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -58,9 +89,7 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[value["tensor"]]
     if "tuple" in value:
         return tuple(_decode(item, tensors) for item in value["tuple"])
-    module, _, name = value["type"].partition(":")
-    loadable = module.startswith("guardlens.") and importlib.util.find_spec(module) and not module.endswith("__main__")
-    kind = getattr(importlib.import_module(module), name, None) if loadable else None
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise StorageError(f"the type {value['type']!r} in the file", "a type of guardlens", "save the plan anew with this version")
+    if value["type"] not in TAGS:
+        raise StorageError(f"the type {value['type']!r} in the file", f"one of {', '.join(TAGS)}", "save the plan anew with this version")
+    kind = pkgutil.resolve_name(TAGS[value["type"]])
     return kind(**{name: _decode(field, tensors) for name, field in value["fields"].items()})
