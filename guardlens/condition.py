@@ -37,12 +37,23 @@ def require_ready(hf: Any) -> None:
                 "evaluation mode",
                 "call model.hf.eval(), and .train() again before you train on",
             )
+    for path, hook in foreign_hooks(hf):
+        where = path or type(hf).__name__
+        warnings.warn(f"what guardlens measures includes the hook {hook_name(hook)} on {where}; remove it if it is left over", stacklevel=5)
+
+
+def foreign_hooks(hf: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The hooks that run with a model and belong to none of the packages that it is loaded with, each with the path of its module."""
+    for path, module in hf.named_modules():
         for hook in _hooks(module):
             if _origin(hook) not in KNOWN_TO_HOOK:
-                message = (
-                    f"what guardlens measures includes the hook {_named(hook)} on {path or type(hf).__name__}; remove it if it is left over"
-                )
-                warnings.warn(message, stacklevel=5)
+                yield path, hook
+
+
+def hook_name(hook: Callable[..., Any]) -> str:
+    """What a hook is called where it is written."""
+    found = _innermost(hook)
+    return f"{found.__module__}.{getattr(found, '__qualname__', type(found).__qualname__)}"
 
 
 def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
@@ -53,11 +64,6 @@ def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
 def _origin(hook: Callable[..., Any]) -> str:
     """The package that the hook's code is of."""
     return str(getattr(_innermost(hook), "__module__", "")).partition(".")[0]
-
-
-def _named(hook: Callable[..., Any]) -> str:
-    found = _innermost(hook)
-    return f"{found.__module__}.{getattr(found, '__qualname__', type(found).__qualname__)}"
 
 
 def _innermost(hook: Callable[..., Any]) -> Any:

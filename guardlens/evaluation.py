@@ -266,6 +266,7 @@ def evaluate(
     facts = {
         "judge": judge.name,
         "max_new_tokens": max_new_tokens,
+        "generation": generation_settings(model.hf),
         "plans": {name: repr(draws[0].intervention) for name, draws in drawn.items()},
     }
     return Evaluation.from_rows(_ordered(records, defences, presentations, items), facts=facts, provenance=model.provenance)

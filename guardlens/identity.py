@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from guardlens.architectures import KNOWN, facts
+from guardlens.condition import foreign_hooks, hook_name
 from guardlens.contents import content
 from guardlens.model import HookedModel
 from guardlens.prompts import words_of
@@ -53,13 +54,14 @@ def shown(presentation: Presentation, queries: Sequence[Query]) -> str:
 
 
 def of_model(model: HookedModel) -> dict[str, Any]:
-    """What a model computes with: weights, config, adapters, precision, what its parts are called, and its processor."""
+    """What a model computes with: weights, config, adapters, precision, what its parts are called, hooks, and its processor."""
     return {
         "kind": type(model.hf).__name__,
         **facts(model.hf, anew=True),
         "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.hf.parameters()}),
         "computed": _computed(model.hf),
         "names": {f.name: [*named] for f in fields(KNOWN) if (named := getattr(model.names, f.name)) != getattr(KNOWN, f.name)},
+        "hooks": [f"{path}: {hook_name(hook)}, {content(hook, f'the hook {hook_name(hook)}')}" for path, hook in foreign_hooks(model.hf)],
         "processor": of_processor(model.processor),
     }
 

@@ -288,9 +288,10 @@ class HookedModel:
         require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
         for site in read:
             require_type(site, Site, SiteError, "say Site('resid_post')")
+        models = self.ids
         for plan in plans:
             require_plan(plan)
-            plan.check(self.ids, self.cfg.n_layers, self.cfg.widths)
+            plan.check(models, self.cfg.n_layers, self.cfg.widths)
             for site in (*(step.site for step in plan.steps), *read):
                 for point in site.points(self.cfg.n_layers):
                     self.cfg.locate(point)

@@ -178,6 +178,20 @@ def test_adapters_count_by_what_they_do(hf_vlm, processor):
     assert len({on, both, weak.id}) == 3
 
 
+@pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook")
+def test_hooks_of_other_code_count(model):
+    def scaled(factor):
+        return lambda module, args, output: output * factor
+
+    found = [whole(model)]
+    for factor in (2, 3):
+        handle = block(model).mlp.register_forward_hook(scaled(factor))
+        found.append(whole(model))
+        handle.remove()
+    assert first_difference(found[0], found[1])[0] == first_difference(found[1], found[2])[0] == "model.hooks"
+    assert whole(model) == found[0]
+
+
 def test_the_llm_beside_counts(model, hf_vlm, processor):
     twin = gl.load(copy.deepcopy(hf_vlm), processor=processor)
     beside = replace(model, separate_llm=twin)
