@@ -2,6 +2,8 @@
 
 import os
 import sys
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,16 +11,29 @@ import typer
 
 from guardlens.errors import GuardlensError
 
-application = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+application = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+def _version(wanted: bool | None) -> None:
+    if wanted:
+        print(f"guardlens {metadata.version('guardlens')}")
+        raise typer.Exit()
+
+
+@application.callback(help=__doc__)
+def main(
+    version: Annotated[bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")] = None,
+) -> None:
+    """Options of the command without a subcommand."""
 
 
 @application.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the report, figures and tables go.")] = Path("out/demo"),
+    out: Annotated[str, typer.Option(help="Where the report, figures and tables go.")] = "out/demo",
     model: Annotated[str | None, typer.Option(help="A hub id or a local directory; the embedded organism if left out.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL or CSV with text, label, pair (and images); needed with --model.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, with --model.")] = 64,
-    dtype: Annotated[str, typer.Option(help="As in transformers, with --model.")] = "auto",
+    max_new_tokens: Annotated[int | None, typer.Option(help="The longest answer, with --model; 64 if left out.", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="As in transformers, with --model.")] = None,
     device_map: Annotated[str | None, typer.Option(help="As in transformers, e.g. auto, with --model.")] = None,
 ) -> None:
     """See where an image shifts requests and what brings refusals back: separability, a sweep, and defences, in one report."""
@@ -26,22 +41,27 @@ def demo(
 
     from guardlens import demo as work
     from guardlens.findings import WIDTHS, in_short, lead
+    from guardlens.storage import require_writable
     from guardlens.tables import rich_table
 
     if (model is None) != (data is None):
         raise typer.BadParameter("--model and --data go together; leave both out for the organism")
+    if model is None and (max_new_tokens, dtype, device_map) != (None, None, None):
+        raise typer.BadParameter("--max-new-tokens, --dtype and --device-map go with --model; the organism has its own")
+    folder = require_writable(out)
     if model is None or data is None:
         subject = work.organism_subject()
     else:
-        subject = work.own_subject(model, data, max_new_tokens, dtype=dtype, device_map=device_map)
+        subject = work.own_subject(model, data, max_new_tokens or 64, dtype=dtype or "auto", device_map=device_map)
     console = Console()
-    console.print(f"guardlens demo on {subject.model!r}", highlight=False)
-    summary = work.run(subject, out)
+    say = partial(console.print, highlight=False, markup=False)
+    say(f"guardlens demo on {subject.model!r}")
+    summary = work.run(subject, folder)
     console.print(rich_table("Defences on the test split, blank images taken together (95 % intervals)", in_short(summary)))
-    console.print(WIDTHS, highlight=False, style="dim")
+    say(WIDTHS, style="dim")
     for sentence in lead(summary):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"\nReport: {out / 'report.html'}   Everything in numbers: {out / 'summary.json'}", highlight=False)
+        say(sentence)
+    say(f"\nReport: {folder / 'report.html'}   Everything in numbers: {folder / 'summary.json'}")
 
 
 @application.command()
@@ -53,16 +73,17 @@ def check(
     """Say what of guardlens works on a model, in a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from guardlens.check import check as try_everything
     from guardlens.loading import load
 
     loaded = load(model, dtype=dtype, device_map=device_map, self_check=False)
     findings = try_everything(loaded)
-    table = Table("", "what", "detail", title=repr(loaded), title_justify="left")
+    table = Table("", "what", "detail", title=Text(repr(loaded)), title_justify="left")
     signs: dict[Any, str] = {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}
     for finding in findings:
-        table.add_row(signs[finding.works], finding.what, finding.detail)
+        table.add_row(signs[finding.works], Text(finding.what), Text(finding.detail))
     Console().print(table)
     if any(finding.works is False for finding in findings):
         raise typer.Exit(1)

@@ -3,16 +3,19 @@
 On the embedded organism by default; on a user's own model and pairs the same.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from guardlens import defences, directions, organism, presentations
 from guardlens.choice import RANKS, choose, mildest
 from guardlens.collection import collect
 from guardlens.comparison import compare
 from guardlens.defences import Defence, vlm_guard
-from guardlens.errors import PresentationError, QueryError
+from guardlens.errors import NumericsError, PresentationError, QueryError
 from guardlens.evaluation import evaluate
 from guardlens.findings import Findings, write
 from guardlens.judges import Judge, keyword
@@ -20,6 +23,8 @@ from guardlens.loading import load
 from guardlens.model import HookedModel
 from guardlens.queries import Presentation, Query, QueryPairs, read_queries, require_labels, split, text_only
 from guardlens.scores import refusal_logodds
+from guardlens.separability import held_out
+from guardlens.storage import locked, require_path
 from guardlens.sweeps import sweep
 
 STRENGTHS = (0.5, 1.0, 2.0)
@@ -109,8 +114,26 @@ def run(subject: Subject, out: str | Path, *, progress: bool = True) -> dict[str
 
     Raises:
         MismatchError: `out` holds records of another configuration.
+        StorageError: `out` can't be written, or another process has it open.
+        QueryError: Too few requests for validation.
     """
-    out, model, grey = Path(out), subject.model, subject.blanks[0]
+    _require_enough(subject.validation)
+    with locked(require_path(out)):
+        return _run(subject, Path(out), progress)
+
+
+def _require_enough(queries: Sequence[Query]) -> None:
+    """Meet too few at the door, before any work: `compare` parts them into folds."""
+    labels, groups = np.array([query.label == "harmful" for query in queries]), np.array([query.stands_with for query in queries])
+    try:
+        held_out(labels, groups)
+    except NumericsError as error:
+        found = f"{error.found} among the {len(queries)} requests for validation"
+        raise QueryError(found, error.expected, f"{error.next_step}; a quarter of the data is for validation") from None
+
+
+def _run(subject: Subject, out: Path, progress: bool) -> dict[str, Any]:
+    model, grey = subject.model, subject.blanks[0]
     fit = collect(model, subject.pairs, progress=progress)
     ssd = directions.ssd(fit, rank=max(RANKS))
     llm = collect(model, subject.validation, progress=progress)

@@ -138,6 +138,22 @@ def require_path(path: Any) -> Path:
     return Path(path)
 
 
+def require_writable(path: Any) -> Path:
+    """The path of a directory that is there or can be made, as far as can be told without making it.
+
+    Raises:
+        StorageError: It can't.
+    """
+    path = require_path(path)
+    nearest = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    with writing(path):
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is no directory")
+        if not os.access(nearest, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return path
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Say of what can't be written what and why.
@@ -312,8 +328,7 @@ class RunDirectory:
         self.path = require_path(path)
         self._file = self.path / RECORDS
         with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path)
+            self._lock = locked(self.path)
             try:
                 _remove_leftovers(self.path, r".+\.(?:json|partial)")
                 self._open(json.loads(encoded(configuration, "the configuration")), provenance or Provenance())
@@ -420,8 +435,18 @@ def _keyed(line: bytes, key: Callable[[dict[str, Any]], Hashable]) -> Iterator[t
             yield name, record
 
 
-def _locked(directory: Path) -> FileLock:
-    """A lock on a directory, until it is released."""
+def locked(directory: Path) -> FileLock:
+    """A lock on a directory, which is made if it isn't there. It is let go by `release`, or at the end of a `with` block.
+
+    Raises:
+        StorageError: Another process has it, or the directory can't be written.
+    """
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        return _lock(directory)
+
+
+def _lock(directory: Path) -> FileLock:
     lock = FileLock(directory / LOCK, timeout=0, thread_local=False)
     try:
         lock.acquire()
@@ -432,7 +457,7 @@ def _locked(directory: Path) -> FileLock:
     except OSError as error:
         if error.errno not in UNLOCKABLE or not (directory / MANIFEST).exists():
             raise
-        warnings.warn(f"{directory} can't be locked ({error.strerror}): see to it that no other process writes there", stacklevel=5)
+        warnings.warn(f"{directory} can't be locked ({error.strerror}): see to it that no other process writes there", stacklevel=6)
         return lock
     with suppress(OSError):  # what says who has it is a courtesy
         (directory / LOCK).write_text(_this_process())

@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -148,6 +151,43 @@ def test_demo_hands_everything_on_and_tells_the_finding(guardlens, saved, data, 
     assert "guardlens demo on HookedModel('tiny-vlm'" in out
 
 
+def test_version(guardlens):
+    assert guardlens("--version")[:2] == (0, f"guardlens {metadata.version('guardlens')}\n")
+
+
+@pytest.mark.parametrize("option", ["--max-new-tokens=8", "--dtype=float16", "--device-map=auto"])
+def test_options_of_a_model_need_one(guardlens, option, tmp_path):
+    code, _, err = guardlens("demo", option, "--out", tmp_path / "out")
+    assert code == 2 and "go with --model" in " ".join(err.replace("│", " ").split())
+
+
+def test_what_cannot_be_is_met_before_anything_is_loaded(guardlens, monkeypatch, tmp_path):
+    for name in ("organism_subject", "own_subject"):
+        monkeypatch.setattr(gl.demo, name, lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    for out in ("file", "file/below", "link"):
+        code, _, err = guardlens("demo", "--out", tmp_path / out)
+        assert_sentence(code, err, str(tmp_path / out), "which can't be written")
+    assert_sentence(*guardlens("demo", "--out", "")[::2], "the path ''")
+    assert guardlens("demo", "--model", "any", "--data", "any", "--max-new-tokens", 0)[0] == 2
+
+
+@pytest.mark.parametrize("name", ["z[/red]", "z[bold]", "[link=x]z"])
+def test_names_are_no_markup(guardlens, saved, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(gl.demo, "organism_subject", lambda: SimpleNamespace(model=f"model {name}"))
+    monkeypatch.setattr(gl.demo, "run", lambda *_: None)
+    monkeypatch.setattr("guardlens.findings.in_short", lambda _: pd.DataFrame({"defence": [name]}))
+    monkeypatch.setattr("guardlens.findings.lead", lambda _: [name])
+    code, out, _ = guardlens("demo", "--out", tmp_path / name)
+    assert code == 0 and out.count(name) >= 4 and f"{name}/report.html" in "".join(out.split())
+    monkeypatch.setattr(gl.check, "check", lambda _: [SimpleNamespace(works=True, what=name, detail=f"a detail {name}")])
+    folder = tmp_path / f"model{name.replace('/', '')}"
+    folder.symlink_to(saved[1])
+    code, out, _ = guardlens("check", folder)
+    assert code == 0 and f"a detail {name}" in out and folder.name in out
+
+
 def test_demo_loads_the_model_as_asked(guardlens, tmp_path, monkeypatch):
     seen = {}
 
@@ -156,5 +196,6 @@ def test_demo_loads_the_model_as_asked(guardlens, tmp_path, monkeypatch):
         raise gl.errors.StorageError("the end", "an end", "stop")
 
     monkeypatch.setattr(gl.demo, "own_subject", fake)
+    monkeypatch.chdir(tmp_path)
     guardlens("demo", "--model", "some", "--data", tmp_path / "pairs.csv", "--dtype", "bfloat16", "--device-map", "auto")
     assert seen == {"source": "some", "new_tokens": 64, "dtype": "bfloat16", "device_map": "auto"}

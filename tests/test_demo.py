@@ -20,6 +20,7 @@ from guardlens.evaluation import Evaluation, evaluate
 from guardlens.interventions import Intervention
 from guardlens.model import HookedModel
 from guardlens.queries import text_only
+from guardlens.storage import locked
 from guardlens.sweeps import Sweep
 from guardlens.tables import rich_table
 
@@ -302,6 +303,29 @@ def write(path, n, **more):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+class TestAtTheDoor:
+    """What can't end well is met before the first forward."""
+
+    @pytest.fixture
+    def subject(self, saved, tmp_path, monkeypatch):
+        own = demo.own_subject(saved, write(tmp_path / "pairs.jsonl", 20))
+        monkeypatch.setattr(demo, "collect", lambda *_, **__: pytest.fail("ran"))
+        return own
+
+    def test_too_few_for_validation(self, subject, tmp_path):
+        few = dataclasses.replace(subject, validation=subject.validation[:2])
+        with pytest.raises(errors.QueryError, match=r"in 1 group among the 2 requests for validation\.\nExpected each label in at least 5"):
+            demo.run(few, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_out_that_is_a_file_or_taken(self, subject, tmp_path):
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(errors.StorageError, match=r"file, which can't be written"):
+            demo.run(subject, tmp_path / "file")
+        with locked(tmp_path / "out"), pytest.raises(errors.StorageError, match=r"out, which this very process has open"):
+            demo.run(subject, tmp_path / "out")
 
 
 class TestOwnSubject:
