@@ -59,6 +59,16 @@ def hook_name(hook: Callable[..., Any]) -> str:
 def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
     yield from module._forward_pre_hooks.values()
     yield from module._forward_hooks.values()
+    yield from _forwards(module)
+
+
+def _forwards(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """What stands in for the forward of its class, if something does: as good as a hook."""
+    forward = vars(module).get("forward")
+    forward = getattr(getattr(forward, "state", None), "body", forward)  # nnsight keeps here what it stands in for itself
+    if forward is not None and forward is not type(module).forward:
+        held = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+        yield from (each for each in (forward, *held) if callable(each))
 
 
 def _origin(hook: Callable[..., Any]) -> str:

@@ -108,6 +108,8 @@ def _taken_apart(value: Any, what: str) -> tuple[str, Parts]:
             return kind, [value.__func__]
         case functools.cached_property():
             return "property", [value.func]
+        case functools._lru_cache_wrapper():
+            return "function", [value.__wrapped__]
         case nn.Module():
             return kind, [fingerprint(value)]
     if isinstance(said := getattr(value, "fingerprint", None), str):

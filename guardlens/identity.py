@@ -60,6 +60,7 @@ def of_model(model: HookedModel) -> dict[str, Any]:
         **facts(model.hf, anew=True),
         "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.hf.parameters()}),
         "computed": _computed(model.hf),
+        "autocast": _autocast(model.hf.device.type),
         "names": {f.name: [*named] for f in fields(KNOWN) if (named := getattr(model.names, f.name)) != getattr(KNOWN, f.name)},
         "hooks": [f"{path}: {hook_name(hook)}, {content(hook, f'the hook {hook_name(hook)}')}" for path, hook in foreign_hooks(model.hf)],
         "processor": of_processor(model.processor),
@@ -110,6 +111,11 @@ def _computed(hf: nn.Module) -> str:
                 weighted = values @ torch.arange(1.0, len(values) + 1, dtype=torch.float64)
                 found.append(f"{path}.{name}: {tuple(buffer.shape)} {values.sum():.3e} {weighted:.3e}")
     return digest(*(each.encode() for each in found))
+
+
+def _autocast(device: str) -> str:
+    """The precision that autocast runs in; empty where it is off."""
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else ""
 
 
 def _spelt(presentation: Presentation) -> str:

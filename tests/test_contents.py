@@ -1,6 +1,7 @@
 """Digests of content: whatever differs in what it holds or does has another one, whatever its repr says."""
 
 import dataclasses
+import functools
 import re
 import threading
 from collections import deque
@@ -90,6 +91,7 @@ DIFFERENT = {
     "patterns": (re.compile("a" * 300), re.compile("a" * 299 + "b")),
     "a deque": (deque([1]), deque([2])),
     "what a method does": (judging("return 'refused'"), judging("return 'answered'")),
+    "a function behind a cache": (functools.cache(lambda: 1), functools.cache(lambda: 2)),
     "a default": (lambda a=1: a, lambda a=2: a),
     "what code reads of its module": (judging("return LIMIT"), judging("LIMIT = 4; return LIMIT")),
     "presentations": (presentations.blank("grey"), presentations.blank("grey", 32)),

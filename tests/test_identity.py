@@ -193,6 +193,26 @@ def test_hooks_of_other_code_count(model):
     assert whole(model) == found[0]
 
 
+@pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook")
+def test_a_forward_that_was_replaced_counts(model):
+    before, mlp = whole(model), block(model).mlp
+
+    def doubled(states):
+        return type(mlp).forward(mlp, states) * 2
+
+    mlp.forward = doubled
+    after = whole(model)
+    model.run(model.batch(QUERIES, GREY), read=[gl.Site()])
+    assert first_difference(before, after)[0] == "model.hooks" and "doubled" in after["model"]["hooks"][0]
+    assert whole(model) == after
+
+
+def test_autocast_counts(model):
+    before = whole(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert first_difference(before, whole(model))[0] == "model.autocast"
+
+
 def test_the_llm_beside_counts(model, hf_vlm, processor):
     twin = gl.load(copy.deepcopy(hf_vlm), processor=processor)
     beside = replace(model, separate_llm=twin)
