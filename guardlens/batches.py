@@ -1,15 +1,15 @@
 """A batch of prompts as tensors, and how lanes (variants of a run) lie on its rows. Index algebra only: no model, no edits."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from guardlens.errors import PlanError, SiteError
+from guardlens.errors import PlanError, SiteError, require_type
 from guardlens.queries import Presentation, Query
 from guardlens.sites import Positions
 
@@ -27,6 +27,7 @@ class Batch:
         instruction: Tokens of the query's own text.
         pictures: Digest of each prompt's images, by which prompts beside the same picture are known; empty where nobody asked.
         answered: How many of the last columns are an answer that is put into the model's mouth, behind the prompts.
+        words: The tokenizer that made them; None where it is not known.
     """
 
     queries: tuple[Query, ...]
@@ -37,6 +38,7 @@ class Batch:
     instruction: Bool[Tensor, "query seq"]
     pictures: tuple[str, ...] = ()
     answered: int = 0
+    words: Any = field(default=None, repr=False)
 
     @cached_property
     def prompt(self) -> Bool[Tensor, "query seq"]:
@@ -88,7 +90,13 @@ class Batch:
         """
         if self.padded_right:
             raise PlanError("a batch padded on the right", "padding on the left for answers", "make it with padding_side='left'")
-        (rows, width), new = self.mask.shape, tokens.shape[1]
+        (rows, width), told = self.mask.shape, "hand in one row of ids per prompt, as run.tokens[lane]"
+        require_type(tokens, Tensor, PlanError, told)
+        if tokens.ndim != 2 or len(tokens) != rows or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise PlanError(f"answers of shape {tuple(tokens.shape)} in {tokens.dtype}", f"whole numbers in {rows} rows", told)
+        if (tokens < 0).any():
+            raise PlanError(f"the token {int(tokens.min())} in an answer", "ids from 0 up", told)
+        new = tokens.shape[1]
         blank = self.mask.new_zeros(rows, new)
         added = {"input_ids": tokens.to(self.mask.device), "attention_mask": blank.long() + 1}
         inputs = dict(self.inputs)

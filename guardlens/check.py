@@ -181,7 +181,7 @@ def _states(model: HookedModel, batches: Sequence[Sequence[str]]) -> torch.Tenso
 def _edit(model: HookedModel) -> tuple[bool, str]:
     batch, running = _prompts(model), sorted(set(range(model.cfg.n_layers)) - model.cfg.image_layers)
     layer = running[len(running) // 2]
-    push = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0)).to(model.hf.device)
+    push = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0)).to(batch.mask.device)
 
     def raw(module: torch.nn.Module, args: object, out: Any) -> Any:
         states = (out[0] if isinstance(out, tuple) else out).clone()

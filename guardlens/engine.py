@@ -41,6 +41,15 @@ class Engine:
         return unwrapped(self.hf)
 
     @property
+    def device(self) -> torch.device:
+        """Where inputs go: of a model whose weights are offloaded, where they are brought to run."""
+        if self.hf.device.type != "meta":
+            return self.hf.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.hf.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((place for place in places if place is not None), "cpu"))
+
+    @property
     def config(self) -> Any:
         """The language model's."""
         return self.inner.config.get_text_config(decoder=True)

@@ -153,19 +153,20 @@ class HookedModel:
             inputs.setdefault("mm_token_type_ids", image.long())  # some processors only make them when asked
         if self._needs_positions:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-        device = self.hf.device  # pixels in the model's own precision, which not every family sees to
+        device = self._engine.device  # pixels in the model's own precision, which not every family sees to
         inputs = {name: value.to(device, self.hf.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
         seen = {id(image): image for prompt in prompts for image in prompt.images}
         known = {number: _described(image) for number, image in seen.items()}
         pictures = tuple(digest(*(known[id(image)] for image in prompt.images)) for prompt in prompts)
-        return Batch(items, presentation, inputs, mask.to(device), image.to(device), instruction.to(device), pictures)
+        places = (mask.to(device), image.to(device), instruction.to(device))
+        return Batch(items, presentation, inputs, *places, pictures, words=self.tokenizer)
 
     def run(
         self,
         batch: Batch | Prefill,
         plans: Intervention | Sequence[Intervention] = nothing,
         *,
-        read: Sequence[Site] = (),
+        read: Site | Sequence[Site] = (),
         logits: Literal["last", "answer", "all"] | None = "last",
         new_tokens: int = 0,
         seed: int | None = None,
@@ -180,7 +181,7 @@ class HookedModel:
         Args:
             batch: The prompts, or what `prefill` kept of them.
             plans: What to change, one plan per lane.
-            read: Sites to read, after all edits there.
+            read: Sites to read, one or several, after all edits there.
             logits: At the prompt's last token, at each token that one of an answer follows (`Prefill.answering`), at all tokens, or none
                 (the unembedding is then skipped).
             new_tokens: Generate up to so many tokens; `logits` are then not returned.
@@ -196,15 +197,20 @@ class HookedModel:
             NumericsError: NaN or infinity in a read or in the logits; layer and query are named.
         """
         kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
-        lanes, device = list(plans) if isinstance(plans, Sequence) else [plans], self.hf.device
+        read = [read] if isinstance(read, Site) else read
+        lanes, device = list(plans) if isinstance(plans, Sequence) else [plans], self._engine.device
         if not lanes:
             raise PlanError("no plans", "one at least", "hand in interventions.nothing for the unedited run")
         self._require_runnable(batch, lanes, read)
+        if logits not in LOGITS:
+            raise PlanError(f"logits={logits!r}", f"one of {', '.join(map(repr, LOGITS))}", "leave it out for those of the last token")
+        new_tokens = as_count(new_tokens, "new_tokens", PlanError, "say how many tokens to generate; leave it out for none", least=0)
+        seed = None if seed is None else as_count(seed, "seed", PlanError, "say seed=0, or leave it out", least=0)
         self._require_kept(kept, batch, logits, new_tokens)
         if layout not in LAYOUTS or (new_tokens and layout != "auto"):
             found = f"the layout {layout!r}{' of generated answers' if layout in LAYOUTS else ''}"
             raise PlanError(found, f"one of {', '.join(LAYOUTS)}, and auto for answers", "leave it out: the cheapest is chosen")
-        options = self._options(generation, batch) if new_tokens else {}
+        options = self._options(generation, batch, new_tokens)
         asked = Asked(self.cfg, batch, [plan.to(device) for plan in lanes], read, logits, new_tokens, seed, options)
         with self._turn():
             if new_tokens:
@@ -238,8 +244,8 @@ class HookedModel:
             why = start.flaw
         if layout == "branch":
             raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the prompts' ends", 'choose layout="auto"')
-        if layout == "fork" and asked.unforkable:
-            raise PlanError(f"plans that can't run as forks: {asked.unforkable}", "edits and reads from a block on", 'choose layout="auto"')
+        if layout == "fork" and (why_not := asked.unforkable or self._trials.against_forks(asked.batch)):
+            raise PlanError(f"plans that can't run as forks: {why_not}", "edits and reads from a block on", 'choose layout="auto"')
         forks = layout == "fork" or (layout == "auto" and asked.forks and self._trials.forks(asked.batch))
         run = (run_forks if forks else run_tiles)(self._engine, asked, self._held(asked, kept.held if kept else None))
         return replace(run, layout="fork" if forks else "tile", why=why)
@@ -262,10 +268,16 @@ class HookedModel:
         run = run_tiles(self._engine, asked, self._held(asked, kept.held if kept else None))
         return replace(run, why="answers are generated" if len(asked.plans) > 1 else "")
 
-    def _options(self, generation: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    def _options(self, generation: Mapping[str, Any], batch: Batch, new_tokens: int) -> dict[str, Any]:
         """What `generate` is called with, once it is known to give one answer per prompt, token by token."""
         require_type(generation, Mapping, PlanError, "say generation={'do_sample': True, ...}")
         options = flat(generation)
+        if not new_tokens:
+            if options:
+                raise PlanError(
+                    "options of generation for a run that generates nothing", "new_tokens", "say new_tokens=16, or leave them out"
+                )
+            return {}
         require_options(options, batch.inputs)
         settings = merged(self.hf, options)
         require_stepwise(settings)
@@ -280,12 +292,20 @@ class HookedModel:
             self.require_own(kept)
         if (logits == "answer" or batch.answered) and not (kept and batch.answered and not new_tokens):
             raise PlanError("an answer behind no kept prompts", "kept prompts", "say model.prefill(batch).answering(tokens)")
+        ids = batch.inputs["input_ids"][:, batch.mask.shape[1] - batch.answered :]
+        if batch.answered and int(ids.max()) >= self.cfg.d_vocab:
+            raise PlanError(
+                f"the token {int(ids.max())} in an answer", f"ids below {self.cfg.d_vocab}", "hand in ids of this model's tokenizer"
+            )
         if kept and batch.answered and kept.stem is None:
             self._trials.require_answers(batch, kept.logits)
 
     def _require_runnable(self, batch: Batch, plans: Sequence[Intervention], read: Sequence[Site]) -> None:
         """Refuse what is no batch, no site or no plan, and plans and sites that this model has no place for."""
         require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
+        self._require_own_words(batch)
+        if not isinstance(read, Iterable):
+            raise SiteError(f"read={read!r}", "sites", "say read=[Site('resid_post')], or leave it out")
         for site in read:
             require_type(site, Site, SiteError, "say Site('resid_post')")
         models = self.ids
@@ -295,6 +315,18 @@ class HookedModel:
             for site in (*(step.site for step in plan.steps), *read):
                 for point in site.points(self.cfg.n_layers):
                     self.cfg.locate(point)
+
+    def _require_own_words(self, batch: Batch) -> None:
+        """Refuse prompts whose tokens mean something else to this model.
+
+        Raises:
+            MismatchError: Another tokenizer made them.
+        """
+        if batch.words is None or batch.words is self.tokenizer or batch.words.get_vocab() == self.tokenizer.get_vocab():
+            return
+        raise MismatchError(
+            f"a batch of another tokenizer, a {type(batch.words).__name__}", f"one of {self.name!r}", "make it with this model's .batch"
+        )
 
     def prefill(self, batch: Batch, prefix: Prefix | None = None) -> Prefill:
         """Run prompts unedited and keep their keys and values, so that whatever is asked of their ends costs those alone.
@@ -309,6 +341,7 @@ class HookedModel:
         Raises:
             PlanError: Prompts with answers behind them.
         """
+        self._require_own_words(batch)
         if batch.answered:
             raise PlanError("prompts with answers", "prompts alone", "keep them first, then say kept.answering(tokens)")
         shared = self._begins(prefix, batch)
@@ -328,6 +361,8 @@ class HookedModel:
         Raises:
             MismatchError: Another model computed it.
         """
+        if prefix is not None:
+            require_type(prefix, Prefix, PlanError, "hand in what model.share(batch) gave, or leave it out")
         if prefix is not None and prefix.model != self.id:
             raise MismatchError(f"a prefix of {prefix.model}", f"one of {self.id}", "share the prompts anew with this model")
         return None if prefix is None else prefix.begins(batch)
@@ -419,6 +454,7 @@ class HookedModel:
                     "one of the two",
                     "leave the presentation out, or hand in the queries",
                 )
+            self._require_own_words(queries)
             return queries
         if presentation is None and self.sees_images and any(query.images for query in as_queries(queries)):
             warnings.warn("images of queries are not shown: ask with presentations.own to show them, or with text_only", stacklevel=3)
@@ -426,6 +462,11 @@ class HookedModel:
 
     def to_logits(self, states: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape vocab"]:
         """The residual stream through final norm and unembedding: the logit lens of any layer, the model's own logits for the last."""
+        require_type(states, Tensor, MismatchError, "hand in states as a tensor, as of run.reads or a cache")
+        if states.shape[-1:] != (self.cfg.d_model,):
+            raise MismatchError(
+                f"states of shape {tuple(states.shape)}", f"a last axis of {self.cfg.d_model}", "hand in this model's states"
+            )
         norm, unembed = (self.hf.get_submodule(path) for path in (self.cfg.norm, self.cfg.unembed))
         with torch.no_grad():
             return self.cfg.finish(unembed(norm(states)))
@@ -465,7 +506,11 @@ class HookedModel:
 
     def decode(self, tokens: Int[Tensor, "query new"]) -> list[str]:
         """Token ids as text, special tokens left out."""
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        try:
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise PlanError(f"token ids that are none ({error})", "whole numbers of the vocabulary", "hand in run.tokens[lane]") from None
+        return [text.strip() for text in texts]
 
     def __repr__(self) -> str:
         kind = "VLM" if self.sees_images else "LLM"
@@ -505,7 +550,7 @@ class HookedModel:
             reads = model.run(other, read=tuple(dict.fromkeys(sites.values())), logits=None).reads
             for state, site in sites.items():
                 for index, point in enumerate(site.points(self.cfg.n_layers)):
-                    held[state, point.layer] = reads[site][0, :, index].to(self.hf.device)
+                    held[state, point.layer] = reads[site][0, :, index].to(self._engine.device)
         return held
 
     def source(self, batch: Batch, presentation: Presentation) -> "tuple[HookedModel, Batch]":
@@ -550,6 +595,7 @@ def _described(image: Any) -> bytes:
 
 
 LAYOUTS = ("auto", "branch", "fork", "tile")
+LOGITS = ("last", "answer", "all", None)
 
 WORTH = 256
 """Tokens that a shared prefix must save in a batch to be computed apart."""

@@ -50,10 +50,11 @@ class Stem:
 
     def answering(self, tokens: Int[Tensor, "query new"]) -> "Stem":
         """The same tokens, of prompts with an answer behind each."""
+        batch = self.batch.answering(tokens)
         new = torch.arange(1, tokens.shape[1] + 1, device=self.positions.device)
         keys = torch.cat([self.keys, self.keys.new_full((len(self.keys), len(new)), HOLE)], dim=1)
         positions = torch.cat([self.positions, self.positions[..., -1:] + new], dim=-1)
-        return replace(self, batch=self.batch.answering(tokens), keys=keys, positions=positions)
+        return replace(self, batch=batch, keys=keys, positions=positions)
 
     def tails(self, tail: Bool[Tensor, "query seq"], lanes: int) -> Layout:
         """Copies of these ends of the prompts, in the rows that their beginnings are in."""

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 with contextlib.suppress(ImportError):
@@ -53,8 +54,8 @@ def drive(
             return call(**inputs)
     result: list[Any] = []
 
-    def boxed(*args: Any, **kwargs: Any) -> Any:
-        result.append(call(*args, **kwargs))
+    def boxed(called: Callable[[], Any]) -> Any:
+        result.append(called())
         return result[0]
 
     every = [(tap, wrapped.get(part.path), part) for tap in taps for part in [cfg.locate(tap.point, beside_image)]]
@@ -63,7 +64,8 @@ def drive(
     with warnings.catch_warnings():
         # A bounded iteration over decode steps may end early, at the end-of-sequence token.
         warnings.filterwarnings("ignore", message=r".*was never reached: the loop asked for a step")
-        with torch.no_grad(), wrapped.trace(fn=boxed, **inputs) as tracer:
+        with torch.no_grad(), wrapped.trace(fn=boxed, called=partial(call, **inputs)) as tracer:
+            # The inputs go as one, unseen: nnsight would move them to where the first weight is, which of an offloaded one is nowhere.
             for step in tracer.iter[: steps if later else 1]:  # type: ignore[attr-defined]
                 for tap, envoy, part in every if step == 0 else later:
                     whole = getattr(envoy, part.side)

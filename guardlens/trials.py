@@ -53,6 +53,10 @@ class Trials:
         """Whether runs that begin at a later block are whole runs."""
         return self._holds(("forks", batch.beside_image), lambda: self._forks(batch))
 
+    def against_forks(self, batch: Batch) -> str:
+        """Why runs that begin at a later block are no whole runs; empty if they are."""
+        return "" if self.forks(batch) else self.flaws["forks", batch.beside_image]
+
     def answers(self, stem: Stem) -> bool:
         """Whether answers behind what is kept of the prompts are those of whole prompts."""
         return self._holds((answers_kind(stem.batch, stem.shared), stem.batch.beside_image), lambda: self._answers(stem))

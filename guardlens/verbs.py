@@ -1,12 +1,13 @@
 """TransformerLens's verbs as taps: `run_with_cache` keeps whole values, `run_with_hooks` hands them to the user's functions."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from guardlens.architectures import Architecture, Part
+from guardlens.errors import PlanError, SiteError, require_type
 from guardlens.program import Tap
 from guardlens.sites import Point, parse
 
@@ -35,9 +36,16 @@ def cache_taps(cfg: Architecture, names: NamesFilter, computed: Sequence[Point])
 
 def hook_taps(cfg: Architecture, hooks: Sequence[tuple[str | Callable[[str], bool], HookFunction]]) -> list[Tap]:
     """Taps that call the user's functions, in order of execution."""
-    placed = [(point, fn) for names, fn in hooks for point in matching(cfg, names)]
+    placed = [(point, fn) for names, fn in _pairs(hooks) for point in matching(cfg, names)]
     taps = [Tap(point, _Call(fn, HookPoint(point.name, point.layer), cfg.locate(point))) for point, fn in placed]
     return sorted(taps, key=lambda tap: tap.point.order)
+
+
+def _pairs(hooks: Any) -> Iterator[tuple[Any, Any]]:
+    for pair in hooks if isinstance(hooks, Iterable) and not isinstance(hooks, str) else [hooks]:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and callable(pair[1])):
+            raise PlanError(f"the hook {pair!r}", "pairs of a hook name and a function", "say fwd_hooks=[('blocks.3.hook_resid_post', fn)]")
+        yield pair[0], pair[1]
 
 
 def matching(cfg: Architecture, names: str | Iterable[str] | Callable[[str], bool]) -> list[Point]:
@@ -48,6 +56,7 @@ def matching(cfg: Architecture, names: str | Iterable[str] | Callable[[str], boo
     """
     if callable(names):
         return [point for point in cfg.points if names(point.name)]
+    require_type(names, Iterable, SiteError, "hand in a hook name, several, or a predicate")
     wanted = [parse(name, cfg.n_layers) for name in ([names] if isinstance(names, str) else names)]
     found = {point for point in cfg.points if point in wanted or replace(point, layer=None) in wanted}
     for point in wanted:
@@ -73,5 +82,15 @@ class _Call:
     part: Part
 
     def __call__(self, value: Tensor, step: int) -> Tensor | None:
-        new = self.fn(self.part.split(value), self.hook)
-        return None if new is None else self.part.join(new)
+        given = self.part.split(value)
+        new = self.fn(given, self.hook)
+        if new is None:
+            return None
+        if getattr(new, "shape", None) != given.shape:
+            made = f"shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"type {type(new).__name__}"
+            raise PlanError(
+                f"a hook function at {self.hook.name} that gives something of {made}",
+                f"a value of shape {tuple(given.shape)}, or None to leave it",
+                "return the value that it receives, changed",
+            )
+        return self.part.join(new.to(given))

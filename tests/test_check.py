@@ -15,7 +15,7 @@ def by_name(model):
 @pytest.fixture
 def broken(hf_vlm, processor):
     """A new model with the same weights, to break before it is first used (nnsight wraps `forward` then, so hooks run after its reads)."""
-    hf = type(hf_vlm)(hf_vlm.config)
+    hf = type(hf_vlm)(hf_vlm.config).eval()
     hf.load_state_dict(hf_vlm.state_dict())
     return gl.load(hf, processor=processor)
 

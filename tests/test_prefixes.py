@@ -111,6 +111,7 @@ def test_what_is_kept_of_a_prefix_does_not_grow_with_the_prompts(vlm, eager_to_s
     assert packed.bytes == per_token * (len(prefix) + int(batch.mask.sum()) - len(WORDS) * len(prefix))
 
 
+@pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook")
 class TestWhenItIsUsed:
     @pytest.fixture
     def widths(self, vlm, monkeypatch, eager_to_share):

@@ -236,6 +236,7 @@ class TestFoundByTheSecondReader:
         whole, mine = (vlm.run(prompts, iv.amplify(basis), new_tokens=4, generation=options).tokens for prompts in (batch, kept))
         assert torch.equal(whole, mine)
 
+    @pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook")
     def test_copies_are_halved_with_the_batch(self, vlm, basis, monkeypatch):
         decoder, rows = vlm.hf.get_submodule(vlm.cfg.decoder), []
 
