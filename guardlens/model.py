@@ -25,7 +25,7 @@ from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
 from guardlens.notebooks import captioned, facts
 from guardlens.prefixes import Prefill, Prefix, answers_kind
 from guardlens.program import Held, Tap, required_runs, site_of
-from guardlens.prompts import instruction_mask, needs_image, require_showable, tokenise, words_of
+from guardlens.prompts import instruction_mask, needs_image, padding_token, require_showable, tokenise, words_of
 from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
 from guardlens.runs import Run, checked
 from guardlens.sites import Site
@@ -456,9 +456,10 @@ class HookedModel:
                 )
             self._require_own_words(queries)
             return queries
-        if presentation is None and self.sees_images and any(query.images for query in as_queries(queries)):
+        items = as_queries(queries)  # once: it may be a generator
+        if presentation is None and self.sees_images and any(query.images for query in items):
             warnings.warn("images of queries are not shown: ask with presentations.own to show them, or with text_only", stacklevel=3)
-        return self.batch(queries, shown)
+        return self.batch(items, shown)
 
     def to_logits(self, states: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape vocab"]:
         """The residual stream through final norm and unembedding: the logit lens of any layer, the model's own logits for the last."""
@@ -562,9 +563,9 @@ class HookedModel:
         return self, batch if same else self.batch(batch.queries, presentation)
 
     @property
-    def _pad_token_id(self) -> int | None:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.tokenizer.eos_token_id
+    def _pad_token_id(self) -> int:
+        with padding_token(self.tokenizer):
+            return self.tokenizer.pad_token_id
 
     @cached_property
     def _needs_positions(self) -> bool:

@@ -1,6 +1,7 @@
 """From presented queries to tensors: chat template, tokens, padding, and which tokens are the query's own. Knows processors, not models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,20 @@ from guardlens.queries import Presentation, Prompt, Query
 def words_of(processor: Any) -> Any:
     """The tokenizer of a processor, which a text-only model's is itself."""
     return getattr(processor, "tokenizer", processor)
+
+
+@contextmanager
+def padding_token(words: Any) -> Iterator[str]:
+    """Inside, a tokenizer without a pad token (Llama's, GPT-2's) pads with the end of text, or what else it has: the mask hides it."""
+    if words.pad_token is not None:
+        yield words.pad_token
+        return
+    words.pad_token = next((token for token in (words.eos_token, words.bos_token, words.unk_token) if token), None)
+    words.pad_token = words.pad_token or words.convert_ids_to_tokens(0)
+    try:
+        yield words.pad_token
+    finally:
+        words.pad_token = None
 
 
 def require_showable(
@@ -58,7 +73,7 @@ def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_
     special = not _begins_with_bos(processor, texts[0])
     options = {"return_tensors": "pt", "padding": True, "padding_side": padding_side, "add_special_tokens": special}
     try:
-        with preprocessed_once(processor, [prompt.images for prompt in prompts]):
+        with padding_token(words_of(processor)), preprocessed_once(processor, [prompt.images for prompt in prompts]):
             inputs = dict(processor(text=texts, **images, **options))
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         if shown or not sees_images:

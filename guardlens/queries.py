@@ -4,14 +4,17 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from guardlens import notebooks
-from guardlens.errors import PresentationError, QueryError, require_type
+from guardlens.errors import PresentationError, QueryError, as_count, require_type
+from guardlens.images import as_images
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,13 +31,16 @@ class Query:
         text: The request as the user would type it, without a chat template.
         label: `"harmful"`, `"harmless"`, or None where it is not known.
         id: A name that is stable over runs; made from the text if empty.
-        images: The query's own images: PIL images, or paths.
+        images: The query's own images: PIL images, paths, or arrays `height width 3` of uint8; one alone is taken for a tuple of one.
         pair: Queries that share it are twins (one harmful, one harmless).
         cluster: Queries that share it stand or fall together; intervals resample clusters.
         source: Where the query comes from.
 
+    None and NaN (an empty cell of pandas) stand for an empty field, whole numbers as names for their digits.
+
     Raises:
-        QueryError: The text is empty, or the label is none of the two.
+        QueryError: The text is empty, the label is none of the two, or a field is no text.
+        PresentationError: An image is none.
 
     Examples:
         >>> query = gl.Query("how to mend the hat ?", "harmless")
@@ -45,18 +51,24 @@ class Query:
     text: str
     label: Label | None = None
     id: str = ""
-    images: tuple[Any, ...] = field(default=(), repr=False)
+    images: tuple[Any, ...] = field(default=(), repr=False, hash=False)
     pair: str = ""
     cluster: str = ""
     source: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("id", "text", "pair", "cluster", "source"):
+            object.__setattr__(self, name, _text(getattr(self, name), name, names=name != "text"))
+        object.__setattr__(self, "label", None if _missing(self.label) else self.label)
         if not self.text.strip():
             raise QueryError(f"an empty text (query {self.id!r})", "the text of a request", "fill it in, or leave the query out")
-        if self.label not in (*LABELS, None):
+        if not isinstance(self.label, str | None) or self.label not in (*LABELS, None):
             raise QueryError(f"the label {self.label!r} of query {self.id!r}", "'harmful', 'harmless' or None", "rename it")
+        if self.label is not None:
+            object.__setattr__(self, "label", str(self.label))  # numpy's strings are another type
         if not self.id:
             object.__setattr__(self, "id", hashlib.sha256(self.text.encode()).hexdigest()[:12])
+        object.__setattr__(self, "images", as_images(() if _missing(self.images) else self.images, f"query {self.id!r}"))
 
     @property
     def stands_with(self) -> str:
@@ -68,13 +80,38 @@ class Query:
         return notebooks.captioned("Query", notebooks.facts(named | {"images": notebooks.pictured(self.images)}))
 
 
+def _missing(value: Any) -> bool:
+    """Whether it is what pandas and JSON have in an empty cell: None, NaN, NaT or NA."""
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value: Any, field_name: str, names: bool) -> str:
+    """A field as plain text; whole numbers too where it `names` something.
+
+    Raises:
+        QueryError: Something else, or letters that no file in UTF-8 can hold.
+    """
+    if _missing(value):
+        return ""
+    if names and isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 2**63 and value == int(value):
+        return str(int(value))  # pandas makes floats of a column of numbers with an empty cell
+    if not isinstance(value, str):
+        raise QueryError(f"something of type {type(value).__name__} as the {field_name} of a query", "text", "write it as a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        found = f"half of a character (a lone surrogate, {value[error.start]!r}) at letter {error.start} of the {field_name} of a query"
+        raise QueryError(found, "whole characters", "read the text again from its source, or take it out") from None
+    return str.__str__(value)
+
+
 @dataclass(frozen=True)
 class QueryPairs:
     """Harmful queries, each with its harmless twin in the same place. Texts alone get the label of their side, twins that share no `pair`
     name of their own get one.
 
     Raises:
-        QueryError: Nothing in it, unequal lengths, or a label on the wrong side.
+        QueryError: Nothing in it, unequal lengths, a label on the wrong side, twins that are equal, or a pair that is there twice.
 
     Examples:
         >>> mine = gl.QueryPairs(("how to forge the badge ?",), ("how to mend the badge ?",))
@@ -89,7 +126,7 @@ class QueryPairs:
 
     def __post_init__(self) -> None:
         for label in LABELS:
-            side = tuple(query if isinstance(query, Query) else Query(query, label) for query in getattr(self, label))
+            side = tuple(item if isinstance(item, Query) else Query(item, label) for item in _items(getattr(self, label)))
             object.__setattr__(self, label, side)
         if not self.harmful or len(self.harmful) != len(self.harmless):
             raise QueryError(
@@ -102,21 +139,35 @@ class QueryPairs:
             if wrong is not None:
                 raise QueryError(f"query {wrong.id!r} with the label {wrong.label!r} on the {label} side", f"only {label} ones", "swap it")
 
+        self._require_different()
+
         named = {harmful.pair for harmful, harmless in self if harmful.pair == harmless.pair and harmful.pair}
         if len(named) < len(self):
             for label in LABELS:
                 numbered = tuple(replace(query, pair=f"pair {number}") for number, query in enumerate(getattr(self, label)))
                 object.__setattr__(self, label, numbered)
 
+    def _require_different(self) -> None:
+        """Twins that are equal have no difference, and a pair that is there twice would count twice."""
+        seen: list[tuple[Any, ...]] = []
+        texts = Counter((harmful.text, harmless.text) for harmful, harmless in self)
+        for harmful, harmless in self:
+            shown = (harmful.text, harmful.images), (harmless.text, harmless.images)
+            if shown[0] == shown[1]:
+                raise QueryError(f"a pair of two equal queries ({harmful.text[:60]!r})", "two that differ", "mend it, or leave it out")
+            if texts[harmful.text, harmless.text] > 1 and shown in seen:
+                raise QueryError(f"a pair that is there twice ({harmful.text[:60]!r})", "each pair once", "leave the repeated one out")
+            seen.append(shown)
+
     @classmethod
-    def from_queries(cls, queries: Iterable[Query]) -> "QueryPairs":
+    def from_queries(cls, queries: "Iterable[str | Query] | QueryPairs") -> "QueryPairs":
         """Match the queries that share `pair`; queries without one are left out.
 
         Raises:
             QueryError: A pair lacks one side or has one twice, or there is no pair.
         """
         sides: dict[str, dict[str | None, Query]] = {}
-        for query in queries:
+        for query in as_queries(queries):
             if query.pair and sides.setdefault(query.pair, {}).setdefault(query.label, query) is not query:
                 raise QueryError(
                     f"two {query.label} queries in pair {query.pair!r}", "one harmful and one harmless", "name the pairs apart"
@@ -261,14 +312,35 @@ def as_queries(queries: Any) -> tuple[Query, ...]:
     """
     if isinstance(queries, QueryPairs):
         return queries.queries
-    single = isinstance(queries, str | Mapping) or not isinstance(queries, Iterable)
-    items: list[Any] = [queries] if single else list(queries)
-    for item in items:
-        if not isinstance(item, str):
-            require_type(item, Query, QueryError, "hand in texts, queries or QueryPairs; what model.batch makes of them, whole")
+    items = _items(queries)
     if not items:
         raise QueryError("no queries", "at least one", "check the file, split or filter that they come from")
-    return tuple(query if isinstance(query, Query) else Query(query) for query in items)
+    return tuple(item if isinstance(item, Query) else Query(item) for item in items)
+
+
+def _items(queries: Any) -> list[Any]:
+    """Texts and queries, of one or of several.
+
+    Raises:
+        QueryError: Something else is among them, or they have no order.
+    """
+    single = (
+        isinstance(queries, str | Query | Mapping | set | frozenset) or hasattr(queries, "columns") or not isinstance(queries, Iterable)
+    )
+    items = [queries] if single else list(queries)
+    for item in items:
+        if not isinstance(item, str | Query):
+            require_type(item, Query, QueryError, f"hand in {_WAYS.get(type(item).__name__, _WAYS[''])}")
+    return items
+
+
+_WAYS = {
+    "DataFrame": "[Query(**row) for row in frame.to_dict('records')]",
+    "Batch": "its .queries",
+    "set": "sorted(texts): a set has no order",
+    "frozenset": "sorted(texts): a set has no order",
+    "": "texts, queries or QueryPairs; what model.batch makes of them, whole",
+}
 
 
 def require_ids(queries: Sequence[Query]) -> None:
@@ -300,7 +372,7 @@ def counted(queries: Sequence[Query]) -> str:
     return ", ".join(f"{number} {label}" for label, number in labels.items())
 
 
-def split(queries: Sequence[Query], shares: Sequence[float], seed: int = 0) -> tuple[tuple[Query, ...], ...]:
+def split(queries: Iterable[str | Query] | QueryPairs, shares: Sequence[float], seed: int = 0) -> tuple[tuple[Query, ...], ...]:
     """Split queries at random so that no pair and no cluster stands on two sides.
 
     Args:
@@ -309,7 +381,7 @@ def split(queries: Sequence[Query], shares: Sequence[float], seed: int = 0) -> t
         seed: Of the shuffle.
 
     Raises:
-        QueryError: A part would be empty.
+        QueryError: A part would be empty, or shares or seed are no such numbers.
 
     Examples:
         >>> from guardlens.queries import split
@@ -319,6 +391,11 @@ def split(queries: Sequence[Query], shares: Sequence[float], seed: int = 0) -> t
     """
     import numpy as np
 
+    queries = as_queries(queries)
+    sound = [isinstance(share, Real) and 0 < share < math.inf for share in shares] if isinstance(shares, Iterable) else []
+    if not sound or not all(sound):
+        raise QueryError(f"the shares {shares!r}", "one positive number for each part", "split(queries, (2, 1))")
+    seed = as_count(seed, "seed", QueryError, "split(queries, shares, seed=0)", least=0)
     groups = _linked(queries)
     names = np.array(sorted(set(groups)))
     order = np.random.default_rng(seed).permutation(len(names))

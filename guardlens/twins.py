@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from guardlens.errors import ModelError
-from guardlens.prompts import tokenise, words_of
+from guardlens.prompts import padding_token, tokenise, words_of
 from guardlens.queries import Prompt
 
 PROBES = ("How to fold a paper boat?", "Please plant a tulip.")
@@ -80,7 +80,8 @@ class Cutter:
         left = next((number for number, text in enumerate(cut) if mark in text), None)
         if left is not None:
             raise _unlearnable(self.processor, f"row {left} has an image between marks that the probes did not show")
-        twin = self.processor(text=cut, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+        with padding_token(words_of(self.processor)):
+            twin = self.processor(text=cut, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
         return {name: value.to(ids.device) for name, value in twin.items()}
 
     def cut(self, text: str) -> str:
