@@ -145,7 +145,7 @@ class PresentationError(QueryError):
         >>> presentations.blank("greyish")
         Traceback (most recent call last):
         guardlens.errors.PresentationError: Found the colour 'greyish'.
-        Expected a colour name or code that Pillow knows.
+        Expected an opaque colour that Pillow knows by name or code.
         Next: try 'grey', or '#808080'.
     """
 

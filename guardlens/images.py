@@ -13,9 +13,6 @@ from guardlens.errors import PresentationError
 if TYPE_CHECKING:
     from PIL import Image
 
-DEEPEST = 65535
-"""The white of a channel of 16 bits."""
-
 
 def as_images(images: Any, whose: str) -> tuple[Any, ...]:
     """Pictures and paths as a tuple: of none, of one, or of a list or tuple of them. Arrays `height width 3` of bytes become pictures.
@@ -79,13 +76,12 @@ def _in_rgb(image: "Image.Image", whose: str) -> "Image.Image":
     image.load()
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo of many phones, which viewers show as one picture
         warnings.warn(f"an image of {whose} has {image.n_frames} frames, of which one is shown", stacklevel=2)  # type: ignore[attr-defined]
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    if image.mode in ("I", "F") and not deep:
+    if image.mode in ("I", "F"):
         raise _no_picture(f"an image of mode {image.mode!r}, whose black and white are not known", whose, "scale it to 0..255 as uint8")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if deep:
-        return Image.fromarray(np.rint(np.asarray(image) * (255 / DEEPEST)).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         page = Image.new("RGBA", image.size, "white")
         page.alpha_composite(image.convert("RGBA"))

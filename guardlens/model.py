@@ -17,7 +17,7 @@ from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprin
 from guardlens.batches import Batch
 from guardlens.condition import require_ready
 from guardlens.engine import Engine
-from guardlens.errors import MismatchError, ModelError, PlanError, QueryError, SiteError, as_count, require_type
+from guardlens.errors import MismatchError, ModelError, PlanError, PresentationError, QueryError, SiteError, as_count, require_type
 from guardlens.generation import flat, merged, require_one_answer, require_options, require_stepwise
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.plan import require_plan
@@ -25,8 +25,8 @@ from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
 from guardlens.notebooks import captioned, facts
 from guardlens.prefixes import Prefill, Prefix, answers_kind
 from guardlens.program import Held, Tap, required_runs, site_of
-from guardlens.prompts import instruction_mask, needs_image, padding_token, require_showable, tokenise, words_of
-from guardlens.queries import Presentation, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
+from guardlens.prompts import instruction_mask, needs_image, padding_token, presented, require_showable, tokenise, words_of
+from guardlens.queries import Presentation, Prompt, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
 from guardlens.runs import Run, checked
 from guardlens.sites import Site
 from guardlens.storage import Provenance, digest
@@ -134,21 +134,24 @@ class HookedModel:
         """Prompts as tensors: presented, put into the chat template with the generation prompt, padded.
 
         Raises:
-            QueryError: No queries, or a text that contains the model's image token.
-            PresentationError: An image for a text-only model, or a query that can't be presented so.
+            QueryError: No queries, a special token of the tokenizer in a text, or more tokens than learned positions.
+            PresentationError: An image for a text-only model, a query that can't be presented so, or prompts of unlike numbers of images
+                for a model that looks at them through cross-attention.
             ModelError: A prompt without image for a model that can't take one.
         """
         items = as_queries(queries)
         require_presentation(presentation)
-        prompts = [presentation(query) for query in items]
+        prompts = presented(items, presentation)
         require_showable(items, prompts, presentation, self.processor, self.sees_images)
+        self._require_alike(prompts)
         with lock_of(self.hf):  # what the processor is set to meanwhile must not reach another thread's prompts
             inputs = tokenise(self.processor, prompts, padding_side, self.sees_images)
         if missing := self._engine.required - set(inputs):
             raise needs_image(type(self._engine.inner).__name__, f"it needs {', '.join(sorted(missing))}")
         mask = inputs["attention_mask"].bool()
+        self._require_room(items[int(mask.sum(1).argmax())], int(mask.sum(1).max()))
         image = inputs["input_ids"] == self.cfg.image_token_id if self.sees_images else torch.zeros_like(mask)
-        instruction = instruction_mask(self.processor, prompts, inputs["input_ids"], self.sees_images)
+        instruction = instruction_mask(self.processor, prompts, inputs["input_ids"], mask, self.sees_images)
         if image.any() and "mm_token_type_ids" in self._engine.parameters:
             inputs.setdefault("mm_token_type_ids", image.long())  # some processors only make them when asked
         if self._needs_positions:
@@ -566,6 +569,32 @@ class HookedModel:
     def _pad_token_id(self) -> int:
         with padding_token(self.tokenizer):
             return self.tokenizer.pad_token_id
+
+    def _require_alike(self, prompts: Sequence[Prompt]) -> None:
+        """In a family with cross-attention, prompts with fewer images than their neighbours would attend to the padding of theirs."""
+        counts = sorted({len(prompt.images) for prompt in prompts})
+        if self.cfg.image_layers and len(counts) > 1:
+            raise PresentationError(
+                f"prompts of {' and '.join(map(str, counts))} images in one batch of {self.name}, whose cross-attention mixes them up",
+                "one number of images in a batch",
+                "make a batch of each; collect, keep, sweep and evaluate do",
+            )
+
+    def _require_room(self, query: Query, tokens: int) -> None:
+        """Say where a prompt goes beyond the positions that the model was made for; beyond learned ones it can't be run."""
+        config = self.hf.config.get_text_config()
+        limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+        if not isinstance(limit, int) or tokens <= limit:
+            return
+        found = f"{tokens} tokens in the prompt of query {query.id!r}, and {limit} positions in {self.name}"
+        beside = self.hf.get_submodule(self.cfg.decoder).children()
+        words = self.hf.get_input_embeddings()
+        tables = [child.num_embeddings for child in beside if isinstance(child, torch.nn.Embedding) and child is not words]
+        if any(limit <= table <= limit + 2 for table in tables):  # OPT's begins at 2
+            raise QueryError(found, "no more tokens than positions", "shorten the query or what is put around it")
+        factors = [scaled.get("factor") or 1 for scaled in (rope, *rope.values()) if isinstance(scaled, dict)]
+        if tokens > limit * max(factors, default=1):
+            warnings.warn(f"{found}: it was not trained on so long a text", stacklevel=3)
 
     @cached_property
     def _needs_positions(self) -> bool:

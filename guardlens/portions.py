@@ -74,7 +74,9 @@ def over_batches(
     """
     if batch_size is not None:
         batch_size = as_count(batch_size, "batch_size", QueryError, "leave it out to have it chosen from free memory")
-    order = sorted(range(len(queries)), key=lambda place: -len(queries[place].text))
+    # A family with cross-attention takes prompts of one number of images alone.
+    pictures = [len(presentation(query).images) if model.cfg.image_layers else 0 for query in queries]
+    order = sorted(range(len(queries)), key=lambda place: (pictures[place], -len(queries[place].text)))
     lengths = [len(queries[place].text) for place in order]
     start, size, prefix = 0, batch_size or most, None
 
@@ -96,7 +98,8 @@ def over_batches(
             return None
 
     while start < len(order):
-        portion = attempt(order[start : start + bucket(lengths[start : start + size])])
+        alike = sum(pictures[place] == pictures[order[start]] for place in order[start : start + size])
+        portion = attempt(order[start : start + bucket(lengths[start : start + alike])])
         if portion is not None:
             start += len(portion)
             yield portion

@@ -57,8 +57,10 @@ class Query:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "text", "pair", "cluster", "source"):
-            object.__setattr__(self, name, _text(getattr(self, name), name, names=name != "text"))
+        for name in ("id", "pair", "cluster", "source", "text"):
+            value, what = getattr(self, name), f"the {name} of a query"
+            text = "" if _missing(value) else as_text(value, what, QueryError) if name == "text" else _name(value, what)
+            object.__setattr__(self, name, text)
         object.__setattr__(self, "label", None if _missing(self.label) else self.label)
         if not self.text.strip():
             raise QueryError(f"an empty text (query {self.id!r})", "the text of a request", "fill it in, or leave the query out")
@@ -85,23 +87,25 @@ def _missing(value: Any) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and math.isnan(value))
 
 
-def _text(value: Any, field_name: str, names: bool) -> str:
-    """A field as plain text; whole numbers too where it `names` something.
+def _name(value: Any, what: str) -> str:
+    """What something is called, as text: whole numbers by their digits, which pandas makes floats of beside an empty cell."""
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.inf
+    return str(int(number)) if abs(number) < 2**63 and number == int(number) else as_text(value, what, QueryError)
+
+
+def as_text(value: Any, what: str, error: type[QueryError]) -> str:
+    """A string, of Python's own type.
 
     Raises:
-        QueryError: Something else, or letters that no file in UTF-8 can hold.
+        QueryError: Of the given class: something else, or letters that no file in UTF-8 can hold.
     """
-    if _missing(value):
-        return ""
-    if names and isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 2**63 and value == int(value):
-        return str(int(value))  # pandas makes floats of a column of numbers with an empty cell
     if not isinstance(value, str):
-        raise QueryError(f"something of type {type(value).__name__} as the {field_name} of a query", "text", "write it as a string")
+        raise error(f"something of type {type(value).__name__} as {what}", "text", "write it as a string")
     try:
         value.encode()
-    except UnicodeEncodeError as error:
-        found = f"half of a character (a lone surrogate, {value[error.start]!r}) at letter {error.start} of the {field_name} of a query"
-        raise QueryError(found, "whole characters", "read the text again from its source, or take it out") from None
+    except UnicodeEncodeError as wrong:
+        found = f"half of a character (a lone surrogate, {value[wrong.start]!r}) at letter {wrong.start} of {what}"
+        raise error(found, "whole characters", "read the text again from its source, or take it out") from None
     return str.__str__(value)
 
 
@@ -204,12 +208,21 @@ class Prompt:
         images: What they show, before the text.
         system: The system prompt; none if empty.
         prefill: How the assistant's answer begins, the model going on from there.
+        template_kwargs: What else the chat template is told, as JSON text.
+
+    Raises:
+        PresentationError: A field that is no text.
     """
 
     text: str
     images: "tuple[Image.Image, ...]" = ()
     system: str = ""
     prefill: str = ""
+    template_kwargs: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("text", "system", "prefill", "template_kwargs"):
+            object.__setattr__(self, name, as_text(getattr(self, name), f"the {name} of a prompt", PresentationError))
 
 
 @runtime_checkable
@@ -278,7 +291,10 @@ def require_presentation(presentation: Any) -> None:
     Raises:
         PresentationError: As said.
     """
-    if isinstance(presentation, type) or not isinstance(presentation, Presentation):
+    named = not isinstance(presentation, type) and isinstance(presentation, Presentation)
+    if named and not (isinstance(presentation.name, str) and presentation.name.strip()):
+        raise PresentationError(f"a presentation whose name is {presentation.name!r}", "a name for tables", "give it one")
+    if not named:
         shown = getattr(presentation, "__name__", None) or f"something of type {type(presentation).__name__}"
         raise PresentationError(
             f"{shown} as a presentation",
@@ -327,7 +343,8 @@ def _items(queries: Any) -> list[Any]:
     single = (
         isinstance(queries, str | Query | Mapping | set | frozenset) or hasattr(queries, "columns") or not isinstance(queries, Iterable)
     )
-    items = [queries] if single else list(queries)
+    several: Any = [queries] if single else queries
+    items = list(several)
     for item in items:
         if not isinstance(item, str | Query):
             require_type(item, Query, QueryError, f"hand in {_WAYS.get(type(item).__name__, _WAYS[''])}")

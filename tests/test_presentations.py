@@ -32,7 +32,7 @@ def test_blank_is_flat():
 
 
 def test_bad_colour():
-    with pytest.raises(errors.PresentationError, match=r"Found the colour 'greyy'\.\nExpected a colour name[\s\S]*Next: try 'grey'"):
+    with pytest.raises(errors.PresentationError, match=r"Found the colour 'greyy'\.\nExpected an opaque colour[\s\S]*Next: try 'grey'"):
         blank("greyy")
 
 
@@ -47,7 +47,7 @@ def test_own_images_from_memory_and_disk(tmp_path):
     RED.save(tmp_path / "red.png")
     images = own(Query("x", images=(RED, str(tmp_path / "red.png"), tmp_path / "red.png"))).images
     assert [image.mode for image in images] == ["RGB"] * 3 and all(np.array_equal(image, images[0]) for image in images)
-    assert np.asarray(images[0])[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(images[0])[0, 0].tolist() == [255, 127, 127]  # half transparent red, on white
 
 
 def test_missing_images(tmp_path):
