@@ -1,6 +1,7 @@
 """Batches: every query once, in its own place again, with little padding, and no more of them than memory holds."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ GREY = presentations.blank("grey", 32)
 
 class Fake(HookedModel):
     """A model whose batches are made in no time; a prompt has as many tokens as its text has characters."""
+
+    cfg = SimpleNamespace(image_layers=frozenset())
 
     def batch(self, queries, presentation=text_only, *, padding_side="left"):
         made = make_batch([len(query.text) for query in queries], width=max(max(len(query.text) for query in queries), 3))
