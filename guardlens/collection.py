@@ -64,7 +64,11 @@ def collect(
         ModelError, PlanError, SiteError: Something else in the place of the model, the plan or the site.
         NumericsError: NaN or infinity; layer and query are named.
         MismatchError: `out` was made by another call; the first difference is named.
-        StorageError: No room on the disk, or a plan with custom functions and `out`: nothing could tell it from another one.
+        StorageError: No room on the disk, `out` is open in another process or can't be read or written, or a plan with custom functions and
+            `out`: nothing could tell it from another one.
+
+    Warns:
+        UserWarning: Rows in `out` that aren't what was written; they are made again.
 
     Examples:
         >>> beside = gl.collect(model, pairs, grey)  # the VLM's view; the LLM's is gl.collect(model.llm, pairs)

@@ -176,7 +176,7 @@ def write(found: Findings, out: Path) -> dict[str, Any]:
     found.gap.save(out / "separability.csv")
     found.effect.save(out / "sweep.csv")
     found.table.save(out / "answers.csv")
-    found.table.summary().to_csv(out / "arms.csv", index=False)
+    write_text(out / "arms.csv", found.table.summary().to_csv(index=False))
     found.directions.save(out / "directions.safetensors")
     found.chosen.defence.intervention.save(out / "guard.safetensors")
     write_text(out / "summary.json", json.dumps(_plain(summary), indent=1))

@@ -461,7 +461,9 @@ def read_queries(path: str | Path) -> tuple[Query, ...]:
     path = Path(path)
     readers = {".jsonl": _jsonl, ".csv": _csv}
     if path.suffix not in readers:
-        raise QueryError(f"{path.name!r}", "a .jsonl or .csv file", "convert it: one query per line, with the columns 'text' and 'label'")
+        raise QueryError(
+            f"{path.name or str(path)!r}", "a .jsonl or .csv file", "convert it: one query per line, with the columns 'text' and 'label'"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

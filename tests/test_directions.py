@@ -1,14 +1,16 @@
 import dataclasses
 import hashlib
+import json
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from safetensors.torch import save_file
 
 from guardlens import Activations, Directions, Query, defences, directions, errors, gates
 from guardlens import interventions as iv
-from guardlens.storage import Provenance
+from guardlens.storage import FORMAT, Provenance, checksum, digest, load_tensors, save_tensors
 from tests.strategies import apply, gaussian, make_activations, make_directions, make_pairs
 
 
@@ -214,7 +216,7 @@ class TestWithoutADirection:
         """A plan that changes nothing and a gate that never opens must not look like a guard."""
         with pytest.raises(errors.NumericsError, match=r"'ssd\(rank=1\)', which are zero at the layers \[1\]"):
             use(flat)
-        assert iv.project_out(flat[0]) and gates.harmful(flat[0])
+        assert iv.project_out(flat[0]).steps and gates.harmful(flat[0]) is not None
         with pytest.raises(errors.NumericsError, match=r"'ssd\(rank=1\)\[1\]', which are zero\.\nExpected a direction"):
             iv.project_out(flat[1])
 
@@ -407,3 +409,74 @@ class TestErrors:
             make_directions().coordinates(make_activations(width=4))
         with pytest.raises(errors.MismatchError, match=r"one basis per layer"):
             dataclasses.replace(make_directions(), layers=(1,))
+
+
+HEADERS = {
+    "null": None,
+    "a list": [],
+    **{f"no {name}": {name: ...} for name in ("layers", "method", "hook", "provenance")},
+    "a key more in the provenance": {"provenance": {"model": "", "cuda": "12"}},
+    "no provenance": {"provenance": None},
+    "layers a text": {"layers": "012"},
+    "layers a number": {"layers": 5},
+    "fewer layers": {"layers": [0]},
+    "layers of floats": {"layers": [0.5, 1.5]},
+    "a hook that there is not": {"hook": "resid_pots"},
+    "a model that is no text": {"provenance": {"model": 5}},
+}
+TENSORS = {
+    "one missing": {"spectrum": None},
+    "one more": {"extra": torch.ones(1)},
+    "vectors of two axes": {"vectors": torch.ones(2, 6)},
+    "whole numbers": {"vectors": torch.ones(2, 1, 6).long()},
+    "nan": {"vectors": torch.full((2, 1, 6), float("nan"))},
+    "means of another width": {"harmful_mean": torch.ones(2, 3)},
+    "means of other layers": {"harmless_mean": torch.ones(3, 6)},
+    "means of one axis": {"harmful_mean": torch.ones(6)},
+}
+
+
+class TestFiles:
+    """A file is read like directions that are made, or refused; also where its checksums are right, as of other code."""
+
+    @pytest.fixture
+    def saved(self, tmp_path):
+        unit = torch.nn.functional.normalize(torch.ones(2, 1, 6), dim=-1)
+        Directions(unit, (0, 1), torch.ones(2, 6), -torch.ones(2, 6), torch.ones(2, 3), "made").save(tmp_path / "d")
+        return load_tensors(tmp_path / "d", "directions")
+
+    @pytest.mark.parametrize("change", HEADERS)
+    def test_headers(self, saved, tmp_path, change):
+        tensors, header = saved
+        given = HEADERS[change]
+        changed = {name: value for name, value in (header | given).items() if value is not ...} if isinstance(given, dict) else given
+        text = json.dumps(
+            {"format": FORMAT, "kind": "directions", "header": changed, "tensors": {n: checksum(t) for n, t in tensors.items()}}
+        )
+        save_file(tensors, tmp_path / "e", metadata={"guardlens": text, "digest": digest(text.encode())})
+        with pytest.raises(errors.StorageError):
+            Directions.load(tmp_path / "e")
+
+    @pytest.mark.parametrize("change", TENSORS)
+    def test_tensors(self, saved, tmp_path, change):
+        tensors, header = saved
+        changed = {name: tensor for name, tensor in (tensors | TENSORS[change]).items() if tensor is not None}
+        save_tensors(tmp_path / "e", "directions", changed, header)
+        with pytest.raises(errors.StorageError):
+            Directions.load(tmp_path / "e")
+
+    def test_flipped_signs(self, saved, tmp_path):
+        tensors, _ = saved
+        data = bytearray((tmp_path / "d").read_bytes())
+        place = data.rindex(tensors["vectors"].numpy().tobytes()) + 3
+        data[place] ^= 0x80
+        (tmp_path / "d").write_bytes(bytes(data))
+        with pytest.raises(errors.StorageError, match=r"changed after it was saved"):
+            Directions.load(tmp_path / "d")
+
+    def test_half_precision(self, saved, tmp_path):
+        tensors, header = saved
+        halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        save_tensors(tmp_path / "e", "directions", halves, header)
+        loaded = Directions.load(tmp_path / "e")
+        assert loaded.vectors.dtype == torch.bfloat16 and len(loaded.fingerprint) == 12

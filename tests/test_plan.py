@@ -276,7 +276,6 @@ CHANGES = {
     "factors of nan": ((*STEP, "edit", "shift"), {"tensor": "nan"}),
     "factors of integers": ((*STEP, "edit", "shift"), {"tensor": "whole"}),
     "no fields": ((*STEP,), {"type": "step"}),
-    "deep": ((*STEP, "edit"), None),
 }
 
 
@@ -288,10 +287,6 @@ def test_a_file_is_read_like_a_plan_that_is_made(tmp_path, change):
     tensors, header = load_tensors(tmp_path / "p", "intervention")
     read, shift = tensors["plan.steps.0.edit.read"], tensors["plan.steps.0.edit.shift"]
     tensors |= {"narrow": read[..., :-1].contiguous(), "nan": torch.full_like(shift, float("nan")), "whole": shift.long()}
-    if change == "deep":
-        value = header["fields"]["steps"]["tuple"][0]["fields"]["edit"]
-        for _ in range(400):
-            value = {"type": "turned", "fields": {"edit": value, "seed": 0}}
     save_tensors(tmp_path / "q", "intervention", tensors, changed(header, *keys, to=value))
     with pytest.raises(errors.StorageError):
         Intervention.load(tmp_path / "q")

@@ -390,6 +390,8 @@ def require_factors(label: str, layers: tuple[int, ...] | None, **factors: Any) 
     number = 1 if layers is None else len(layers)
     for name, factor in factors.items():
         require_type(factor, Tensor, PlanError, f"make {name} a tensor")
+        if not factor.is_floating_point():
+            raise PlanError(f"{name} of {factor.dtype} in {label}", "floating-point numbers", f"say {name}.float()")
         if factor.ndim == 0 or len(factor) != number:
             raise MismatchError(f"{name} of shape {tuple(factor.shape)} in {label}", f"{number} on the first axis", "give one per layer")
         if not torch.isfinite(factor).all():
