@@ -356,3 +356,17 @@ def test_fingerprint_of_half_precision_factors():
         == iv.linear(torch.eye(4, dtype=torch.bfloat16)).fingerprint
         != iv.linear(2 * torch.eye(4, dtype=torch.bfloat16)).fingerprint
     )
+
+
+def test_a_name_stands_for_a_function_in_fingerprints():
+    half = iv.custom(lambda h, c: h / 2, name="half").at(layers=[1])
+    assert half.fingerprint == iv.custom(lambda h, c: h * 0.5, name="half").at(layers=[1]).fingerprint
+    assert half.fingerprint != iv.custom(lambda h, c: h / 2, (iv.own,), name="half").at(layers=[1]).fingerprint
+    assert len({plan.fingerprint for plan in (half, half.placebo(), iv.custom(lambda h, c: h / 3, name="third").at(layers=[1]))}) == 3
+    with pytest.raises(
+        errors.StorageError, match=r"Found custom\(<lambda>\) in the plan, a function without a name[\s\S]*custom\(fn, name="
+    ):
+        assert iv.custom(lambda h, c: h).fingerprint
+    for plan in (half, half.placebo()):
+        with pytest.raises(errors.StorageError, match="Expected data only"):
+            plan.save("never")

@@ -47,7 +47,7 @@ def outcome(code):
 print(json.dumps([outcome(code) for code in json.load(sys.stdin)]))
 """
 
-LAYER, POSITIONS, NUMBER = "a whole number from 0 up", "(start, stop) with start before stop", "a finite number"
+LAYER, POSITIONS, NUMBER = "a whole number, 0 or more", "(start, stop) with start before stop", "a finite number"
 
 SITES = {
     **{f"Site(layers={layers})": LAYER for layers in (
@@ -109,7 +109,7 @@ PLANS = {
     )},
     **{f"plan.when({gate})": "something of type Gate" for gate in ("None", "True", "'midpoint'", "gates.harmful", "0.5", "gates.Linear")},
     **{f"plan >> {after}": "something of type Intervention" for after in ("None", "guard", "plan.steps[0]", "[plan]")},
-    **{f"plan.placebo({seed})": "a whole number from 0 up" for seed in ("None", "1.5", "'a'", "-1", "True")},
+    **{f"plan.placebo({seed})": "a whole number, 0 or more" for seed in ("None", "1.5", "'a'", "-1", "True")},
     **{f"Step({edit})": "an edit" for edit in ("None", "plan", "len", "edits.Swap", "guard")},
     "Step(odd.steps[0].edit, None)": "something of type Site",
     "Step(odd.steps[0].edit, Site('resid_mid'))": "a hook that can be written",
@@ -148,7 +148,7 @@ PLANS = {
     "defences.vlm_guard(V, reading='swap')": "one of replace, add, amplify, project",
     **{f"swept(strengths={strengths})": NUMBER for strengths in ("['1']", "'1'", "None", "[nan]", "[True]", "[[1.0]]", "{1.0: 2}")},
     **{f"swept(strengths={strengths})": "a cell at least" for strengths in ("[]", "[0.0]", "(x for x in [])")},
-    **{f"swept(placebos={placebos})": "a whole number from 0 up" for placebos in ("-1", "1.5", "'1'", "None", "True")},
+    **{f"swept(placebos={placebos})": "a whole number, 0 or more" for placebos in ("-1", "1.5", "'1'", "None", "True")},
     **{f"swept(scores={given})": "scores in a list"
        for given in ("[]", "()", "None", "scores.kl", "'kl'[:0]", "scores.KL", "iter([scores.kl])")},
     "swept(scores=[scores.KL])": "a score",
@@ -158,7 +158,7 @@ PLANS = {
     **{f"swept({plans})": "something of type Intervention" for plans in ("[plan]", "None", "guard", "{'a': guard}")},
     "swept({})": "a cell at least",
     "swept(plan.at(hook='embed'))": "a step without layers",
-    **{f"scores.AnswerKL({tokens})": "a whole number from 1 up" for tokens in ("0", "-1", "1.5", "True", "None")},
+    **{f"scores.AnswerKL({tokens})": "a whole number, 1 or more" for tokens in ("0", "-1", "1.5", "True", "None")},
     **{f"scores.AnswerLogProb({text})": "something of type str" for text in ("5", "None", "['sorry']")},
     **{f"scores.RefusalLogOdds({starts})": "texts in a tuple" for starts in ("'sorry'", "()", "None", "5")},
     "scores.RefusalLogOdds((5,))": "something of type str",
@@ -183,7 +183,7 @@ OTHERS = {
     "gates.Linear('mine', (0, 1), torch.ones(1, 4), torch.zeros(1))": ("MismatchError", "2 on the first axis"),
     "gates.Linear('mine', None, torch.ones(1, 4, 4), torch.zeros(1))": ("MismatchError", "a row of weights and a threshold per layer"),
     "gates.threshold_at_fpr(V, None)": ("MismatchError", "something of type Activations"),
-    **{f"table(1.0, 2.0).best({k})": ("MismatchError", "a whole number from 1 up") for k in ("0", "-1", "1.5", "'1'", "True")},
+    **{f"table(1.0, 2.0).best({k})": ("MismatchError", "a whole number, 1 or more") for k in ("0", "-1", "1.5", "'1'", "True")},
     "table(nan, 2.0).best()": ("NumericsError", "log-odds that are nan at the layers [0]"),
     "table(nan, nan).best()": ("NumericsError", "log-odds that are nan at the layers [0, 1]"),
     "table(1.0).plot('nope')": ("MismatchError", "one of ['refusal_logodds']"),

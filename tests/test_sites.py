@@ -70,7 +70,7 @@ def test_what_adds_up_to_the_residual_stream_is_one_space():
 def test_layer_out_of_range():
     with pytest.raises(errors.SiteError, match=r"Found layer 4\.\nExpected a layer from 0 to 3\.\nNext: choose one"):
         parse("blocks.4.hook_out", n_layers=4)
-    with pytest.raises(errors.SiteError, match=r"Found layer=-1\.\nExpected a whole number from 0 up"):
+    with pytest.raises(errors.SiteError, match=r"Found layer=-1\.\nExpected a whole number, 0 or more"):
         Site(layers=(-1,))
     assert parse("blocks.3.hook_out", n_layers=4).layer == 3
 

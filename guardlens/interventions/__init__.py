@@ -202,20 +202,26 @@ def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
     return Intervention((Step(edit, Site(reference.hook or "resid_post", positions=reference.positions)),))
 
 
-def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] = ()) -> Intervention:
+def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] = (), name: str = "") -> Intervention:
     """Any function `(states, context) -> states` of the tensor `state d_model`.
 
     Args:
         fn: Receives exactly the states that the site selects, never padding. Soft or per-state gates live in here.
         requires: The held states that it asks for with `context.held(state)`.
+        name: What stands for the function in fingerprints, so that runs with `out=` know it again. Give another name to another function.
+
+    Raises:
+        PlanError: What is no function, requires anything but states, or a name that is no text.
 
     Examples:
         >>> def half(states, context):
         ...     return states * 0.5
         >>> iv.custom(half).at(layers=5)
         custom(half).at(layers=[5], positions='last')
+        >>> iv.custom(half, name="half").fingerprint == iv.custom(lambda h, context: h / 2, name="half").fingerprint
+        True
     """
-    return Intervention((Step(Custom(fn, requires)),))
+    return Intervention((Step(Custom(fn, requires, name=name)),))
 
 
 def _affine(

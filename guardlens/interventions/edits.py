@@ -277,8 +277,14 @@ class Swap:
 class Custom:
     """Any function of states and context. It can't be saved.
 
+    Attributes:
+        fn: The function.
+        requires: The held states that it asks for.
+        model: The model that it was made for; empty for any.
+        name: What stands for the function in fingerprints: another name for whatever does something else. Empty for no fingerprint.
+
     Raises:
-        PlanError: What is no function, or requires anything but states.
+        PlanError: What is no function, requires anything but states, or a name that is no text.
 
     Examples:
         >>> iv.custom(lambda states, context: states * 0.5).steps[0].edit.requires
@@ -288,8 +294,10 @@ class Custom:
     fn: Callable[[Tensor, Context], Tensor]
     requires: tuple[State, ...] = ()
     model: str = ""
+    name: str = ""
 
     def __post_init__(self) -> None:
+        require_type(self.name, str, PlanError, "say name='...'")
         if not callable(self.fn) or isinstance(self.fn, type):
             raise PlanError(type_of(self.fn), "a function (states, context) -> states", "hand in a function, or an object to call")
         if not isinstance(self.requires, Iterable) or isinstance(self.requires, str):
@@ -303,7 +311,7 @@ class Custom:
         return self.fn(states.clone(), replace(context, query=context.query.clone()))
 
     def __repr__(self) -> str:
-        return f"custom({getattr(self.fn, '__name__', self.fn)})"
+        return f"custom({self.name or getattr(self.fn, '__name__', self.fn)})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from guardlens.errors import StorageError
+from guardlens.interventions.edits import Custom, Turned
 from guardlens.storage import checksum, digest, load_tensors, reading, save_tensors
 
 KIND = "intervention"
@@ -40,6 +41,10 @@ _TAG_OF = {place: tag for tag, place in TAGS.items()}
 
 def save(plan: Any, path: str | Path) -> None:
     """Write a plan to one safetensors file."""
+    for step in plan.steps:
+        edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
+        if isinstance(edit, Custom):
+            raise StorageError(f"{edit!r} in the plan", "data only", "rebuild a plan with custom functions in code; save the rest of it")
     tensors: dict[str, Tensor] = {}
     header = _encode(plan, tensors, "plan")
     save_tensors(path, KIND, tensors, header)
@@ -59,7 +64,7 @@ def load(path: str | Path) -> Any:
 
 
 def fingerprint(plan: Any) -> str:
-    """A digest of everything that a plan consists of."""
+    """A digest of everything that a plan consists of; of a custom function, its name."""
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_encode(plan, tensors, "plan"), sort_keys=True)
     return digest(header.encode(), *(checksum(tensor).encode() for tensor in tensors.values()))
@@ -75,6 +80,11 @@ def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, Custom):
+        if not value.name:
+            next_step = "say custom(fn, name='...'), or leave out= away"
+            raise StorageError(f"{value!r} in the plan, a function without a name", "data or a name", next_step)
+        return {"custom": value.name, "requires": _encode(value.requires, tensors, f"{key}.requires")}
     tag = _TAG_OF.get(f"{type(value).__module__}:{type(value).__qualname__}")
     if tag is None:
         raise StorageError(f"{value!r} in the plan", "data only", "rebuild a plan with custom functions in code; save the rest of it")
