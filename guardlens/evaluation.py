@@ -19,6 +19,7 @@ from guardlens.identity import configuration, shown
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.interventions import Intervention
 from guardlens.judges import Judge, Verdict
+from guardlens.memory import at_work
 from guardlens.model import HookedModel, Queries, as_new_tokens, require_model
 from guardlens.portions import Portion, over_batches
 from guardlens.prefixes import Prefix
@@ -347,7 +348,8 @@ def _require_judge(judge: Any) -> None:
 
 
 def _verdict(judge: Judge, query: Query, answer: str) -> Verdict:
-    found = judge(query, answer)
+    with at_work("the judge", judge):
+        found = judge(query, answer)
     if found not in get_args(Verdict):
         raise PlanError(f"the verdict {found!r} of {judge.name!r}", f"one of {', '.join(map(repr, get_args(Verdict)))}", "mend the judge")
     return found

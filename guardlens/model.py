@@ -22,6 +22,7 @@ from guardlens.generation import flat, merged, require_one_answer, require_optio
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.plan import require_plan
 from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
+from guardlens.memory import at_work
 from guardlens.notebooks import captioned, facts
 from guardlens.prefixes import Prefill, Prefix, answers_kind
 from guardlens.program import Held, Tap, required_runs, site_of
@@ -42,8 +43,11 @@ Queries = str | Query | QueryPairs | Sequence[str | Query]
 class HookedModel:
     """A model with hooks. Make one with `guardlens.load`.
 
+    One run at a time: threads take turns, and an edit or hook function that calls the model it is in is refused. A model in training mode,
+    or under a guard of `attach`, is refused, too. With `do_sample`, one seed gives other draws in batches of another size.
+
     Attributes:
-        hf: The Hugging Face model; it is never changed.
+        hf: The Hugging Face model. Its weights, mode and hooks are never changed; nnsight wraps its modules' `forward`, which stays so.
         processor: Its processor, or the tokenizer of a text-only model.
         name: As it appears in results.
         revision: The hub's revision, where there is one.
@@ -141,7 +145,8 @@ class HookedModel:
         """
         items = as_queries(queries)
         require_presentation(presentation)
-        prompts = presented(items, presentation)
+        with at_work("the presentation", presentation):
+            prompts = presented(items, presentation)
         require_showable(items, prompts, presentation, self.processor, self.sees_images)
         self._require_alike(prompts)
         with lock_of(self.hf):  # what the processor is set to meanwhile must not reach another thread's prompts

@@ -11,10 +11,10 @@ from torch import Tensor
 from guardlens.architectures import Architecture
 from guardlens.batches import Batch
 from guardlens.errors import ModelError, QueryError, as_count
+from guardlens.memory import OutOfMemory, out_of_memory
 from guardlens.model import HookedModel
 from guardlens.prefixes import Prefix
 from guardlens.queries import Presentation, Query
-from guardlens.trials import out_of_memory
 
 Result = TypeVar("Result")
 
@@ -70,7 +70,7 @@ def over_batches(
 
     Raises:
         QueryError: A batch size below 1.
-        ModelError: A single prompt does not fit.
+        ModelError: A single prompt does not fit, or a function of the user's (a judge, a score, an edit, a presentation) has no room.
     """
     if batch_size is not None:
         batch_size = as_count(batch_size, "batch_size", QueryError, "leave it out to have it chosen from free memory")
@@ -175,6 +175,10 @@ def _require_out_of_memory(error: RuntimeError, part: Sequence[Query]) -> None:
     """Raise what is no lack of memory, and one that no smaller batch can mend."""
     if not out_of_memory(error):
         raise error
+    if len(part) == 1 and isinstance(error, OutOfMemory):
+        raise ModelError(
+            f"{error}, at query {part[0].id!r} alone", "room for it beside the model", "give it less to do at once, or a device of its own"
+        ) from error
     if len(part) == 1:
         raise ModelError(
             f"the prompt of query {part[0].id!r}, which alone does not fit in memory", "room for one prompt", "load in bfloat16 or 4 bits"

@@ -16,6 +16,7 @@ from guardlens.batches import Batch, Layout, Placement
 from guardlens.errors import NumericsError, PlanError
 from guardlens.interventions.plan import Intervention, Step, resolved, source_of
 from guardlens.interventions.states import Context, State
+from guardlens.memory import at_work
 from guardlens.queries import Query
 from guardlens.sites import Point, Positions, Site
 
@@ -134,7 +135,8 @@ class Apply:
     def _edited(self, states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
         """In single precision at least, rounded once."""
         exact = states.to(torch.promote_types(states.dtype, torch.float32))
-        edited = self.step.edit(exact, context)
+        with at_work("the edit", self.step.edit):
+            edited = self.step.edit(exact, context)
         if not isinstance(edited, Tensor) or edited.shape != states.shape or not edited.is_floating_point():
             made = f"shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else f"type {type(edited).__name__}"
             made += f" and {edited.dtype}" if isinstance(edited, Tensor) else ""

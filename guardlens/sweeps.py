@@ -16,6 +16,7 @@ from guardlens.errors import MismatchError, NumericsError, PlanError, as_count, 
 from guardlens.intervals import percentile, resample_counts
 from guardlens.interventions.plan import Intervention, require_plan
 from guardlens.keeping import Kept, over_prompts, shown
+from guardlens.memory import at_work
 from guardlens.model import HookedModel, Queries
 from guardlens.portions import joined
 from guardlens.prefixes import Prefill
@@ -292,7 +293,7 @@ def scored(
     if of_next:
         base = kept.logits
         runs = chain(_lanes(model, kept, plans, ran), [base], (_only(other.run(batch)).to(base.device) for other, batch in others))
-        asked = [[_checked(score, score(run.clone(), base.clone(), model.tokenizer), len(kept)) for score in of_next] for run in runs]
+        asked = [[_scored(score, run, base, model.tokenizer, len(kept)) for score in of_next] for run in runs]
         each = torch.stack([torch.stack(values) for values in asked], dim=1)
         found = {id(score): values for score, values in zip(of_next, each, strict=True)}
     for score in scores:
@@ -302,10 +303,16 @@ def scored(
             prompts, *beside = [(giver, prefill.answering(answer.tokens)) for giver, prefill in givers]
             base, *rest = [_only(giver.run(prefill, logits="answer")).to(kept.logits.device) for giver, prefill in (prompts, *beside)]
             runs = chain(_lanes(*prompts, plans, ran), [base], rest)
-            found[id(score)] = torch.stack([_checked(score, score(run.clone(), base.clone(), answer), len(kept)) for run in runs])
+            found[id(score)] = torch.stack([_scored(score, run, base, answer, len(kept)) for run in runs])
     values = torch.stack([found[id(score)] for score in scores]).double().cpu()
     _require_finite(values, scores, plans, kept.batch)
     return values
+
+
+def _scored(score: AnyScore, run: Tensor, base: Tensor, beside: Any, queries: int) -> Float[Tensor, "query"]:
+    with at_work("the score", score):
+        values = score(run.clone(), base.clone(), beside)
+    return _checked(score, values, queries)
 
 
 def _checked(score: AnyScore, values: Any, queries: int) -> Float[Tensor, "query"]:

@@ -14,12 +14,17 @@ from guardlens.engine import Engine
 from guardlens.errors import GuardlensError, ModelError, NumericsError, PlanError
 from guardlens.interventions import Context, Custom, Intervention, Step, nothing
 from guardlens.lanes import run_answers, run_forks, run_tails, run_tiles
+from guardlens.memory import out_of_memory
 from guardlens.prefixes import Prefix, Stem, answers_kind, prefix_of, stem_of
 from guardlens.runs import Run, agree
 from guardlens.sites import Positions, Site
 from guardlens.ways import Asked
 
 Made = TypeVar("Made")
+
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that keep keys and values of every token."""
 
 
 class Disagreement(Exception):
@@ -97,10 +102,17 @@ class Trials:
         except Exception as error:  # a foreign model or cache may fail in any way, and the table must say so
             if out_of_memory(error) or (isinstance(error, GuardlensError) and not isinstance(error, NumericsError)):
                 raise
-            self.flaws[what] = str(error) if isinstance(error, Disagreement) else f"{type(error).__name__}: {error}".splitlines()[0]
+            self.flaws[what] = str(error) if isinstance(error, Disagreement) else self._failed(what[0], error)
             return None
         self.flaws.setdefault(what, "")
         return made
+
+    def _failed(self, what: str, error: Exception) -> str:
+        """That something can't be done, and behind which kinds of layers, where they are not all of attention."""
+        kinds = sorted(set(getattr(self.engine.config, "layer_types", None) or ()) - ATTENTION)
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        behind = f" in a model with layers of {', '.join(kinds)}" if kinds else ""
+        return f"{what} fail{behind} ({said})"
 
     def _stem(self, batch: Batch, prefix: Prefix | None) -> tuple[Stem, Float[Tensor, "query vocab"]]:
         engine = self.engine
@@ -173,11 +185,6 @@ class Trials:
             _require_agreement(mine[None], expected, "answers behind what is kept of the prompts differ from those of whole prompts")
             if not torch.equal(mine.argmax(-1), expected.argmax(-1)):
                 break  # two tokens are equally likely up to rounding, and from here on the answers are others
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether there was no room, on a GPU or in the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _require_agreement(mine: Tensor | None, expected: Tensor, what: str) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import guardlens as gl
 from guardlens import errors, portions, presentations
+from guardlens import interventions as iv
 from guardlens.evaluation import evaluate
 from guardlens.model import HookedModel
 from guardlens.portions import Portion, bucket, free_memory, joined, over_batches, prompt_bytes, room
@@ -208,3 +209,40 @@ def test_attribute_halves_too(vlm, basis, monkeypatch):
 def test_joined_takes_portions_in_any_order():
     parts = [Portion((2, 0), torch.tensor([[2.0], [0.0]])), Portion((1,), torch.tensor([[1.0]]))]
     assert joined(parts, 3).flatten().tolist() == [0, 1, 2]
+
+
+class TestWhoseMemoryItWas:
+    """A user's function that finds no room is not taken for a prompt that is too long."""
+
+    QUERIES = (gl.Query("how to mend the hat ?", "harmless", id="a"), gl.Query("how to push the radio ?", "harmful", id="b"))
+
+    @staticmethod
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def test_a_judge(self, vlm):
+        class Judge:
+            name, __call__ = "mine", self.full
+
+        with pytest.raises(errors.ModelError, match="the judge mine, which ran out of memory"):
+            gl.evaluate(vlm, {"none": iv.nothing}, self.QUERIES, presentations.text_only, judge=Judge(), max_new_tokens=2, progress=False)
+
+    def test_a_score(self, unchecked, vlm):
+        class Mine:
+            name, unit, __call__ = "mine", "", self.full
+
+        plan = iv.custom(lambda states, context: states + 1)
+        with pytest.raises(errors.ModelError, match="the score mine, which ran out of memory"):
+            gl.sweep(vlm, plan, self.QUERIES, presentations.text_only, layers=[3], scores=[Mine()], placebos=0, progress=False)
+
+    def test_an_edit(self, vlm):
+        plan = iv.custom(self.full)
+        with pytest.raises(errors.ModelError, match=r"the edit custom\(.*full\), which ran out of memory"):
+            gl.sweep(vlm, plan, self.QUERIES, presentations.text_only, layers=[3], placebos=0, progress=False)
+
+    def test_a_presentation(self, vlm):
+        class Mine:
+            name, __call__ = "mine", self.full
+
+        with pytest.raises(errors.ModelError, match="the presentation mine, which ran out of memory"):
+            gl.keep(vlm, self.QUERIES, Mine(), progress=False)
