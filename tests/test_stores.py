@@ -312,15 +312,18 @@ from types import SimpleNamespace
 import torch
 from guardlens import Query
 from guardlens.collection import collect
+from guardlens.model import HookedModel
 from guardlens.sites import Site
 from guardlens.storage import Provenance
 
 WIDTH, LAYERS = 8192, 8
 
 
-class Stub:
+class Stub(HookedModel):
     id, provenance, cfg, hf = "stub@1", Provenance("stub@1"), SimpleNamespace(n_layers=LAYERS), None
-    llm = property(lambda self: self)
+
+    def __init__(self):
+        pass
 
     def batch(self, queries, presentation):
         return SimpleNamespace(queries=queries)
