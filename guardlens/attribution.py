@@ -20,17 +20,18 @@ import torch
 from jaxtyping import Float
 
 from guardlens.batches import Batch
+from guardlens.check import warn_of_more
 from guardlens.collection import LARGEST
 from guardlens.components import Component, Terms, split
-from guardlens.directions import Directions
-from guardlens.errors import MismatchError, PresentationError
+from guardlens.directions import Directions, warn_of_own_queries
+from guardlens.errors import MismatchError, NumericsError, as_count, require_type
 from guardlens.intervals import percentile, resample_counts
-from guardlens.model import HookedModel, Queries
+from guardlens.model import HookedModel, Queries, require_model
 from guardlens.portions import Portion, joined, over_batches
 from guardlens.prefixes import Prefix
 from guardlens.progress import track
-from guardlens.queries import LABELS, Presentation, Query, as_queries, require_ids, require_labels, text_only
-from guardlens.sites import Site
+from guardlens.queries import LABELS, Presentation, Query, as_presentations, as_queries, require_ids, require_labels, text_only
+from guardlens.sites import Site, as_layer
 from guardlens.storage import require_same_model
 from guardlens.tables import Frame, Table
 
@@ -62,12 +63,13 @@ class Attribution(Table):
 
         Queries of a cluster or pair are resampled together. A component that a run does not have counts as 0 there.
         """
-        return self._summary
+        return self._summary.copy()
 
     @cached_property
     def _summary(self) -> Frame:
         import pandas as pd
 
+        self._require_whole()
         wide = self.frame.pivot(index=["query", "label", "cluster"], columns=["presentation", *KEYS], values="value").fillna(0.0)
         labels, clusters = (wide.index.get_level_values(name).to_numpy() for name in ("label", "cluster"))
         counts = resample_counts(len(wide), clusters)
@@ -79,6 +81,20 @@ class Attribution(Table):
             means = _means(wide[name].reindex(columns=components, fill_value=0.0).to_numpy(), labels, counts)
             rows += _summary_rows(name, components, means, own, labels)
         return pd.DataFrame(rows)
+
+    def _require_whole(self) -> None:
+        """Each component of each presentation once for each query: one that a filter took away would count as 0."""
+        if not len(self):
+            raise NumericsError("a table without rows", "at least one", "check the filter that made it")
+        number = len(set(self.columns["query"]))
+        cells = self.frame.groupby(["presentation", *KEYS])["query"].agg(["size", "nunique"])
+        if not (cells == number).all(axis=None):
+            place = (cells != number).any(axis=1).idxmax()
+            raise MismatchError(
+                f"{cells['size'][place]} rows of {cells['nunique'][place]} queries for {place[2]} in {place[0]!r}",
+                f"one for each of the {number} queries",
+                "filter all presentations and components alike",
+            )
 
     def top(self, k: int = 10, presentation: str | None = None, label: str = CONTRAST, direction: int = 1) -> Frame:
         """The k components that change most from the LLM to a presentation; of the LLM itself, those that write most.
@@ -92,6 +108,8 @@ class Attribution(Table):
         Raises:
             MismatchError: There are no such rows.
         """
+        k = as_count(k, "k", MismatchError, "say how many", least=0)
+        self._require_whole()
         llm, *others = dict.fromkeys(self.columns["presentation"])
         presentation = presentation or (others or [llm])[0]
         rows = self._chosen(label, direction)
@@ -116,6 +134,9 @@ class Attribution(Table):
         from guardlens.figure_style import counted
 
         rows = self._chosen(label, direction)
+        known = sorted({str(name) for name in rows.loc[rows["component"] == "head", "source"]})
+        if source is not None and source not in known:
+            raise MismatchError(f"the source {source!r}", f"one of {known}", "attribute with by_source=True to tell them apart")
         if source is not None:
             rows = rows[(rows["component"] != "head") | (rows["source"] == source)]
         llm, shown = rows["presentation"].iloc[0], label.replace(" - ", " − ")
@@ -175,10 +196,14 @@ def attribute(
 
     Raises:
         QueryError: A label is missing, there is only one class, or two queries (or presentations) have one name.
+        ModelError, PresentationError: Something else in the place of the model or of a presentation.
         MismatchError: Directions of another model, width or hook.
         SiteError: No directions for the layer; or `by_source` without eager attention.
         ModelError: `by_source` in a family whose heads mix something else than the values at the hook v.
-        NumericsError: The parts do not sum to the coordinate.
+        NumericsError: The parts do not sum to the coordinate, or there is no direction at the layer.
+
+    Warns:
+        UserWarning: Queries that made the directions; or blocks that are known to add something else than their attention and MLP.
 
     Examples:
         >>> parts = gl.attribute(model, ssd, queries, grey, layer=5)
@@ -188,10 +213,14 @@ def attribute(
         >>> str(most["component"]), int(most["block"])
         ('head', 5)
     """
-    items, shown = as_queries(queries), [presentations] if isinstance(presentations, Presentation) else list(presentations)
-    _require_usable(model, directions, items, shown)
-    layer = layer if layer is not None else directions.layers[-1] if directions.layers else model.cfg.n_layers - 1
+    require_model(model)
+    items, shown = as_queries(queries), as_presentations(presentations)
+    _require_usable(model, directions, items)
+    layer = as_layer(layer) if layer is not None else directions.layers[-1] if directions.layers else model.cfg.n_layers - 1
     Site(layers=(layer,)).points(model.cfg.n_layers)
+    directions.require_some([layer])
+    warn_of_own_queries(directions, items)
+    warn_of_more(model)
     vectors = directions.at(layer).double()
     runs = [(model.llm, text_only), *((model, presentation) for presentation in shown if presentation != text_only)]
     found: dict[str, Terms] = {}
@@ -218,10 +247,9 @@ def _split(
     return split(model, batch, layer, vectors, by_source, prefix)
 
 
-def _require_usable(model: HookedModel, directions: Directions, queries: Sequence[Query], shown: Sequence[Presentation]) -> None:
+def _require_usable(model: HookedModel, directions: Directions, queries: Sequence[Query]) -> None:
+    require_type(directions, Directions, MismatchError, "make directions of other queries first: directions.ssd(activations)")
     require_labels(queries)
-    if len({presentation.name for presentation in shown}) < len(shown):
-        raise PresentationError("two presentations of one name", "a name for each", "attribute sizes of one image in separate calls")
     require_ids(queries)
     require_same_model(f"the directions {directions.method!r}", directions.provenance.model, model.id, model.llm.id)
     if (directions.hook, directions.d_model) != ("resid_post", model.cfg.d_model):
@@ -276,6 +304,9 @@ def _means(values: Float[np.ndarray, "query component"], labels: np.ndarray, cou
     means: Means = {}
     for label in LABELS:
         here = labels == label
+        if not here.any():
+            means[label] = np.full(values.shape[1], np.nan), np.full((len(counts), values.shape[1]), np.nan)
+            continue
         weights = counts * here
         with np.errstate(invalid="ignore"):  # a resample without the class is undefined
             means[label] = (values[here].mean(0), weights @ values / weights.sum(1, keepdims=True))

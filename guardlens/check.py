@@ -64,9 +64,21 @@ def require_sound(model: HookedModel) -> None:
                 "parts that compute the model's own logits, alone and in a batch",
                 "see what `guardlens check` says of it; if a part was mistaken, gl.load(..., names={part: path}) names the right one",
             )
+    warn_of_more(model, stacklevel=4)
+
+
+def warn_of_more(model: HookedModel, stacklevel: int = 3) -> None:
+    """Say so where a model of a family that guardlens's tests do not know adds something else than attention and MLP.
+
+    Warns:
+        UserWarning: As said; what is measured there is no measure of its attention and MLPs.
+    """
+    if model.cfg.proven or any(parameter.is_meta for parameter in model.hf.parameters()):
+        return
     finding = _try("residual stream adds up", _residual, model)
     if finding.works is False:
-        warnings.warn(f"{family} has attn_out or mlp_out that are not what its blocks add ({finding.detail})", stacklevel=3)
+        family = f"{type(model.hf).__name__}, a family that is new to guardlens,"
+        warnings.warn(f"{family} has attn_out or mlp_out that are not what its blocks add ({finding.detail})", stacklevel=stacklevel)
 
 
 def _try(name: str, trial: Callable[[HookedModel], tuple[bool | None, str]], model: HookedModel) -> Finding:

@@ -13,7 +13,7 @@ import numpy as np
 from guardlens.batches import Batch
 from guardlens.contents import content
 from guardlens.defences import Defence
-from guardlens.errors import MismatchError, PlanError, require_type
+from guardlens.errors import MismatchError, PlanError, PresentationError, require_type
 from guardlens.generation import generation_settings
 from guardlens.identity import configuration, shown
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
@@ -357,6 +357,8 @@ def _verdict(judge: Judge, query: Query, answer: str) -> Verdict:
 
 def _require_presentable(queries: Sequence[Query], presentations: Sequence[Presentation]) -> None:
     """Meet bad input at the door, before hours of work."""
+    if not presentations:
+        raise PresentationError("no presentations", "at least one", "hand in text_only, for queries without an image")
     require_ids(queries)
     for presentation in presentations:
         for query in queries:

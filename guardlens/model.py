@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
@@ -81,6 +81,10 @@ class HookedModel:
                 f"width {self.cfg.d_model} and {self.cfg.n_layers} layers, as the VLM's own language model",
                 "give the LLM that the VLM was made from",
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: the model without what it has learned of it, which a copy learns anew."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
     def llm(self) -> "HookedModel":

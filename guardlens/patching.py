@@ -1,6 +1,7 @@
 """`activation_patching`: states of another run put into this one, layer by layer or head by head: where does what differs pass through?"""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -10,17 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens import interventions as iv
-from guardlens.errors import PlanError
+from guardlens.check import warn_of_more
+from guardlens.errors import MismatchError, NumericsError, PlanError, require_type
 from guardlens.intervals import per_gap, percentile, resample_counts
 from guardlens.interventions.plan import Intervention
 from guardlens.keeping import Kept, over_prompts, shown
-from guardlens.model import HookedModel, Queries
+from guardlens.model import HookedModel, Queries, require_model
 from guardlens.portions import joined
 from guardlens.prefixes import Prefill
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, text_only
+from guardlens.queries import Presentation, Query, require_presentation, text_only
 from guardlens.scores import refusal_logodds
-from guardlens.sites import HOOKS, Point, parse
+from guardlens.sites import HOOKS, Point, as_layers, parse
 from guardlens.sweeps import AnyScore, require_told_apart, scored
 from guardlens.tables import Frame, Table
 
@@ -71,12 +73,17 @@ class Patching(Table):
     def _summary(self) -> Frame:
         import pandas as pd
 
+        if not len(self):
+            raise NumericsError("a table without rows", "at least one", "check the filter that made it")
         rows = []
         for (score, label), part in self.frame.groupby(["score", "label"], sort=False):
             queries = part.drop_duplicates("query")
             counts = resample_counts(len(queries), queries["cluster"].to_numpy())
             for (hook, layer, head), cell in part.groupby(["hook", "layer", "head"], sort=False):
                 where = {"score": score, "hook": hook, "layer": layer, "head": head, "label": label}
+                if sorted(cell["query"]) != sorted(queries["query"]):
+                    found = f"{len(cell)} rows at {hook} of layer {layer} for {len(queries)} queries"
+                    raise MismatchError(found, "one for each", "filter all cells alike")
                 rows.append(where | _recovery(cell.set_index("query").loc[queries["query"]], counts))
         return pd.DataFrame(rows)
 
@@ -87,11 +94,18 @@ class Patching(Table):
             value: `"recovered"`, or `"change"` in the score's unit.
             score: Its name; the first one without it.
             ax: Where to draw, one axes per label (of heads: hook by hook); a new figure without it.
+
+        Raises:
+            MismatchError: There is no such value or score.
+            NumericsError: The table is empty.
         """
         from guardlens import component_plots, plots
 
         rows = self.summary()
         score = score or str(rows["score"].iloc[0])
+        for what, given, known in (("value", value, ("recovered", "change")), ("score", score, tuple(dict.fromkeys(rows["score"])))):
+            if given not in known:
+                raise MismatchError(f"the {what} {given!r}", f"one of {', '.join(map(repr, known))}", "choose what this table has")
         rows = rows[rows["score"] == score]
         unit = self.facts.get("units", {}).get(score, score)
         shown = f"{unit.partition(' (')[0].replace('_', ' ')} recovered" if value == "recovered" else f"Δ {unit}"
@@ -137,7 +151,12 @@ def activation_patching(
     Raises:
         QueryError: No queries, or two of one id.
         SiteError: Unknown hook, or a layer without it.
-        PlanError: A hook that can't be patched layer by layer.
+        PlanError: No hooks, a hook that can't be patched layer by layer, or something else than scores.
+        ModelError, PresentationError: Something else in the place of the model or of a presentation.
+
+    Warns:
+        UserWarning: A source that gives what the run gives by itself, so that no patch changes anything; or blocks that are known to add
+            something else than their attention and MLP, where these are patched.
 
     Source: activation patching as in Meng et al. 2022 (arXiv 2202.05262) and Zhang & Nanda 2024 (arXiv 2309.16042).
 
@@ -147,9 +166,13 @@ def activation_patching(
         >>> [round(share) for share in harmful["recovered"]]  # by layer: how much of the lost refusal the text's state brings back
         [0, 0, 0, 0, 0, 1, 1, 1]
     """
+    require_model(model)
     items, presentation = shown(queries, presentation)
+    require_presentation(source)
     require_told_apart(items, scores)
-    names = [parse(name).hook for name in ([hooks] if isinstance(hooks, str) else hooks)]
+    names = _hooks(hooks)
+    if not set(names) <= {"resid_pre", "resid_post"}:
+        warn_of_more(model)
     plans = {cell: cell.plan(source) for name in names for cell in _cells(model, name, layers)}
     ran: set[str] = set()
     title = f"activation patching, {len(plans)} cells, {presentation.name}"
@@ -157,6 +180,11 @@ def activation_patching(
     work = partial(_score_part, model, source, plans, scores, ran)
     parts = over_prompts(model, prompts, presentation, work, batch_size)
     values = joined(track(parts, len(items), title, progress), len(items), axis=2).numpy()
+    if source != presentation and np.allclose(values[:, -1], values[:, -2], rtol=1e-4, atol=1e-4):
+        warnings.warn(
+            f"the source {source.name!r} gives what {presentation.name!r} gives: no patch can change anything, and 'recovered' is nan",
+            stacklevel=2,
+        )
     facts = {
         "presentation": presentation.name,
         "source": source.name,
@@ -167,12 +195,22 @@ def activation_patching(
     return Patching(_columns(list(plans), items, scores, values), facts, model.provenance)
 
 
-def _cells(model: HookedModel, name: str, layers: Sequence[int] | None) -> list[Cell]:
+def _hooks(given: Any) -> list[str]:
+    """The short names of the hooks, each once, in their order."""
+    names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    for name in names:
+        require_type(name, str, PlanError, "name hooks, as in hooks=['resid_post', 'z']")
+    if not names:
+        raise PlanError("no hooks", "at least one", "leave hooks out for resid_post")
+    return list(dict.fromkeys(parse(name).hook for name in names))
+
+
+def _cells(model: HookedModel, name: str, layers: Any) -> list[Cell]:
     hook = HOOKS[name]
     if not (hook.layered and hook.writable and hook.width):
         raise PlanError(f"patching at {name!r}", "a hook of the blocks that can be written", "choose resid_post, attn_out, mlp_out or z")
     anywhere = [point.layer for point in model.cfg.computed(beside_image=False) if point.hook == name]
-    wanted = [layer for layer in anywhere if layer is not None] if layers is None else layers
+    wanted = [layer for layer in anywhere if layer is not None] if layers is None else as_layers(layers)
     heads = {layer: model.cfg.locate(Point(name, layer)).heads for layer in wanted}
     return [
         cell

@@ -304,17 +304,15 @@ def require_presentation(presentation: Any) -> None:
 
 
 def as_presentations(presentations: Any) -> list[Presentation]:
-    """One presentation or several as a list, each with a name of its own.
+    """One presentation, several or none as a list, each with a name of its own.
 
     Raises:
-        PresentationError: There is none, something else is among them, or two have one name.
+        PresentationError: Something else is among them, or two have one name.
     """
     several = isinstance(presentations, Iterable) and not isinstance(presentations, str | Presentation)
     shown: list[Any] = list(presentations) if several else [presentations]
     for presentation in shown:
         require_presentation(presentation)
-    if not shown:
-        raise PresentationError("no presentations", "at least one", "hand in [text_only], for queries without an image")
     if len({presentation.name for presentation in shown}) < len(shown):
         raise PresentationError("two presentations of one name", "a name for each", "show sizes of one image in separate calls")
     return shown

@@ -1,5 +1,6 @@
 """`attribute` against heads taken apart by hand with raw hooks and float64 matrices, its sums on every family, and its table."""
 
+from dataclasses import replace
 from functools import cache
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ from PIL import Image
 
 import guardlens as gl
 from guardlens import errors, presentations
-from guardlens.attribution import CONTRAST, Attribution
+from guardlens.attribution import CONTRAST, KEYS, Attribution
 from guardlens.directions import Directions
 from guardlens.intervals import bootstrap
 from guardlens.queries import text_only
@@ -325,6 +326,7 @@ def test_the_llm_beside_the_vlm_comes_first(hf_vlm, processor, basis):
         torch.manual_seed(9)
         other = gl.load(LlamaForCausalLM(hf_vlm.config.text_config).eval(), processor=processor.tokenizer)
     both = gl.load(hf_vlm, processor=processor, llm=other)
+    basis = replace(basis, provenance=both.provenance)
     table = gl.attribute(both, basis, QUERIES, GREY, layer=3, progress=False)
     assert table.facts["models"] == [other.id, both.id]
     states = gl.collect(other, QUERIES, progress=False)
@@ -406,3 +408,96 @@ class TestRefusals:
             gl.attribute(vlm, basis, [*QUERIES, QUERIES[0]], GREY, progress=False)
         with pytest.raises(errors.PresentationError, match="two presentations of one name"):
             gl.attribute(vlm, basis, QUERIES, [GREY, presentations.blank("grey", 16)], progress=False)
+
+
+@pytest.fixture(scope="module")
+def parts(vlm, basis):
+    return gl.attribute(vlm, basis, QUERIES, GREY, layer=2, progress=False)
+
+
+class TestRowsThatAreLacking:
+    def test_a_query_that_one_presentation_lacks(self, parts):
+        """It would count as 0 there."""
+        columns = parts.columns
+        keep = ~((columns["presentation"] == "blank grey") & (columns["query"] == columns["query"][0]))
+        lost = Attribution({name: values[keep] for name, values in columns.items()}, parts.facts)
+        for use in (lost.summary, lost.top, lost.plot):
+            with pytest.raises(errors.MismatchError, match=r"6 rows of 6 queries for .* in 'blank grey'\.\nExpected one for each of the 7"):
+                use()
+
+    def test_rows_that_are_there_twice(self, parts):
+        twice = Attribution({name: np.concatenate([values, values]) for name, values in parts.columns.items()}, parts.facts)
+        with pytest.raises(errors.MismatchError, match="14 rows of 7 queries"):
+            twice.summary()
+
+    def test_none(self, parts):
+        for use in (parts.where(query="nobody").summary, parts.where(query="nobody").top, parts.where(query="nobody").plot):
+            with pytest.raises(errors.NumericsError, match="a table without rows"):
+                use()
+
+    def test_one_class_alone_has_no_mean_of_the_other(self, parts):
+        one, whole = (table.summary().set_index(["presentation", "label", *KEYS]) for table in (parts.where(label="harmful"), parts))
+        harmful = one.xs("harmful", level="label")
+        np.testing.assert_allclose(harmful["value"], whole.xs("harmful", level="label").loc[harmful.index, "value"])
+        assert one.xs("harmless", level="label")["value"].isna().all() and one.xs(CONTRAST, level="label")["value"].isna().all()
+
+    def test_what_is_handed_out_is_a_copy(self, parts):
+        summary = parts.summary()
+        summary["value"] = 0.0
+        assert parts.summary()["value"].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"model": None}, errors.ModelError, "something of type NoneType"),
+        ({"directions": None}, errors.MismatchError, "something of type NoneType"),
+        ({"directions": torch.ones(128)}, errors.MismatchError, "something of type Tensor"),
+        ({"presentations": None}, errors.PresentationError, "something of type NoneType"),
+        ({"presentations": [GREY, "text"]}, errors.PresentationError, "something of type str"),
+        ({"layer": True}, errors.SiteError, "layer=True"),
+        ({"layer": [5]}, errors.SiteError, r"layer=\[5\]"),
+        ({"layer": 5.0}, errors.SiteError, r"layer=5\.0"),
+        ({"layer": "5"}, errors.SiteError, "layer='5'"),
+        ({"batch_size": 2.0}, errors.QueryError, "batch_size="),
+    ],
+)
+def test_met_at_the_door(vlm, basis, unchecked, change, kind, said):
+    given = {"model": vlm, "directions": basis, "queries": QUERIES, "presentations": GREY, "progress": False}
+    with pytest.raises(kind, match=said):
+        gl.attribute(**{**given, **change})
+
+
+def test_tables_are_asked_for_what_they_have(parts, unchecked):
+    with pytest.raises(errors.MismatchError, match=r"the source 'image'\.\nExpected one of \['all'\]"):
+        parts.plot(source="image")
+    for k in (-1, 1.5, True, "3"):
+        with pytest.raises(errors.MismatchError, match="Found k="):
+            parts.top(k)
+
+
+def test_a_direction_that_is_not_there(vlm, basis):
+    vectors = basis.vectors.clone()
+    vectors[2] = 0
+    with pytest.raises(errors.NumericsError, match=r"zero at the layers \[2\]"):
+        gl.attribute(vlm, replace(basis, vectors=vectors), QUERIES, GREY, layer=2, progress=False)
+
+
+def test_the_queries_that_made_the_directions(vlm):
+    ssd = gl.directions.ssd(gl.collect(vlm, gl.QueryPairs(QUERIES[:3], gl.organism.pairs().harmless[:3]), progress=False))
+    with pytest.warns(UserWarning, match=r"3 of the 7 queries made the directions 'ssd\(rank=1\)'"):
+        gl.attribute(vlm, ssd, QUERIES, GREY, layer=2, progress=False)
+
+
+def test_blocks_that_add_something_else_are_said(hf_vlm, processor, basis, monkeypatch):
+    """As `gl.load` does of a family that the tests don't know; without it, the mistake hides in `rest`."""
+    model = gl.load(hf_vlm, processor=processor)
+    object.__setattr__(model.cfg, "proven", False)
+    monkeypatch.setattr("guardlens.check._residual", lambda model: (False, "up to 0.3"))
+    said = r"a family that is new to guardlens, has attn_out or mlp_out that are not what its blocks add \(up to 0\.3\)"
+    with pytest.warns(UserWarning, match=said):
+        gl.attribute(model, basis, QUERIES, [], layer=2, progress=False)
+    for hooks in ("mlp_out", "attn_out", "z", ["resid_post", "mlp_out"]):
+        with pytest.warns(UserWarning, match=said):
+            gl.activation_patching(model, QUERIES, GREY, hooks=hooks, layers=[2], progress=False)
+    gl.activation_patching(model, QUERIES, GREY, layers=[2], progress=False)

@@ -1,5 +1,7 @@
 """The engine against raw PyTorch hooks: reads, edits, gates, phases, padding, batches, lanes, and nnsight's silent traps."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -483,3 +485,25 @@ def test_generation_that_ends_early_keeps_its_edits_and_warns_of_nothing():
     noted = organism.run(batch, iv.custom(note).at(layers=[3]).during("always"), new_tokens=16).tokens[0]
     assert torch.equal(plain, noted)
     assert steps == list(range(plain.shape[1])) and plain.shape[1] < 16
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_model_in_use_and_its_cache_can_be_copied(vlm, copied):
+    batch = vlm.batch("how to mend the hat ?")
+    logits, cache = vlm.run_with_cache(batch)
+    another = copied(vlm)
+    assert another.id == vlm.id
+    torch.testing.assert_close(another.run(batch).logits[0], logits[:, -1], atol=1e-4, rtol=1e-4)
+    again = copied(cache)
+    assert list(again) == list(cache) and torch.equal(again["resid_post", 3], cache["resid_post", 3])
+    assert torch.equal(again.logit_lens(), cache.logit_lens())
+
+
+def test_a_deep_copy_is_a_model_of_its_own(vlm):
+    batch = vlm.batch("how to mend the hat ?")
+    before = vlm.run(batch).logits
+    another = copy.deepcopy(vlm)
+    with torch.no_grad():
+        another.hf.get_decoder().layers[3].mlp.down_proj.weight.mul_(3)
+    assert torch.equal(vlm.run(batch).logits, before) and not torch.allclose(another.run(batch).logits, before)
+    assert another.id != vlm.id

@@ -302,3 +302,61 @@ class TestSwap:
         for part, other in (((0, 4), held), (None, held[:, :4])):
             with pytest.raises(errors.MismatchError, match="for states of width 6"):
                 iv.swap(iv.text_twin, part).steps[0].edit(states, context(states, held=other))
+
+
+@pytest.fixture(scope="module")
+def patched(vlm):
+    return gl.activation_patching(vlm, QUERIES, GREY, layers=[2, 5], progress=False)
+
+
+class TestRowsThatAreLacking:
+    def test_a_query_that_one_cell_lacks(self, patched):
+        columns = patched.columns
+        query = columns["query"][0]
+        for keep in (~((columns["layer"] == 5) & (columns["query"] == query)), np.repeat(np.arange(len(patched)), 2)):
+            with pytest.raises(errors.MismatchError, match=r"rows at resid_post of layer \d for \d queries\.\nExpected one for each"):
+                Patching({name: values[keep] for name, values in columns.items()}, patched.facts).summary()
+
+    def test_none(self, patched):
+        for use in (patched.where(layer=7).summary, patched.where(layer=7).plot):
+            with pytest.raises(errors.NumericsError, match="a table without rows"):
+                use()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"model": "organism"}, errors.ModelError, "something of type str"),
+        ({"hooks": None}, errors.PlanError, "something of type NoneType"),
+        ({"hooks": []}, errors.PlanError, "no hooks"),
+        ({"hooks": [5]}, errors.PlanError, "something of type int"),
+        ({"layers": []}, errors.SiteError, "no layers"),
+        ({"layers": [5.0]}, errors.SiteError, r"layer=5\.0"),
+        ({"layers": [True]}, errors.SiteError, "layer=True"),
+        ({"source": "text"}, errors.PresentationError, "something of type str"),
+        ({"scores": []}, errors.PlanError, "scores in a list"),
+    ],
+)
+def test_met_at_the_door(vlm, unchecked, change, kind, said):
+    with pytest.raises(kind, match=said):
+        gl.activation_patching(**{"model": vlm, "queries": QUERIES, "presentation": GREY, "progress": False, **change})
+
+
+def test_one_layer_and_layers_of_numpy(vlm, patched, unchecked):
+    for layers in (5, np.int64(5), np.array([5, 5])):
+        found = gl.activation_patching(vlm, QUERIES, GREY, hooks=["resid_post"] * 2, layers=layers, progress=False)
+        assert set(found.columns["layer"]) == {5} and len(found) == len(QUERIES)
+
+
+def test_plots_are_asked_for_what_is_there(patched):
+    for wrong, said in (({"value": "x"}, "the value 'x'"), ({"score": "nope"}, r"the score 'nope'\.\nExpected one of 'refusal_logodds'")):
+        with pytest.raises(errors.MismatchError, match=said):
+            patched.plot(**wrong)
+
+
+def test_a_source_that_is_the_run_itself(llm):
+    """A text model's framed prompt without its images is that prompt."""
+    framed = presentations.framed(text_only, before="please . ")
+    with pytest.warns(UserWarning, match=r"the source 'text' gives what 'text \| framed' gives: no patch can change anything"):
+        gl.activation_patching(llm, QUERIES, framed, layers=[1], progress=False)
+    gl.activation_patching(llm, QUERIES, framed, source=framed, layers=[1], progress=False)  # the placebo, asked for
