@@ -408,7 +408,9 @@ def ssd(activations: Activations, rank: int = 1) -> Directions:
     most = min(len(harmful), activations.d_model)
     if not 1 <= as_count(rank, "rank", NumericsError, f"ask for one from 1 to {most}", least=0) <= most:
         raise NumericsError(f"rank {rank} of {len(harmful)} pairs", f"a rank from 1 to {most}", "ask for a lower rank, or give more pairs")
-    found = [_ssd_rows(*(activations.at(layer)[side].double() for side in (harmful, harmless)), rank) for layer in activations.layers]
+    found = [
+        _ssd_rows(activations.at(layer)[harmful].double(), activations.at(layer)[harmless].double(), rank) for layer in activations.layers
+    ]
     vectors, spectrum = (torch.stack(each) for each in zip(*found, strict=True))
     queries = [activations.queries[i] for i in (*harmful, *harmless)]
     return _directions(activations, vectors, spectrum, f"ssd(rank={rank})", _means(activations, harmful, harmless), queries)

@@ -210,7 +210,7 @@ def _cells(model: HookedModel, name: str, layers: Any) -> list[Cell]:
     if not (hook.layered and hook.writable and hook.width):
         raise PlanError(f"patching at {name!r}", "a hook of the blocks that can be written", "choose resid_post, attn_out, mlp_out or z")
     anywhere = [point.layer for point in model.cfg.computed(beside_image=False) if point.hook == name]
-    wanted = [layer for layer in anywhere if layer is not None] if layers is None else as_layers(layers)
+    wanted = as_layers(layers) or [layer for layer in anywhere if layer is not None]
     heads = {layer: model.cfg.locate(Point(name, layer)).heads for layer in wanted}
     return [
         cell

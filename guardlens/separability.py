@@ -265,10 +265,11 @@ def bag_of_words_scores(
     scores = np.empty(len(labels))
     for train, test in held_out(labels, groups, folds, seed):
         model = make_pipeline(CountVectorizer(token_pattern=r"\w+"), LogisticRegression(max_iter=1000))
-        if not any(re.search(r"\w", texts[i]) for i in train):
+        shown = [str(texts[i]) for i in train]
+        if not any(re.search(r"\w", text) for text in shown):
             scores[test] = 0.0  # texts without words give nothing away
             continue
-        model.fit([texts[i] for i in train], labels[train])
+        model.fit(shown, labels[train])
         scores[test] = model.decision_function([texts[i] for i in test])
     return scores
 
