@@ -68,6 +68,14 @@ MISTAKES = {
     "model.run(batch, read=['resid_post'])": ("SiteError", "something of type str", "Site('resid_post')"),
     "model.run(batch, iv.custom(lambda h, c: h[:1]).at(layers=[2]))": ("PlanError", "something of shape (1, 128)", "of shape (4, 128)"),
     "model.run(batch, iv.custom(lambda h, c: None).at(layers=[2]))": ("PlanError", "custom(<lambda>) giving", "type NoneType"),
+    "model.run(batch, iv.custom(lambda h, c: h.numpy()).at(layers=[2]))": ("PlanError", "type ndarray", "floating-point numbers"),
+    "model.run(batch, iv.custom(lambda h, c: h.int()).at(layers=[2]))": ("PlanError", "torch.int32", "floating-point numbers"),
+    "model.run(batch, iv.custom(lambda h, c: h + 1j).at(layers=[2]))": ("PlanError", "torch.complex64", "floating-point numbers"),
+    "model.run(batch, iv.custom(lambda h, c: c.held(iv.text_twin)).at(layers=[2]))":
+        ("PlanError", "which it does not require", "custom(fn, requires=(state,))"),
+    "model.run(batch, iv.custom(lambda h, c: c.held(iv.own), (iv.text_twin,)).at(layers=[2]) >> iv.swap(iv.own).at(layers=[2]))":
+        ("PlanError", "which it does not require", "custom(fn, requires=(state,))"),
+    "model.run(batch, iv.custom(lambda h, c: c.held(None)).at(layers=[2]))": ("PlanError", "type NoneType", "something of type State"),
     "iv.add(torch.randn(128), 2.0)": ("PlanError", "something of type Tensor", "directions.from_vectors"),
     "iv.patch(torch.randn(128), iv.text_twin)": ("PlanError", "something of type Tensor", "directions.from_vectors"),
     "QueryPairs(['How to break it?'], ['How to mend it?', 'How?'])": ("QueryError", "1 harmful and 2 harmless", "twin"),
