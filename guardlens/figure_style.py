@@ -57,7 +57,7 @@ def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def require(frame: DataFrame, *columns: str) -> Rows:
-    """The frame, if it has these columns and a row.
+    """The frame, if it has these columns and a row, with every `$` of its texts escaped: matplotlib would take names for mathematics.
 
     Raises:
         MismatchError: A column is missing.
@@ -69,7 +69,7 @@ def require(frame: DataFrame, *columns: str) -> Rows:
         raise MismatchError(found, f"the columns {', '.join(columns)}", "rename the columns or pass the table's own frame")
     if frame.empty:
         raise NumericsError("a frame without rows", "at least one", "check the filter that made it")
-    return frame
+    return frame.replace(r"\$", r"\\$", regex=True)
 
 
 def unique(rows: Rows, column: str) -> list[Any]:

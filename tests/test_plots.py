@@ -274,3 +274,15 @@ def test_a_long_legend_stays_on_the_figure(metrics):
     figure = plots.layer_curves(curves(metrics=metrics, runs=[f"presentation number {i}" for i in range(7)]))[0].figure
     figure.canvas.draw()
     assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "a$b", "$x_$"])
+def test_names_are_no_mathematics(name, tmp_path):
+    rows = [
+        {"defence": name, "presentation": name, "rate": "ASR", "value": 0.5, "low": 0.4, "high": 0.6, "n": 3},
+        {"defence": name, "presentation": f"{name} {name}", "rate": "ASR", "value": 0.5, "low": 0.4, "high": 0.6, "n": 3},
+    ]
+    panels = plots.arms(pd.DataFrame(rows))
+    plots.save(panels[0].figure, tmp_path / "figure")
+    shown = {text.get_text() for text in panels[0].figure.findobj(matplotlib.text.Text)}
+    assert any(name.replace("$", r"\$") in text for text in shown)
