@@ -24,7 +24,7 @@ PYTHONS := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test peers real check docs site figures
+.PHONY: help setup demo test peers real shapes check docs site figures
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ test: $(TEST) ## run the test suite (more options for pytest: make test ARGS="-k
 peers: $(TEST) $(PEERS) ## compare with TransformerLens, which it installs beside the rest
 	@echo "... running the comparison with other libraries"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m peers tests/peers $(ARGS)
+
+shapes: $(TEST) ## try everything on the sizes of published models, with random weights (minutes; up to 8 GB of memory)
+	@echo "... trying everything on the sizes of published models"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m shapes -s tests/shapes $(ARGS)
 
 real: $(TEST) $(filter $(CHECKPOINT),$(MODEL)) ## try everything on a real checkpoint, which it fetches (or on yours: make real MODEL=DIR)
 	@echo "... trying everything on $(MODEL)"

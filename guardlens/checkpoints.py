@@ -111,7 +111,7 @@ def _gguf_in(path: Path) -> str | None:
 def _for_gguf(file: str, shared: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options that read a GGUF file, its weights unpacked."""
     import transformers
-    from transformers.utils import is_accelerate_available, is_gguf_available
+    from transformers.utils.import_utils import is_accelerate_available, is_gguf_available
 
     if not (is_gguf_available() and is_accelerate_available()):
         raise ModelError(

@@ -356,7 +356,7 @@ class TestGGUF:
                 gl.load(tmp_path / "cut.gguf")
 
     def test_without_the_package_that_reads_it(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: False)
+        monkeypatch.setattr("transformers.utils.import_utils.is_gguf_available", lambda: False)
         (tmp_path / "x.gguf").touch()
         with pytest.raises(errors.ModelError, match=r'x\.gguf.*\n.*gguf and accelerate\.\nNext: pip install "guardlens\[gguf\]"'):
             gl.load(tmp_path / "x.gguf")

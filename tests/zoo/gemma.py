@@ -53,10 +53,10 @@ def gemma3():
     return build(Gemma3ForConditionalGeneration, config)
 
 
-def gemma3_processor():
+def gemma3_processor(tokens: int = 4):
     words = tokenizer(TEMPLATE, "<start_of_turn>", "<end_of_turn>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
                       image_token="<image_soft_token>")  # fmt: skip
-    return Gemma3Processor(Gemma3ImageProcessorPil(**PIXELS), words, image_seq_length=4, chat_template=TEMPLATE)
+    return Gemma3Processor(Gemma3ImageProcessorPil(**PIXELS), words, image_seq_length=tokens, chat_template=TEMPLATE)
 
 
 def gemma3n():
