@@ -6,6 +6,7 @@ rotations as they are: what tiny models of the same classes can't show. Referenc
 
 import contextlib
 import gc
+import os
 import resource
 import time
 
@@ -59,6 +60,14 @@ def processor_of(shape):
     for name, value in shape.sets.items():
         setattr(made, name, value)
     return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=[shape.name for shape in SHAPES])
@@ -131,42 +140,44 @@ def test_the_id_sees_the_last_weight(model):
     assert changed != before and gl.load(model.hf, processor=model.processor).id == before
 
 
-def test_check(model):
-    assert [(finding.what, finding.detail) for finding in check(model) if finding.works is False] == []
-
-
-def test_reads_are_what_blocks_give(model, shape, batch):
+@pytest.fixture(scope="module")
+def plain(model, shape, batch):
+    """What the blocks give, and the last token's logits, by plain hooks."""
     with outputs(model, shape) as seen:
-        expected = model.hf(**batch.inputs, use_cache=False).logits[:, -1]
-    site = Site("resid_post", positions="all")
-    run = model.run(batch, read=[site])
-    for layer, states in seen.items():
-        close(run.reads[site][0, :, layer], states[0], 1e-2)
-    close(run.logits[0], expected, 2e-2)
+        return seen, model.hf(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
 
 
-def test_a_sweep_of_edits(model, shape, batch):
+def test_reads_are_what_blocks_give(model, batch, plain):
+    sites = last, mean = Site("resid_post"), Site("resid_post", positions="all")
+    run = model.run(batch, read=sites)
+    for layer, states in plain[0].items():
+        close(run.reads[last][0, :, layer], states[:, -1], 1e-2)
+        close(run.reads[mean][0, :, layer], states.float().mean(1), 2e-2)
+    close(run.logits[0], plain[1], 2e-2)
+
+
+def test_a_sweep_of_edits(model, shape, batch, plain):
     push = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1))
 
-    def pushed(strength):
-        def change(states):
-            states = states.clone()
-            states[:, -1] += strength * push.to(states.dtype)
-            return states
+    def change(states):
+        states = states.clone()
+        states[:, -1] += push.to(states.dtype)
+        return states
 
-        return change
-
-    strengths = (0.0, 1.0, 3.0)
-    plans = [iv.custom(lambda states, context, by=by: states + by * push.to(states.dtype)).at(layers=0) for by in strengths]
-    run = model.run(batch, plans)
+    edits = [iv.custom(lambda states, context, by=by: states + by * push.to(states.dtype)).at(layers=0) for by in (1.0, 0.5)]
+    run = model.run(batch, [iv.nothing, *edits])
     print(f"\n{shape.name}: {batch.mask.shape[1]} tokens, layout {run.layout}")
-    for lane, strength in enumerate(strengths):
-        with outputs(model, shape, pushed(strength)):
-            expected = model.hf(**batch.inputs, use_cache=False).logits[:, -1]
-        close(run.logits[lane], expected, 5e-2)
-    assert not torch.equal(run.logits[0], run.logits[2])
+    with outputs(model, shape, change):
+        expected = model.hf(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+    close(run.logits[0], plain[1], 5e-2)
+    close(run.logits[1], expected, 5e-2)
+    assert not torch.equal(run.logits[0], run.logits[1]) and not torch.equal(run.logits[1], run.logits[2])
 
 
 def test_generation(model, batch):
     expected = model.hf.generate(**batch.inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)[:, batch.mask.shape[1] :]
     assert torch.equal(model.run(batch, new_tokens=3).tokens[0], expected)
+
+
+def test_check(model):
+    assert [(finding.what, finding.detail) for finding in check(model) if finding.works is False] == []
