@@ -130,7 +130,11 @@ def _count(calls: Counter[str], path: str, *called: object) -> None:
 
 def _logits(model: HookedModel) -> tuple[bool, str]:
     batch = _prompts(model)
-    for path, times in _calls(model, batch).items():
+    try:
+        calls = _calls(model, batch)
+    except Exception as error:  # whatever a foreign model raises, it is not for what was found of it
+        return False, f"the model's own forward fails, without guardlens: {type(error).__name__}: {error}".splitlines()[0]
+    for path, times in calls.items():
         if times != 1:
             return False, f"{path} runs {times} times in a forward, so that a state there has no one value"
     logits, cache = model.run_with_cache(batch, names_filter=f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")
@@ -140,7 +144,7 @@ def _logits(model: HookedModel) -> tuple[bool, str]:
 
 
 def _cause(mine: torch.Tensor, expected: torch.Tensor) -> str:
-    """Why logits differ, where it can be read off: tokens that the model rules out, or a scale."""
+    """Why logits differ, where it can be read off: tokens that the model rules out, a scale, or a cap."""
     masked = (expected <= torch.finfo(expected.dtype).min / 2).all(0)
     mine, expected = mine[:, ~masked], expected[:, ~masked]
     times = float((mine * expected).sum() / mine.square().sum())
@@ -148,6 +152,8 @@ def _cause(mine: torch.Tensor, expected: torch.Tensor) -> str:
         return f"; they are the same but for {int(masked.sum())} tokens, which the model rules out after its unembedding"
     if _near(times * mine, expected, "")[0]:
         return f"; the model's own are {times:.3g} times these, a scale that guardlens/architectures/names.py does not know"
+    if torch.equal(mine.argsort(-1), expected.argsort(-1)):
+        return "; the tokens keep their order: something is done to the logits after the unembedding, as by a soft cap"
     return ""
 
 

@@ -7,6 +7,8 @@ import guardlens as gl
 from guardlens import check as checking
 from guardlens.check import TRIALS, check
 
+pytestmark = pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook:UserWarning")  # the models are broken by them
+
 
 def by_name(model):
     return {finding.what: finding for finding in check(model)}
@@ -74,6 +76,7 @@ def test_logits_that_do_not_follow_from_the_residual_stream_are_found(broken):
     replace_forward(broken.hf, lambda out: type(out)({**out, "logits": torch.tanh(out.logits)}))
     found = by_name(broken)
     assert found["logits reproduced"].works is False and "norm and unembed: differ by" in found["logits reproduced"].detail
+    assert "keep their order: something is done to the logits after the unembedding" in found["logits reproduced"].detail
     assert found["residual stream adds up"].works is True
 
 

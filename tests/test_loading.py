@@ -325,7 +325,7 @@ class TestGGUF:
         for source, options in ((gguf_file, {}), (gguf_file.parent, {}), (gguf_file.parent, {"gguf_file": gguf_file.name})):
             model = gl.load(source, **options)
             batch = model.batch(["How?", "How?!"])
-            assert model.tokenizer.decode(batch.input_ids[0][batch.mask[0]]) == "How?<end>"
+            assert model.tokenizer.decode(batch.inputs["input_ids"][0][batch.mask[0]]) == "How?<end>"
             with torch.no_grad():
                 expected = reference(**batch.inputs, use_cache=False).logits[:, -1]
             torch.testing.assert_close(model.run(batch).logits[0], expected, atol=1e-5, rtol=1e-5)
