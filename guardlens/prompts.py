@@ -69,7 +69,7 @@ def require_showable(
         )
     for place, allowed in (("text", False), ("system prompt", False), ("prefill", True)):
         texts = [getattr(prompt, place.split()[0]) for prompt in prompts]
-        for query, token in zip(queries, _special_tokens(processor, texts, allowed), strict=True):
+        for query, token in zip(queries, _special_tokens(processor, texts, allowed) if any(texts) else texts, strict=True):
             if token:
                 kind = "image" if token == str(getattr(processor, "image_token", None)) else "special"
                 raise QueryError(

@@ -492,20 +492,20 @@ def _jsonl(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    limit = csv.field_size_limit(len(text) + 1)  # of the module, and far below what a text may have
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(len(text) + 1)  # the module's own is far below what a text may have
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, [])
-        for cells in reader:
-            if len(cells) > len(header):
-                raise _unreadable(path, reader.line_num, f"{len(cells)} cells under {len(header)} columns")
-            if cells:
-                pairs = [*zip(header, cells, strict=False), *((name, "") for name in header[len(cells) :])]
-                yield reader.line_num, {name: cell for name, cell in _row(pairs, path, 1).items() if cell != ""}
+        (_, header), *rows = [(reader.line_num, cells) for cells in reader] or [(1, [])]
     except csv.Error as error:
         raise _unreadable(path, reader.line_num, f"no CSV ({error})") from None
     finally:
         csv.field_size_limit(limit)
+    for line, cells in rows:
+        if len(cells) > len(header):
+            raise _unreadable(path, line, f"{len(cells)} cells under {len(header)} columns")
+        if cells:
+            pairs = [*zip(header, cells, strict=False), *((name, "") for name in header[len(cells) :])]
+            yield line, {name: cell for name, cell in _row(pairs, path, 1).items() if cell != ""}
 
 
 def _row(pairs: Iterable[tuple[str, Any]], path: Path, line: int) -> dict[str, Any]:
