@@ -312,6 +312,7 @@ def attach(
     """
     require_plan(plan)
     require_type(hf, nn.Module, ModelError, "hand in the model of transformers and its processor; of a HookedModel, its .hf and .processor")
+    require_uncompiled(hf)
     require_named(hf, names)
     cfg = find(hf, KNOWN.also(names))
     _require_alone(hf)
@@ -333,6 +334,16 @@ def attach(
     made = Attachment(plan, hf, cfg, twin or learned)
     made._hook()
     return made
+
+
+def require_uncompiled(hf: Any) -> None:
+    """Refuse what torch.compile has wrapped: its graph does not call the hooks that edits and reads are.
+
+    Raises:
+        ModelError: As said.
+    """
+    if hasattr(hf, "_orig_mod"):
+        raise ModelError("a model that torch.compile has wrapped", "the model itself, whose hooks run", "hand in model._orig_mod")
 
 
 def _frame_of_the_call() -> FrameType:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from guardlens.architectures import unwrapped
-from guardlens.attachment import Attachment
+from guardlens.attachment import Attachment, require_uncompiled
 from guardlens.errors import ModelError
 
 KNOWN_TO_HOOK = ("accelerate", "bitsandbytes", "guardlens", "nnsight", "peft", "torch", "transformers")
@@ -19,8 +19,10 @@ def require_ready(hf: Any) -> None:
     """Refuse a model under a guard or in training, and say which hooks of other code run with it.
 
     Raises:
-        ModelError: A guard is attached, a module is in training mode, or the model gives tuples instead of what has names.
+        ModelError: A guard is attached, a module is in training mode, torch.compile has wrapped it, or the model gives tuples instead of what
+            has names.
     """
+    require_uncompiled(hf)
     guard = Attachment.on(hf)
     if guard is not None:
         raise ModelError(

@@ -57,6 +57,14 @@ def test_a_guard_is_found_without_its_handle(vlm, batch):
     assert torch.equal(vlm.run(batch).logits, before)
 
 
+def test_a_compiled_model_is_refused(vlm, batch):
+    compiled = torch.compile(vlm.hf, backend="eager")
+    with pytest.raises(errors.ModelError, match=r"hand in model\._orig_mod"):
+        gl.attach(iv.custom(lambda states, context: states), compiled)
+    with pytest.raises(errors.ModelError, match=r"hand in model\._orig_mod"):
+        gl.load(compiled, processor=vlm.processor, self_check=False).run(batch)
+
+
 class Doubling:
     def __call__(self, module, args, output):
         return output
