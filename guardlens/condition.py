@@ -19,8 +19,8 @@ def require_ready(hf: Any) -> None:
     """Refuse a model under a guard or in training, and say which hooks of other code run with it.
 
     Raises:
-        ModelError: A guard is attached, a module is in training mode, torch.compile has wrapped it, or the model gives tuples instead of what
-            has names.
+        ModelError: A guard is attached, a module is in training mode, torch.compile has wrapped it, or the model gives tuples
+            instead of what has names.
     """
     require_uncompiled(hf)
     guard = Attachment.on(hf)
