@@ -27,7 +27,8 @@ Probes = dict[int, tuple[Bool[np.ndarray, "query"], Bool[np.ndarray, "query"]]]
 class Comparison(Table):
     """One row per metric, run and layer, with a 95 % interval, and the paired change against the LLM with its own.
 
-    Columns: metric, run, layer, value, low, high, change, change_low, change_high, n. The metrics:
+    Columns: metric, run, layer, value, low, high, change, change_low, change_high, n. A run is called by its presentation, and by its plan
+    where it was edited. The metrics:
 
     - `auroc`, `d_prime`: of the coordinate along v1.
     - `midpoint_accuracy`: by the threshold between the LLM's class means: what a gate of the LLM would decide on this run. (Not for

@@ -240,7 +240,7 @@ class Presentation(Protocol):
 
     @property
     def name(self) -> str:
-        """As it appears in tables: begins with `text`, `blank`, `noise`, `own`, ..."""
+        """As it appears in tables, such as `text`, `blank grey`, `own`."""
         ...
 
     def __call__(self, query: Query) -> Prompt: ...
