@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from guardlens.errors import ModelError
+from guardlens.errors import GuardlensError, ModelError
 from guardlens.prompts import padding_token, tokenise, words_of
 from guardlens.queries import Prompt
 
@@ -49,8 +49,9 @@ class Cutter:
         mark = words.convert_ids_to_tokens(image_token_id)
         try:
             probes = [_probe(processor, PROBES[0]), *(_probe(processor, PROBES[0], size) for size in SIZES)]
-        except (ModelError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise _unlearnable(processor, error.found if isinstance(error, ModelError) else str(error)) from None
+        except (GuardlensError, ValueError, TypeError, IndexError, AttributeError) as error:
+            cause = error.__cause__ or error  # what the processor itself said
+            raise _unlearnable(processor, cause.found if isinstance(cause, GuardlensError) else str(cause)) from None
         bare, *shown = (_text(processor, ids[0].tolist(), "a probe") for ids in probes)
         differences = [_difference(_units(words, bare), _units(words, text)) for text in shown]
         before, instead, _ = differences[0]

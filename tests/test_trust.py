@@ -36,6 +36,7 @@ def test_branches_that_hold_in_text_are_checked_again_beside_an_image(name):
     close(run.logits, model.run(batch, plans_of(model)[:3], layout="tile").logits)
 
 
+@pytest.mark.filterwarnings("ignore:.* and 60 positions in")
 @pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 4.0}, {"rope_type": "default"}])
 def test_no_prefix_where_positions_depend_on_the_length_of_the_prompt(rope, monkeypatch):
     monkeypatch.setattr(engine, "WORTH", 1)
