@@ -3,7 +3,7 @@
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens import notebooks
-from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count
+from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count, quoted, require_type
 from guardlens.queries import Query, counted
 from guardlens.sites import HOOKS, Point, parse
 from guardlens.storage import Provenance, load_tensors, reading, require_path, save_tensors
@@ -113,7 +113,7 @@ class ActivationCache(Mapping[str, Tensor]):
             >>> len(states), names[0], names[-1]
             (9, '0_pre', 'final_post')
         """
-        stop = self._n_layers if layer is None else layer
+        stop = self._stop(layer)
         wanted = [(f"{i}_{where}", f"resid_{where}", i) for i in range(stop) for where in ("pre", "mid") if incl_mid or where == "pre"]
         wanted.append(("final_post", "resid_post", stop - 1) if stop == self._n_layers else (f"{stop}_pre", "resid_pre", stop))
         return torch.stack([self[hook, i] for _, hook, i in wanted]), [name for name, _, _ in wanted]
@@ -133,7 +133,7 @@ class ActivationCache(Mapping[str, Tensor]):
             >>> torch.allclose(terms.sum(dim=0), cache["resid_post", -1], atol=1e-3)
             True
         """
-        stop = self._n_layers if layer is None else layer
+        stop = self._stop(layer)
         terms = {"embed": self["resid_pre", 0]}
         for i in range(stop):
             added = [(f"{i}_{hook}", self[hook, i] * self._residual_scale) for hook in ("attn_out", "mlp_out") if (hook, i) in self]
@@ -151,6 +151,10 @@ class ActivationCache(Mapping[str, Tensor]):
         if self._to_logits is None:
             raise SiteError("a cache without its model", "one from model.run_with_cache", "call model.to_logits(states) yourself")
         return torch.stack([self._to_logits(self["resid_post", layer][:, pos_slice]) for layer in range(self._n_layers)])
+
+    def _stop(self, layer: int | None) -> int:
+        """How many blocks come before one; all of them if None."""
+        return self._n_layers if layer is None else as_count(layer, "layer", SiteError, "name a block, or leave it out for all", least=0)
 
     def _lacks(self, hook: str, what: str) -> SiteError:
         if hook == "pattern":
@@ -194,7 +198,7 @@ def _asked(key: object) -> tuple[str, int | None]:
             return key, None
         case (str() as name, layer) if isinstance(layer, SupportsIndex):
             return name, operator.index(layer)
-    raise SiteError(f"the key {key!r}", "a hook name, or one with a layer", "say cache['resid_post', 3]")
+    raise SiteError(f"the key {quoted(key)}", "a hook name, or one with a layer", "say cache['resid_post', 3]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +246,9 @@ class Activations:
 
     def __post_init__(self, checked: bool) -> None:
         object.__setattr__(self, "layers", numbered(self.layers, self.hook))
+        require_type(self.states, Tensor, MismatchError, "hand in a tensor: query, layer, d_model")
+        for query in self.queries if isinstance(self.queries, Sequence) else (self.queries,):
+            require_type(query, Query, QueryError, "hand in the queries, in the order of the states")
         if not self.states.is_floating_point():
             raise NumericsError(f"states of the dtype {self.states.dtype}", "floating-point numbers", "say states.float()")
         if self.states.shape[:2] != (len(self.queries), len(self.layers)):
@@ -293,6 +300,7 @@ class Activations:
         Raises:
             SiteError: The layer was not collected.
         """
+        layer = as_count(layer, "layer", SiteError, "name one layer by its number", least=-1)
         if layer not in self.layers:
             raise SiteError(f"layer {layer}", f"one of {list(self.layers)}", "collect it, or choose one of these")
         return self.states[:, self.layers.index(layer)]
@@ -392,7 +400,7 @@ def numbered(layers: Any, hook: str) -> tuple[int, ...]:
     if point.layer is not None:
         raise SiteError(f"the hook {hook!r} with a layer in it", "its short name", f"say hook={point.hook!r} and layers=({point.layer},)")
     least = 0 if HOOKS[point.hook].layered else -1
-    given = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    given = layers if isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1) else [layers]
     numbers = tuple(as_count(layer, "layer", SiteError, "name each layer by its number", least) for layer in given)
     if len(set(numbers)) < len(numbers):
         raise SiteError(f"the layers {list(numbers)}, of which one is there twice", "each layer once", "leave the second one out")

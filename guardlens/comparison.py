@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from guardlens import separability as sep
 from guardlens.activations import Activations
 from guardlens.directions import Directions, warn_of_own_queries
-from guardlens.errors import MismatchError, NumericsError, as_count, require_type
+from guardlens.errors import MismatchError, NumericsError, as_count, one_of, quoted, require_type
 from guardlens.intervals import Interval, percentile, resample_counts
 from guardlens.queries import Query, require_labels
 from guardlens.sites import require_same_space
@@ -57,8 +57,10 @@ class Comparison(Table):
         """One panel per metric over the layers, one line with its interval per run."""
         from guardlens import plots
 
-        frame = self.frame
-        order = {metric: i for i, metric in enumerate(metrics)}
+        frame, known = self.frame, set(self.columns["metric"])
+        if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not any(one_of(metric, known) for metric in metrics):
+            raise MismatchError(f"the metrics {quoted(metrics)}", f"some of {sorted(known)}", "say metrics=['auroc']")
+        order = {metric: i for i, metric in enumerate(metrics) if one_of(metric, known)}
         frame = frame[frame["metric"].isin(order)].sort_values("metric", key=lambda names: names.map(order), kind="stable")
         return plots.layer_curves(frame, axes=ax)
 

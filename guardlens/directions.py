@@ -149,6 +149,7 @@ class Directions:
         """
         if self.layers is None:
             return 0
+        layer = as_count(layer, "layer", SiteError, "name one layer by its number", least=-1)
         if layer not in self.layers:
             raise SiteError(f"layer {layer} for directions of {list(self.layers)}", "a layer that has them", "collect that layer too")
         return self.layers.index(layer)

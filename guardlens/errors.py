@@ -13,6 +13,7 @@
 Each has the three parts as `found`, `expected` and `next_step`.
 """
 
+from collections.abc import Collection
 from math import isfinite, nan
 from numbers import Real
 from operator import index
@@ -71,6 +72,30 @@ def type_of(value: object) -> str:
     return f"the class {value.__name__} itself" if isinstance(value, type) else f"something of type {type(value).__name__}"
 
 
+def quoted(value: object) -> str:
+    """A value as it looks in a message: cut where it is long, its type alone where it can't be shown.
+
+    Examples:
+        >>> gl.errors.quoted("greyish"), len(gl.errors.quoted(list(range(10_000))))
+        ("'greyish'", 80)
+    """
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of the user's own __repr__, whatever it raises
+        return type_of(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def one_of(value: object, words: Collection[str]) -> bool:
+    """Whether a value is one of some words. Arrays and data frames, whose `==` answers for each of their values, are none.
+
+    Examples:
+        >>> gl.errors.one_of("decode", ("prefill", "decode")), gl.errors.one_of(np.zeros(3), ("prefill", "decode"))
+        (True, False)
+    """
+    return isinstance(value, str) and value in words
+
+
 def as_count(value: object, name: str, error: type[GuardlensError], next_step: str, least: int = 1) -> int:
     """A whole number that is at least `least`, as Python's own int. Those of numpy and torch count as whole numbers, True and 2.0 don't.
 
@@ -91,8 +116,8 @@ def as_count(value: object, name: str, error: type[GuardlensError], next_step: s
         number = None if isinstance(found, bool) else index(found)
     except TypeError:
         number = None
-    if number is None or number < least:
-        raise error(f"{name}={value!r}", f"a whole number, {least} or more", next_step)
+    if number is None or not least <= number < 2**63:  # more no 64-bit seed, count or size holds
+        raise error(f"{name}={quoted(value)}", f"a whole number, {least} or more", next_step)
     return number
 
 
@@ -117,7 +142,7 @@ def as_number(value: object, name: str, error: type[GuardlensError], next_step: 
     except OverflowError:  # an int beyond all floats
         number = nan
     if not isfinite(number):
-        raise error(f"{name}={value!r}", "a finite number", next_step)
+        raise error(f"{name}={quoted(value)}", "a finite number", next_step)
     return number
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from guardlens.batches import Batch
 from guardlens.contents import content
 from guardlens.defences import Defence
-from guardlens.errors import MismatchError, PlanError, PresentationError, require_type
+from guardlens.errors import MismatchError, PlanError, PresentationError, one_of, quoted, require_type
 from guardlens.generation import generation_settings
 from guardlens.identity import configuration, shown
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
@@ -94,13 +94,15 @@ class Evaluation(Table):
 
     def _cells(self, rate: str, defence: str, presentations: Sequence[str]) -> Frame:
         """Outcome and cluster by draw, presentation and query."""
-        if rate not in RATES:
-            raise MismatchError(f"the rate {rate!r}", f"one of {', '.join(RATES)}", "check its name")
+        if not one_of(rate, RATES):
+            raise MismatchError(f"the rate {quoted(rate)}", f"one of {', '.join(RATES)}", "check its name")
         label, verdict, counts = RATES[rate]
-        frame = self.frame[self.frame["defence"] == defence] if len(self) else self.frame
-        lacking = [shown for shown in presentations if not (len(frame) and (frame["presentation"] == shown).any())]
+        frame = self.frame[self.frame["defence"] == defence] if len(self) and isinstance(defence, str) else self.frame[:0]
+        lacking = [
+            shown for shown in presentations if not (len(frame) and isinstance(shown, str) and (frame["presentation"] == shown).any())
+        ]
         if lacking or not presentations:
-            raise MismatchError(f"no rows of {defence!r} with {tuple(lacking)}", "an arm that was evaluated", "see .arms()")
+            raise MismatchError(f"no rows of {quoted(defence)} with {quoted(tuple(lacking))}", "an arm that was evaluated", "see .arms()")
         frame = frame[(frame["label"] == label) & frame["presentation"].isin(presentations)]
         odd = frame[~frame["verdict"].isin(get_args(Verdict))]
         if len(odd):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from guardlens.errors import MismatchError
-from guardlens.model import HookedModel, Queries
+from guardlens.model import HookedModel, Queries, require_model
 from guardlens.notebooks import captioned, facts
 from guardlens.portions import Portion, over_batches
 from guardlens.prefixes import Prefill
@@ -79,6 +79,8 @@ def keep(
         >>> first = gl.sweep(model, guard, prompts, layers=[6, 7])
         >>> other = gl.sweep(model, iv.add(ssd, 4.0), prompts)  # computes no prompt again
     """
+    require_model(model)
+    require_presentation(presentation)
     items = as_queries(queries)
     parts = over_prompts(model, items, presentation, lambda kept: kept, batch_size)
     parts = track(parts, len(items), f"keep, {presentation.name}", progress)

@@ -13,7 +13,7 @@ from torch import nn
 from guardlens import checkpoints
 from guardlens.architectures import KNOWN, require_named
 from guardlens.check import require_sound
-from guardlens.errors import ModelError
+from guardlens.errors import ModelError, quoted
 from guardlens.model import HookedModel
 
 
@@ -106,7 +106,7 @@ def _require_loadable(source: object, dtype: object, device: Any, device_map: ob
         )
     if dtype != "auto" and (getattr(torch, dtype, None) if isinstance(dtype, str) else dtype) not in FLOATS:
         known = ", ".join(str(each).removeprefix("torch.") for each in FLOATS)
-        raise ModelError(f"dtype={dtype!r}", f"'auto' or one of {known}", "choose one; fewer bits need a quantization_config")
+        raise ModelError(f"dtype={quoted(dtype)}", f"'auto' or one of {known}", "choose one; fewer bits need a quantization_config")
     if device is not None and device_map is not None:
         raise ModelError("device and device_map", "one of them", "leave out device, which moves the whole model")
     if device is not None:
@@ -139,7 +139,7 @@ def _on(device: object) -> Iterator[None]:
     except Exception as error:  # of several classes, an AssertionError among them
         reason = str(error).strip().partition(chr(10))[0]
         raise ModelError(
-            f"device={device!r}, where the model can't be put ({reason})", "a device of this machine", "use 'cpu', or leave it out"
+            f"device={quoted(device)}, where the model can't be put ({reason})", "a device of this machine", "use 'cpu', or leave it out"
         ) from None
 
 

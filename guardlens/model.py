@@ -17,7 +17,18 @@ from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprin
 from guardlens.batches import Batch
 from guardlens.condition import require_ready
 from guardlens.engine import Engine
-from guardlens.errors import MismatchError, ModelError, PlanError, PresentationError, QueryError, SiteError, as_count, require_type
+from guardlens.errors import (
+    MismatchError,
+    ModelError,
+    PlanError,
+    PresentationError,
+    QueryError,
+    SiteError,
+    as_count,
+    one_of,
+    quoted,
+    require_type,
+)
 from guardlens.generation import flat, merged, require_one_answer, require_options, require_stepwise
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.plan import require_plan
@@ -214,13 +225,15 @@ class HookedModel:
         if not lanes:
             raise PlanError("no plans", "one at least", "hand in interventions.nothing for the unedited run")
         self._require_runnable(batch, lanes, read)
-        if logits not in LOGITS:
-            raise PlanError(f"logits={logits!r}", f"one of {', '.join(map(repr, LOGITS))}", "leave it out for those of the last token")
+        if logits is not None and not one_of(logits, LOGITS):
+            raise PlanError(
+                f"logits={quoted(logits)}", f"one of {', '.join(map(repr, LOGITS))}", "leave it out for those of the last token"
+            )
         new_tokens = as_count(new_tokens, "new_tokens", PlanError, "say how many tokens to generate; leave it out for none", least=0)
         seed = None if seed is None else as_count(seed, "seed", PlanError, "say seed=0, or leave it out", least=0)
         self._require_kept(kept, batch, logits, new_tokens)
-        if layout not in LAYOUTS or (new_tokens and layout != "auto"):
-            found = f"the layout {layout!r}{' of generated answers' if layout in LAYOUTS else ''}"
+        if not one_of(layout, LAYOUTS) or (new_tokens and layout != "auto"):
+            found = f"the layout {quoted(layout)}{' of generated answers' if one_of(layout, LAYOUTS) else ''}"
             raise PlanError(found, f"one of {', '.join(LAYOUTS)}, and auto for answers", "leave it out: the cheapest is chosen")
         options = self._options(generation, batch, new_tokens)
         asked = Asked(self.cfg, batch, [plan.to(device) for plan in lanes], read, logits, new_tokens, seed, options)
@@ -317,7 +330,7 @@ class HookedModel:
         require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
         self._require_own_words(batch)
         if not isinstance(read, Iterable):
-            raise SiteError(f"read={read!r}", "sites", "say read=[Site('resid_post')], or leave it out")
+            raise SiteError(f"read={quoted(read)}", "sites", "say read=[Site('resid_post')], or leave it out")
         for site in read:
             require_type(site, Site, SiteError, "say Site('resid_post')")
         models = self.ids

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor
 
-from guardlens.errors import PresentationError, as_count
+from guardlens.errors import PresentationError, as_count, quoted
 from guardlens.images import opened
 from guardlens.queries import Presentation, Prompt, Query, TextOnly, as_text, require_presentation, text_only
 
@@ -42,7 +42,7 @@ class Blank:
             rgb = None
         if rgb is None or len(rgb) > 3:
             raise PresentationError(
-                f"the colour {self.colour!r}", "an opaque colour that Pillow knows by name or code", "try 'grey', or '#808080'"
+                f"the colour {quoted(self.colour)}", "an opaque colour that Pillow knows by name or code", "try 'grey', or '#808080'"
             )
         _set_size(self)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from guardlens import notebooks
-from guardlens.errors import PresentationError, QueryError, as_count, require_type
+from guardlens.errors import PresentationError, QueryError, as_count, quoted, require_type
 from guardlens.images import as_images
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Query:
         if not self.text.strip():
             raise QueryError(f"an empty text (query {self.id!r})", "the text of a request", "fill it in, or leave the query out")
         if not isinstance(self.label, str | None) or self.label not in (*LABELS, None):
-            raise QueryError(f"the label {self.label!r} of query {self.id!r}", "'harmful', 'harmless' or None", "rename it")
+            raise QueryError(f"the label {quoted(self.label)} of query {self.id!r}", "'harmful', 'harmless' or None", "rename it")
         if self.label is not None:
             object.__setattr__(self, "label", str(self.label))  # numpy's strings are another type
         if not self.id:
@@ -295,7 +295,7 @@ def require_presentation(presentation: Any) -> None:
     """
     named = not isinstance(presentation, type) and isinstance(presentation, Presentation)
     if named and not (isinstance(presentation.name, str) and presentation.name.strip()):
-        raise PresentationError(f"a presentation whose name is {presentation.name!r}", "a name for tables", "give it one")
+        raise PresentationError(f"a presentation whose name is {quoted(presentation.name)}", "a name for tables", "give it one")
     if not named:
         shown = getattr(presentation, "__name__", None) or f"something of type {type(presentation).__name__}"
         raise PresentationError(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from guardlens.errors import ModelError, PlanError, as_count, require_type
+from guardlens.errors import ModelError, PlanError, as_count, quoted, require_type
 
 
 @runtime_checkable
@@ -98,7 +98,7 @@ class RefusalLogOdds:
 
     def __post_init__(self) -> None:
         if isinstance(self.starts, str) or not isinstance(self.starts, Sequence) or not self.starts:
-            raise PlanError(f"the openings {self.starts!r}", "texts in a tuple", "say RefusalLogOdds(('Sorry', 'I cannot'))")
+            raise PlanError(f"the openings {quoted(self.starts)}", "texts in a tuple", "say RefusalLogOdds(('Sorry', 'I cannot'))")
         object.__setattr__(self, "starts", tuple(self.starts))
         for start in self.starts:
             require_type(start, str, PlanError, "name the openings as texts")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal, SupportsIndex
 
-from guardlens.errors import MismatchError, SiteError, as_count
+from guardlens.errors import MismatchError, SiteError, as_count, quoted
 
 Positions = str | tuple[int | None, int | None]
 """One of `POSITIONS`, or `(start, stop)`: a slice of the prompt's real tokens, counted from either end."""
@@ -172,7 +172,7 @@ def as_layers(layers: Layers | None) -> tuple[int, ...] | None:
     if layers is None:
         return None
     if isinstance(layers, str | bytes | Mapping):
-        raise SiteError(f"layers={layers!r}", "one layer, or several", "say layers=5 or layers=[5, 6]")
+        raise SiteError(f"layers={quoted(layers)}", "one layer, or several", "say layers=5 or layers=[5, 6]")
     several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0  # an array without an axis is one layer
     given: Any = layers if several else [layers]
     found = tuple(sorted({as_layer(layer) for layer in given}))
@@ -207,7 +207,7 @@ def as_positions(positions: Any) -> Positions:
         if start is None or stop is None or (start < 0) != (stop < 0) or start < stop:
             return start, stop
     raise SiteError(
-        f"the positions {positions!r}",
+        f"the positions {quoted(positions)}",
         f"one of {', '.join(map(repr, POSITIONS))} or (start, stop) with start before stop",
         "name tokens of the prompt; decode steps are a matter of .during('decode')",
     )
@@ -247,7 +247,7 @@ def parse(name: str, n_layers: int | None = None) -> Point:
         SiteError: Unknown; the closest known name is suggested if it is close. Or the layer is negative, or out of range of `n_layers`.
     """
     if not isinstance(name, str):
-        raise SiteError(f"the hook name {name!r}", "one hook name, as text", "say hook='resid_post'")
+        raise SiteError(f"the hook name {quoted(name)}", "one hook name, as text", "say hook='resid_post'")
     short = name.removeprefix("hook_")
     if short in HOOKS:
         return Point(short)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from guardlens.errors import GuardlensError, MismatchError, StorageError, require_type
+from guardlens.errors import GuardlensError, MismatchError, StorageError, quoted, require_type
 
 FORMAT = 2
 """Of saved files; one of another format is refused."""
@@ -133,8 +133,8 @@ def require_path(path: Any) -> Path:
         StorageError: It is empty, or none.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise StorageError(f"the path {path!r}", "the path of a file or directory", "give one, such as 'runs/first'")
+    if not isinstance(text, str) or not text or "\0" in text or any("\ud800" <= letter <= "\udbff" for letter in text):
+        raise StorageError(f"the path {quoted(path)}", "the path of a file or directory", "give one, such as 'runs/first'")
     return Path(path)
 
 

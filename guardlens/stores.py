@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guardlens.errors import StorageError
+from guardlens.errors import StorageError, one_of, quoted
 from guardlens.storage import RECORDS, Provenance, RunDirectory, atomic, digest, metadata_of, reading, records_in, writing
 
 KIND, TENSOR = "activations", "states"
@@ -38,8 +38,8 @@ def dtype_of(name: str) -> torch.dtype:
     Raises:
         StorageError: Another one.
     """
-    if name not in DTYPES:
-        raise StorageError(f"the dtype {name!r}", f"one of {list(DTYPES)}", "keep float32, or bfloat16 for half the size")
+    if not one_of(name, DTYPES):
+        raise StorageError(f"the dtype {quoted(name)}", f"one of {list(DTYPES)}", "keep float32, or bfloat16 for half the size")
     return getattr(torch, name)
 
 

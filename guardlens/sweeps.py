@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.batches import Batch
-from guardlens.errors import MismatchError, NumericsError, PlanError, as_count, as_number, require_type, type_of
+from guardlens.errors import MismatchError, NumericsError, PlanError, as_count, as_number, one_of, quoted, require_type, type_of
 from guardlens.intervals import percentile, resample_counts
 from guardlens.interventions.plan import Intervention, require_plan
 from guardlens.keeping import Kept, over_prompts, shown
 from guardlens.memory import at_work
-from guardlens.model import HookedModel, Queries
+from guardlens.model import HookedModel, Queries, require_model
 from guardlens.portions import joined
 from guardlens.prefixes import Prefill
 from guardlens.progress import track
@@ -102,10 +102,12 @@ class Sweep(Table):
         """
         k = as_count(k, "k", MismatchError, "ask for one layer or more, as in best(2)")
         frame, plans = self.frame, sorted(map(str, set(self.columns["plan"])))
-        if plan not in plans if plan else len(plans) > 1:
-            raise MismatchError(f"the plan {plan!r}" if plan else "several plans", f"one of {plans}", "say best(k, plan=...)")
+        if not one_of(plan, plans) if plan is not None else len(plans) > 1:
+            raise MismatchError(
+                f"the plan {quoted(plan)}" if plan is not None else "several plans", f"one of {plans}", "say best(k, plan=...)"
+            )
         frame = frame[(frame["arm"] == "edit") & (frame["score"] == refusal_logodds.name) & ~frame["layers"].str.contains("+", regex=False)]
-        frame = frame[frame["plan"] == (plan or frame["plan"].iloc[0])] if len(frame) else frame
+        frame = frame[frame["plan"] == (frame["plan"].iloc[0] if plan is None else plan)] if len(frame) else frame
         if frame["layer"].nunique() < k or set(frame["label"]) != {"harmful", "harmless"}:
             raise MismatchError(
                 f"{frame['layer'].nunique()} single layers and the labels {sorted(set(frame['label']))}",
@@ -136,10 +138,10 @@ class Sweep(Table):
         from guardlens import plots
 
         summary = self.summary()
-        score = score or str(summary["score"].iloc[0])
+        score = str(summary["score"].iloc[0]) if score is None else score
         known = list(dict.fromkeys(summary["score"]))
-        if score not in known:
-            raise MismatchError(f"the score {score!r}", f"one of {known}", "name a score that was swept")
+        if not one_of(score, known):
+            raise MismatchError(f"the score {quoted(score)}", f"one of {known}", "name a score that was swept")
         summary = summary[summary["score"] == score]
         several = summary["plan"].nunique() > 1
         names = summary["plan"] + ", " + summary["arm"] if several else summary["arm"].replace("edit", str(summary["plan"].iloc[0]))
@@ -194,6 +196,7 @@ def sweep(
         >>> effect.facts["layout"]  # the prompts ran once, and each cell as a branch of their last token
         ['branch']
     """
+    require_model(model)
     items, presentation = shown(queries, presentation)
     require_told_apart(items, scores)
     named = dict(plans) if isinstance(plans, Mapping) else {"edit": plans}
@@ -235,7 +238,7 @@ def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> 
         QueryError, PlanError: As said.
     """
     require_ids(queries)
-    if isinstance(scores, Score) or not isinstance(scores, Sequence) or not scores:
+    if isinstance(scores, Score) or not isinstance(scores, Sequence) or not len(scores):
         raise PlanError(repr(scores) if scores == [] else type_of(scores), "scores in a list", "say scores=[scores.kl]")
     for score in scores:
         if isinstance(score, type):

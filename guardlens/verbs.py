@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from guardlens.architectures import Architecture, Part
-from guardlens.errors import PlanError, SiteError, require_type
+from guardlens.errors import PlanError, SiteError, quoted, require_type
 from guardlens.program import Tap
 from guardlens.sites import Point, parse
 
@@ -44,7 +44,9 @@ def hook_taps(cfg: Architecture, hooks: Sequence[tuple[str | Callable[[str], boo
 def _pairs(hooks: Any) -> Iterator[tuple[Any, Any]]:
     for pair in hooks if isinstance(hooks, Iterable) and not isinstance(hooks, str) else [hooks]:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and callable(pair[1])):
-            raise PlanError(f"the hook {pair!r}", "pairs of a hook name and a function", "say fwd_hooks=[('blocks.3.hook_resid_post', fn)]")
+            raise PlanError(
+                f"the hook {quoted(pair)}", "pairs of a hook name and a function", "say fwd_hooks=[('blocks.3.hook_resid_post', fn)]"
+            )
         yield pair[0], pair[1]
 
 

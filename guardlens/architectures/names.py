@@ -6,7 +6,7 @@ To add a family, see docs/how-to/family.md: most need no line here, since the na
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from guardlens.errors import ModelError
+from guardlens.errors import ModelError, quoted
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Names:
         """
         known = [field.name for field in fields(self)]
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given.values()):
-            raise ModelError(f"names={given!r}", "one name for each part, as strings", 'write names={"stack": "core.layers"}')
+            raise ModelError(f"names={quoted(given)}", "one name for each part, as strings", 'write names={"stack": "core.layers"}')
         if unknown := next((part for part in given if part not in known), None):
             raise ModelError(f"a name for {unknown!r}", f"one of the parts {', '.join(known)}", "see guardlens.architectures.names.Names")
         return replace(self, **{part: (name, *getattr(self, part)) for part, name in given.items()})

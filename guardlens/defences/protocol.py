@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from guardlens.errors import PlanError, require_type
+from guardlens.errors import PlanError, quoted, require_type
 from guardlens.interventions.plan import Intervention, nothing, require_plan
 from guardlens.queries import Presentation
 
@@ -41,7 +41,9 @@ class Defence:
         require_type(self.name, str, PlanError, "name it first, as in Defence('guard', plan)")
         require_plan(self.intervention)
         if not callable(self.present):
-            raise PlanError(f"present={self.present!r}", "a function of a presentation", "hand in one that gives the presentation to show")
+            raise PlanError(
+                f"present={quoted(self.present)}", "a function of a presentation", "hand in one that gives the presentation to show"
+            )
 
 
 none = Defence("none")

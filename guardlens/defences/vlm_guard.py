@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from guardlens.defences.protocol import Defence
 from guardlens.directions import Directions
-from guardlens.errors import PlanError, require_type
+from guardlens.errors import PlanError, one_of, quoted, require_type
 from guardlens.interventions import Intervention, add_component, amplify, gates, project_out, replace, text_twin
 from guardlens.interventions.gates import Gate
 from guardlens.interventions.plan import Phase
@@ -66,10 +66,10 @@ def vlm_guard(
         >>> [model.generate(queries[1], grey, plan).split()[0] for plan in (iv.nothing, defence.intervention)]
         ['sure', 'sorry']
     """
-    if reading not in get_args(Reading):
-        raise PlanError(f"the reading {reading!r}", f"one of {', '.join(get_args(Reading))}", "see the docstring of vlm_guard")
-    if closed not in get_args(Closed):
-        raise PlanError(f"closed={closed!r}", f"one of {', '.join(map(repr, get_args(Closed)))}", "see the docstring of vlm_guard")
+    if not one_of(reading, get_args(Reading)):
+        raise PlanError(f"the reading {quoted(reading)}", f"one of {', '.join(get_args(Reading))}", "see the docstring of vlm_guard")
+    if not one_of(closed, get_args(Closed)):
+        raise PlanError(f"closed={quoted(closed)}", f"one of {', '.join(map(repr, get_args(Closed)))}", "see the docstring of vlm_guard")
     if closed == "project" and reading != "replace":
         raise PlanError(f"closed='project' with the reading {reading!r}", "the reading 'replace'", "leave closed out")
     require_type(reference, State, PlanError, "read h(q) in a State, such as interventions.text_twin")

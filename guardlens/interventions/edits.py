@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.directions import Directions
-from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_count, as_number, require_type, type_of
+from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_count, as_number, quoted, require_type, type_of
 from guardlens.interventions.states import Context, State
 from guardlens.sites import require_same_space
 from guardlens.storage import require_same_model
@@ -247,7 +247,7 @@ class Swap:
             return
         next_step = "give (index, of), as in (3, 32)"
         if not isinstance(self.part, tuple | list) or len(self.part) != 2:
-            raise PlanError(f"part={self.part!r}", "an index and a number of parts", next_step)
+            raise PlanError(f"part={quoted(self.part)}", "an index and a number of parts", next_step)
         number, of = (as_count(each, "part", PlanError, next_step, least=0) for each in self.part)
         if number >= of:
             raise PlanError(f"part {number} of {of}", f"an index from 0 to {of - 1}", next_step)
@@ -300,8 +300,8 @@ class Custom:
         require_type(self.name, str, PlanError, "say name='...'")
         if not callable(self.fn) or isinstance(self.fn, type):
             raise PlanError(type_of(self.fn), "a function (states, context) -> states", "hand in a function, or an object to call")
-        if not isinstance(self.requires, Iterable) or isinstance(self.requires, str):
-            raise PlanError(f"requires={self.requires!r}", "states in a tuple", "say requires=(state,)")
+        if not isinstance(self.requires, Iterable) or isinstance(self.requires, str) or getattr(self.requires, "ndim", 1) == 0:
+            raise PlanError(f"requires={quoted(self.requires)}", "states in a tuple", "say requires=(state,)")
         object.__setattr__(self, "requires", tuple(self.requires))
         for state in self.requires:
             require_type(state, State, PlanError, "name states in requires=, as in requires=(interventions.text_twin,)")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guardlens.activations import Activations
 from guardlens.directions import Directions
-from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_number, require_type
+from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_number, quoted, require_type
 from guardlens.interventions.edits import layers_of, require_directions, require_factors
 from guardlens.interventions.states import State, own, text_twin
 from guardlens.storage import require_same_model
@@ -209,7 +209,7 @@ def _thresholds(threshold: Any, directions: Directions) -> tuple[Float[Tensor, "
     layers, next_step = len(directions.vectors), "say 'midpoint' or 0.0, or see gates.threshold_at_fpr"
     if isinstance(threshold, str):
         if threshold != "midpoint":
-            raise PlanError(f"the threshold {threshold!r}", "'midpoint', a number, or one number per layer", next_step)
+            raise PlanError(f"the threshold {quoted(threshold)}", "'midpoint', a number, or one number per layer", next_step)
         if directions.midpoints.isnan().any():
             raise PlanError("directions without class means", "a threshold in numbers", "choose one with gates.threshold_at_fpr, or 0")
         return directions.midpoints.contiguous(), threshold

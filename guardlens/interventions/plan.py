@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from guardlens.errors import MismatchError, PlanError, as_number, require_type, type_of
+from guardlens.errors import MismatchError, PlanError, as_number, one_of, quoted, require_type, type_of
 from guardlens.interventions.edits import Affine, Edit, Turned, require_edit
 from guardlens.interventions.files import fingerprint, load, save
 from guardlens.interventions.gates import Combined, Gate, Linear
@@ -304,8 +304,8 @@ def require_phase(phase: Any) -> None:
     Raises:
         PlanError: As said.
     """
-    if phase not in get_args(Phase):
-        raise PlanError(f"the phase {phase!r}", "'prefill', 'decode' or 'always'", "choose one of them")
+    if not one_of(phase, get_args(Phase)):
+        raise PlanError(f"the phase {quoted(phase)}", "'prefill', 'decode' or 'always'", "choose one of them")
 
 
 def require_writable(hook: str) -> None:
