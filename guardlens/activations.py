@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens import notebooks
-from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count, quoted, require_type
+from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count, is_several, quoted, require_type
 from guardlens.queries import Query, counted
 from guardlens.sites import HOOKS, Point, parse
 from guardlens.storage import Provenance, load_tensors, reading, require_path, save_tensors
@@ -147,9 +147,17 @@ class ActivationCache(Mapping[str, Tensor]):
 
         Args:
             pos_slice: Columns to look at; the last one by default. (All of them are `layer batch seq vocab` numbers: often gigabytes.)
+
+        Raises:
+            SiteError: A column that there is not.
         """
         if self._to_logits is None:
             raise SiteError("a cache without its model", "one from model.run_with_cache", "call model.to_logits(states) yourself")
+        if not isinstance(pos_slice, slice):
+            width = self["resid_post", 0].shape[1]
+            pos_slice = as_count(pos_slice, "pos_slice", SiteError, f"name a column from {-width} to {width - 1}, or a slice", least=-width)
+            if pos_slice >= width:
+                raise SiteError(f"column {pos_slice}", f"one of {width}", "count from 0, or from the end: -1 is the last")
         return torch.stack([self._to_logits(self["resid_post", layer][:, pos_slice]) for layer in range(self._n_layers)])
 
     def _stop(self, layer: int | None) -> int:
@@ -247,7 +255,7 @@ class Activations:
     def __post_init__(self, checked: bool) -> None:
         object.__setattr__(self, "layers", numbered(self.layers, self.hook))
         require_type(self.states, Tensor, MismatchError, "hand in a tensor: query, layer, d_model")
-        for query in self.queries if isinstance(self.queries, Sequence) else (self.queries,):
+        for query in self.queries if isinstance(self.queries, Sequence) else (None,):
             require_type(query, Query, QueryError, "hand in the queries, in the order of the states")
         if not self.states.is_floating_point():
             raise NumericsError(f"states of the dtype {self.states.dtype}", "floating-point numbers", "say states.float()")
@@ -400,7 +408,7 @@ def numbered(layers: Any, hook: str) -> tuple[int, ...]:
     if point.layer is not None:
         raise SiteError(f"the hook {hook!r} with a layer in it", "its short name", f"say hook={point.hook!r} and layers=({point.layer},)")
     least = 0 if HOOKS[point.hook].layered else -1
-    given = layers if isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1) else [layers]
+    given: Any = layers if is_several(layers) else [layers]
     numbers = tuple(as_count(layer, "layer", SiteError, "name each layer by its number", least) for layer in given)
     if len(set(numbers)) < len(numbers):
         raise SiteError(f"the layers {list(numbers)}, of which one is there twice", "each layer once", "leave the second one out")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from guardlens.architectures import KNOWN, Architecture, find, fingerprint, require_named, unwrapped
 from guardlens.batches import Batch, Layout
-from guardlens.errors import ModelError, PlanError, require_type
+from guardlens.errors import ModelError, PlanError, quoted, require_type
 from guardlens.generation import merged, require_stepwise
 from guardlens.interventions.plan import Intervention, nothing, require_plan
 from guardlens.interventions.states import State
@@ -326,12 +326,14 @@ def attach(
         raise ModelError(
             "a plan that asks for the text twin, without a processor", "the model's processor", "call attach(plan, hf, processor)"
         )
+    if twin is not None and not callable(twin):
+        raise PlanError(f"twin={quoted(twin)}", "a function of a prompt's inputs", "leave it out, and hand in the processor")
     if processor is not None and not hasattr(words_of(processor), "convert_ids_to_tokens"):
         raise ModelError(
             f"a processor of type {type(processor).__name__}", "the model's processor", "hand in AutoProcessor.from_pretrained(...)"
         )
     learned = Cutter.learn(processor, cfg.image_token_id) if needs_twin and twin is None else None  # type: ignore[arg-type]
-    made = Attachment(plan, hf, cfg, twin or learned)
+    made = Attachment(plan, hf, cfg, learned if twin is None else twin)
     made._hook()
     return made
 

@@ -102,6 +102,8 @@ class Directions:
                 "index all of them together",
             )
 
+    __iter__ = None  # else `list(directions)` would ask for layer after layer, without an end where one basis serves all
+
     @property
     def rank(self) -> int:
         """How many directions each layer has."""

@@ -13,7 +13,7 @@
 Each has the three parts as `found`, `expected` and `next_step`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from math import isfinite, nan
 from numbers import Real
 from operator import index
@@ -86,7 +86,7 @@ def quoted(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def one_of(value: object, words: Collection[str]) -> bool:
+def one_of(value: object, words: Collection[Any]) -> bool:
     """Whether a value is one of some words. Arrays and data frames, whose `==` answers for each of their values, are none.
 
     Examples:
@@ -94,6 +94,16 @@ def one_of(value: object, words: Collection[str]) -> bool:
         (True, False)
     """
     return isinstance(value, str) and value in words
+
+
+def is_several(value: object) -> bool:
+    """Whether a value holds several: text, mappings and arrays without an axis are one thing.
+
+    Examples:
+        >>> gl.errors.is_several([5, 6]), gl.errors.is_several("56"), gl.errors.is_several(np.int64(5))
+        (True, False, False)
+    """
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) and getattr(value, "ndim", 1) > 0
 
 
 def as_count(value: object, name: str, error: type[GuardlensError], next_step: str, least: int = 1) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from guardlens import checkpoints
 from guardlens.architectures import KNOWN, require_named
 from guardlens.check import require_sound
-from guardlens.errors import ModelError, quoted
+from guardlens.errors import ModelError, one_of, quoted
 from guardlens.model import HookedModel
 
 
@@ -104,7 +104,8 @@ def _require_loadable(source: object, dtype: object, device: Any, device_map: ob
             "a name, a path or a module of transformers",
             "a HookedModel is loaded already: use it, or load its .hf" if isinstance(source, HookedModel) else "pass gl.load(path)",
         )
-    if dtype != "auto" and (getattr(torch, dtype, None) if isinstance(dtype, str) else dtype) not in FLOATS:
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not one_of(dtype, ("auto",)) and not any(named is each for each in FLOATS):
         known = ", ".join(str(each).removeprefix("torch.") for each in FLOATS)
         raise ModelError(f"dtype={quoted(dtype)}", f"'auto' or one of {known}", "choose one; fewer bits need a quantization_config")
     if device is not None and device_map is not None:

@@ -25,6 +25,7 @@ from guardlens.errors import (
     QueryError,
     SiteError,
     as_count,
+    is_several,
     one_of,
     quoted,
     require_type,
@@ -327,9 +328,8 @@ class HookedModel:
 
     def _require_runnable(self, batch: Batch, plans: Sequence[Intervention], read: Sequence[Site]) -> None:
         """Refuse what is no batch, no site or no plan, and plans and sites that this model has no place for."""
-        require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
         self._require_own_words(batch)
-        if not isinstance(read, Iterable):
+        if not is_several(read):
             raise SiteError(f"read={quoted(read)}", "sites", "say read=[Site('resid_post')], or leave it out")
         for site in read:
             require_type(site, Site, SiteError, "say Site('resid_post')")
@@ -342,11 +342,13 @@ class HookedModel:
                     self.cfg.locate(point)
 
     def _require_own_words(self, batch: Batch) -> None:
-        """Refuse prompts whose tokens mean something else to this model.
+        """Refuse what are no prompts, or prompts whose tokens mean something else to this model.
 
         Raises:
+            QueryError: No batch.
             MismatchError: Another tokenizer made them.
         """
+        require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
         if batch.words is None or batch.words is self.tokenizer or batch.words.get_vocab() == self.tokenizer.get_vocab():
             return
         raise MismatchError(
@@ -410,6 +412,7 @@ class HookedModel:
 
         The first one of a model is checked: prompts that continue from it must have the states that they have on their own.
         """
+        self._require_own_words(batch)
         length = 0 if batch.padded_right or self._engine.stretches else batch.common_start
         apart = bool((batch.image & (batch.mask.cumsum(1) > length)).any())  # images that follow can't run behind a cache
         if apart or (len(batch.queries) - 1) * length < WORTH:
@@ -534,7 +537,7 @@ class HookedModel:
         """Token ids as text, special tokens left out."""
         try:
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, KeyError) as error:
             raise PlanError(f"token ids that are none ({error})", "whole numbers of the vocabulary", "hand in run.tokens[lane]") from None
         return [text.strip() for text in texts]
 

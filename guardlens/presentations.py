@@ -12,7 +12,7 @@ from PIL import Image, ImageColor
 
 from guardlens.errors import PresentationError, as_count, quoted
 from guardlens.images import opened
-from guardlens.queries import Presentation, Prompt, Query, TextOnly, as_text, require_presentation, text_only
+from guardlens.queries import Presentation, Prompt, Query, TextOnly, as_text, require_presentation, require_query, text_only
 
 LARGEST = 8192
 """Pixels a side of an image that is made here."""
@@ -51,6 +51,7 @@ class Blank:
         return f"blank {self.colour}"
 
     def __call__(self, query: Query) -> Prompt:
+        require_query(query)
         return Prompt(query.text, (_flat(self.colour, self.size),))
 
 
@@ -92,6 +93,7 @@ class Noise:
         return f"noise {self.seed}" if self.seed else "noise"
 
     def __call__(self, query: Query) -> Prompt:
+        require_query(query)
         generator = np.random.default_rng([self.seed, zlib.crc32(query.id.encode())])
         pixels = generator.integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
         return Prompt(query.text, (Image.fromarray(pixels),))
@@ -112,6 +114,7 @@ class Own:
     name: str = "own"
 
     def __call__(self, query: Query) -> Prompt:
+        require_query(query)
         if not query.images:
             raise PresentationError(
                 f"query {query.id!r} without an own image", "at least one in Query(images=...)", "add it, or show a blank image"

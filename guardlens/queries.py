@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Real
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from guardlens import notebooks
-from guardlens.errors import PresentationError, QueryError, as_count, quoted, require_type
+from guardlens.errors import PresentationError, QueryError, as_count, is_several, quoted, require_type
 from guardlens.images import as_images
 
 if TYPE_CHECKING:
@@ -258,6 +258,7 @@ class TextOnly:
     name: str = "text"
 
     def __call__(self, query: Query) -> Prompt:
+        require_query(query)
         return Prompt(query.text)
 
 
@@ -287,6 +288,15 @@ class WithoutImages:
         return replace(self.inner(query), images=())
 
 
+def require_query(query: Any) -> None:
+    """Refuse what is no query, where one is shown.
+
+    Raises:
+        QueryError: As said.
+    """
+    require_type(query, Query, QueryError, "wrap it, as in Query(text)")
+
+
 def require_presentation(presentation: Any) -> None:
     """Refuse what can't show a query, such as an image or a function that makes presentations.
 
@@ -311,8 +321,9 @@ def as_presentations(presentations: Any) -> list[Presentation]:
     Raises:
         PresentationError: Something else is among them, or two have one name.
     """
-    several = isinstance(presentations, Iterable) and not isinstance(presentations, str | Presentation)
-    shown: list[Any] = list(presentations) if several else [presentations]
+    several = is_several(presentations) and not isinstance(presentations, Presentation)
+    given: Any = presentations if several else [presentations]
+    shown: list[Any] = list(given)
     for presentation in shown:
         require_presentation(presentation)
     if len({presentation.name for presentation in shown}) < len(shown):
@@ -340,11 +351,8 @@ def _items(queries: Any) -> list[Any]:
     Raises:
         QueryError: Something else is among them, or they have no order.
     """
-    single = (
-        isinstance(queries, str | Query | Mapping | set | frozenset) or hasattr(queries, "columns") or not isinstance(queries, Iterable)
-    )
-    several: Any = [queries] if single else queries
-    items = list(several)
+    several = is_several(queries) and not isinstance(queries, set | frozenset) and not hasattr(queries, "columns")
+    items: list[Any] = list(queries) if several else [queries]
     for item in items:
         if not isinstance(item, str | Query):
             require_type(item, Query, QueryError, f"hand in {_WAYS.get(type(item).__name__, _WAYS[''])}")

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from guardlens.errors import ModelError, PlanError, as_count, quoted, require_type
+from guardlens.errors import ModelError, PlanError, QueryError, as_count, quoted, require_type
+from guardlens.queries import as_text
 
 
 @runtime_checkable
@@ -179,6 +180,7 @@ class AnswerLogProb:
         Raises:
             ModelError: The text has no token, or one that the tokenizer does not know.
         """
+        as_text(self.text, "the answer", QueryError)
         ids = model.tokenizer(self.text, add_special_tokens=False)["input_ids"]
         if not ids or model.tokenizer.unk_token_id in ids:
             raise ModelError(f"an answer {self.text!r} that the tokenizer does not know", "words of the model's language", "choose others")

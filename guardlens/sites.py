@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal, SupportsIndex
 
-from guardlens.errors import MismatchError, SiteError, as_count, quoted
+from guardlens.errors import MismatchError, SiteError, as_count, is_several, quoted
 
 Positions = str | tuple[int | None, int | None]
 """One of `POSITIONS`, or `(start, stop)`: a slice of the prompt's real tokens, counted from either end."""
@@ -173,8 +173,7 @@ def as_layers(layers: Layers | None) -> tuple[int, ...] | None:
         return None
     if isinstance(layers, str | bytes | Mapping):
         raise SiteError(f"layers={quoted(layers)}", "one layer, or several", "say layers=5 or layers=[5, 6]")
-    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0  # an array without an axis is one layer
-    given: Any = layers if several else [layers]
+    given: Any = layers if is_several(layers) else [layers]
     found = tuple(sorted({as_layer(layer) for layer in given}))
     if not found:
         raise SiteError("no layers", "one at least", "name some, or leave layers out for all of them")

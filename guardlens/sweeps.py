@@ -12,7 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.batches import Batch
-from guardlens.errors import MismatchError, NumericsError, PlanError, as_count, as_number, one_of, quoted, require_type, type_of
+from guardlens.errors import (
+    MismatchError,
+    NumericsError,
+    PlanError,
+    as_count,
+    as_number,
+    is_several,
+    one_of,
+    quoted,
+    require_type,
+    type_of,
+)
 from guardlens.intervals import percentile, resample_counts
 from guardlens.interventions.plan import Intervention, require_plan
 from guardlens.keeping import Kept, over_prompts, shown
@@ -239,7 +250,7 @@ def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> 
     """
     require_ids(queries)
     if isinstance(scores, Score) or not isinstance(scores, Sequence) or not len(scores):
-        raise PlanError(repr(scores) if scores == [] else type_of(scores), "scores in a list", "say scores=[scores.kl]")
+        raise PlanError("no scores" if is_several(scores) else type_of(scores), "scores in a list", "say scores=[scores.kl]")
     for score in scores:
         if isinstance(score, type):
             raise PlanError(type_of(score), "a score", f"make one of it: {score.__name__}()")
@@ -251,8 +262,7 @@ def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> 
 
 def _several(given: Any) -> list[Any]:
     """What was given, one or several, as a list. An array without an axis is one."""
-    single = isinstance(given, str | Mapping) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
-    return [given] if single else list(given)
+    return list(given) if is_several(given) else [given]
 
 
 def _groups(layers: Any) -> list[tuple[int, ...]]:

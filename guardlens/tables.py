@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from guardlens.errors import MismatchError, StorageError
+from guardlens.errors import MismatchError, StorageError, is_several, quoted, require_type
 from guardlens.notebooks import captioned, first_rows
 from guardlens.storage import Provenance, atomic, digest, encoded, reading, require_path
 
@@ -63,6 +63,7 @@ class Table:
     kind: ClassVar[str] = "table"
 
     def __post_init__(self) -> None:
+        require_type(self.columns, Mapping, MismatchError, "hand in a dictionary of columns, or Table.from_rows(rows)")
         object.__setattr__(self, "columns", {name: _column(name, values) for name, values in self.columns.items()})
         lengths = {name: len(values) for name, values in self.columns.items()}
         if len(set(lengths.values())) > 1:
@@ -75,6 +76,9 @@ class Table:
         Raises:
             MismatchError: Rows with other keys.
         """
+        rows = list(rows) if is_several(rows) else [rows]  # type: ignore[list-item]
+        for row in rows:
+            require_type(row, Mapping, MismatchError, "hand in dictionaries; of a data frame, frame.to_dict('records')")
         names = list(rows[0]) if rows else []
         for place, row in enumerate(rows):
             if set(row) != set(names):
@@ -168,7 +172,7 @@ def _require_comparable(name: str, column: np.ndarray, value: Any) -> None:
     if len(column) and not fits:
         held = column[0].item() if isinstance(column[0], np.generic) else column[0]
         raise MismatchError(
-            f"{name}={value!r}", f"one {'text' if texts else 'number'}, as in {name}={held!r}", "ask for a value of its kind"
+            f"{name}={quoted(value)}", f"one {'text' if texts else 'number'}, as in {name}={held!r}", "ask for a value of its kind"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from guardlens.architectures import Architecture, Part
-from guardlens.errors import PlanError, SiteError, quoted, require_type
+from guardlens.errors import PlanError, SiteError, is_several, quoted, type_of
 from guardlens.program import Tap
 from guardlens.sites import Point, parse
 
@@ -42,7 +42,7 @@ def hook_taps(cfg: Architecture, hooks: Sequence[tuple[str | Callable[[str], boo
 
 
 def _pairs(hooks: Any) -> Iterator[tuple[Any, Any]]:
-    for pair in hooks if isinstance(hooks, Iterable) and not isinstance(hooks, str) else [hooks]:
+    for pair in hooks if is_several(hooks) else [hooks]:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and callable(pair[1])):
             raise PlanError(
                 f"the hook {quoted(pair)}", "pairs of a hook name and a function", "say fwd_hooks=[('blocks.3.hook_resid_post', fn)]"
@@ -58,7 +58,8 @@ def matching(cfg: Architecture, names: str | Iterable[str] | Callable[[str], boo
     """
     if callable(names):
         return [point for point in cfg.points if names(point.name)]
-    require_type(names, Iterable, SiteError, "hand in a hook name, several, or a predicate")
+    if not isinstance(names, str) and not is_several(names):
+        raise SiteError(type_of(names), "a hook name, several, or a predicate", "say names_filter='resid_post'")
     wanted = [parse(name, cfg.n_layers) for name in ([names] if isinstance(names, str) else names)]
     found = {point for point in cfg.points if point in wanted or replace(point, layer=None) in wanted}
     for point in wanted:

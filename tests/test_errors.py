@@ -61,5 +61,5 @@ def test_a_number_of_any_kind_becomes_pythons_own(value):
 def test_what_is_no_finite_number(value):
     with pytest.raises(errors.PlanError, match=r"Found alpha=[\s\S]*\nExpected a finite number\.\nNext: leave it out\."):
         errors.as_number(value, "alpha", errors.PlanError, "leave it out")
-    with pytest.raises(errors.PlanError, match="a whole number from 1 up"):
+    with pytest.raises(errors.PlanError, match="a whole number, 1 or more"):
         errors.as_count(torch.tensor(True), "draws", errors.PlanError, "leave it out")

@@ -30,7 +30,9 @@ def affine(shift, read=none, layers=None):
 
 def swept(plans=plan, **more):
     "Up to where the model is needed."
-    return gl.sweep(SimpleNamespace(cfg=SimpleNamespace(n_layers=3)), plans, ["how ?"], progress=False, **more)
+    stand_in = object.__new__(gl.HookedModel)
+    stand_in.__dict__["cfg"] = SimpleNamespace(n_layers=3)
+    return gl.sweep(stand_in, plans, ["how ?"], progress=False, **more)
 
 def table(*values, **more):
     rows = [{"plan": "edit", "arm": "edit", "layers": str(layer), "layer": layer, "strength": 1.0, "query": label, "label": label,

@@ -277,7 +277,10 @@ def _number(**named: Any) -> float:
 
 def _real(values: Any) -> Tensor:
     """A number, an array or a tensor as a tensor of floating-point numbers."""
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise PlanError(type_of(values), "numbers: one, a vector, or a vector per layer", "hand in a tensor") from None
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 

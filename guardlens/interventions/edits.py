@@ -1,7 +1,7 @@
 """Maps of hidden states. All linear ones are one type, a low-rank affine map; its constructors are in `guardlens.interventions`."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.directions import Directions
-from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_count, as_number, quoted, require_type, type_of
+from guardlens.errors import (
+    MismatchError,
+    NumericsError,
+    PlanError,
+    SiteError,
+    as_count,
+    as_number,
+    is_several,
+    quoted,
+    require_type,
+    type_of,
+)
 from guardlens.interventions.states import Context, State
 from guardlens.sites import require_same_space
 from guardlens.storage import require_same_model
@@ -300,7 +311,7 @@ class Custom:
         require_type(self.name, str, PlanError, "say name='...'")
         if not callable(self.fn) or isinstance(self.fn, type):
             raise PlanError(type_of(self.fn), "a function (states, context) -> states", "hand in a function, or an object to call")
-        if not isinstance(self.requires, Iterable) or isinstance(self.requires, str) or getattr(self.requires, "ndim", 1) == 0:
+        if not is_several(self.requires):
             raise PlanError(f"requires={quoted(self.requires)}", "states in a tuple", "say requires=(state,)")
         object.__setattr__(self, "requires", tuple(self.requires))
         for state in self.requires:
