@@ -61,14 +61,14 @@ def _hash(value: Any, what: str, within: tuple[Any, ...]) -> bytes:
     depth = next((depth for depth, outer in enumerate(within) if outer is value), None)
     if depth is not None:
         return f"again {depth}".encode()
-    kind, parts = _taken_apart(value, what)
+    kind, parts = _taken_apart(value, what, within)
     found = hashlib.sha256(kind.encode())
     for part in parts:
         found.update(hashlib.sha256(part).digest() if isinstance(part, bytes) else _hash(part, what, (*within, value)))
     return found.digest()
 
 
-def _taken_apart(value: Any, what: str) -> tuple[str, Parts]:
+def _taken_apart(value: Any, what: str, within: tuple[Any, ...]) -> tuple[str, Parts]:
     kind, in_order = f"{type(value).__module__}:{type(value).__qualname__}", partial(_hash, what=what, within=())
     match value:
         case bytes() | bytearray():
@@ -114,21 +114,22 @@ def _taken_apart(value: Any, what: str) -> tuple[str, Parts]:
             return kind, [fingerprint(value)]
     if isinstance(said := getattr(value, "fingerprint", None), str):
         return kind, [said, type(value)]
-    return kind, _pickled(value, what)
+    return kind, _pickled(value, what, within)
 
 
 def _array(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _pickled(value: Any, what: str) -> Parts:
+def _pickled(value: Any, what: str, within: tuple[Any, ...]) -> Parts:
     """What pickle would make an object of again."""
     try:
         reduce = copyreg.dispatch_table.get(type(value))
         made = value.__reduce_ex__(4) if reduce is None else reduce(value)
     except Exception as error:  # of whatever kind its class raises
+        inside = " in ".join(type(outer).__name__ for outer in reversed((*within, value)))
         raise StorageError(
-            f"{what}, which holds a {type(value).__name__} that can't say what it consists of ({error})",
+            f"{what}, in which something can't say what it consists of: {inside} ({error})",
             "data, or objects of data",
             "make it a frozen dataclass, or give it a text `fingerprint` that changes with what it does; or leave out= away",
         ) from None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -107,17 +108,15 @@ def resume(page: SimpleNamespace) -> None:
     records.write_bytes(b"".join(lines[:-5]) + lines[-5][:20])
     asked = []
 
-    class Counting(type(page.options["judge"])):
-        def __call__(self, query: Any, answer: str) -> str:
-            asked.append(query.id)
-            return super().__call__(query, answer)
+    judged = type(page.options["judge"]).__call__
 
-        def __repr__(self) -> str:
-            return repr(page.options["judge"])
+    def counted(judge: Any, query: Any, answer: str) -> str:
+        asked.append(query.id)
+        return judged(judge, query, answer)
 
-    options = page.options | {"judge": Counting()}
     shown = [presentations.text_only, page.grey]
-    assert gl.evaluate(page.model, page.arms, page.queries, shown, **options).frame.equals(page.table.frame)
+    with mock.patch.object(type(page.options["judge"]), "__call__", counted):
+        assert gl.evaluate(page.model, page.arms, page.queries, shown, **page.options).frame.equals(page.table.frame)
     assert len(asked) == 5 and json.loads(Path("runs/first/manifest.json").read_text())["configuration"]["max_new_tokens"] == 12
     fresh = gl.collect(page.model, gl.organism.pairs(), progress=False).states
     near(page.fit.states, fresh)
