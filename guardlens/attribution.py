@@ -24,7 +24,7 @@ from guardlens.check import warn_of_more
 from guardlens.collection import LARGEST
 from guardlens.components import Component, Terms, split
 from guardlens.directions import Directions, warn_of_own_queries
-from guardlens.errors import MismatchError, NumericsError, as_count, require_type
+from guardlens.errors import MismatchError, NumericsError, as_count, one_of, quoted, require_type
 from guardlens.intervals import percentile, resample_counts
 from guardlens.model import HookedModel, Queries, require_model
 from guardlens.portions import Portion, joined, over_batches
@@ -111,11 +111,11 @@ class Attribution(Table):
         k = as_count(k, "k", MismatchError, "say how many", least=0)
         self._require_whole()
         llm, *others = dict.fromkeys(self.columns["presentation"])
-        presentation = presentation or (others or [llm])[0]
+        presentation = (others or [llm])[0] if presentation is None else presentation
+        if not one_of(presentation, [llm, *others]):
+            raise MismatchError(f"no rows of {quoted(presentation)}", f"one of {[llm, *others]}", "name a presentation of this table")
         rows = self._chosen(label, direction)
         rows = rows[rows["presentation"] == presentation]
-        if rows.empty:
-            raise MismatchError(f"no rows of {presentation!r}", f"one of {[llm, *others]}", "name a presentation of this table")
         order = rows["value" if presentation == llm else "change"].abs().sort_values(ascending=False, kind="stable").index
         return rows.loc[order[:k]].drop(columns=["label", "direction"]).reset_index(drop=True)
 
@@ -135,8 +135,8 @@ class Attribution(Table):
 
         rows = self._chosen(label, direction)
         known = sorted({str(name) for name in rows.loc[rows["component"] == "head", "source"]})
-        if source is not None and source not in known:
-            raise MismatchError(f"the source {source!r}", f"one of {known}", "attribute with by_source=True to tell them apart")
+        if source is not None and not one_of(source, known):
+            raise MismatchError(f"the source {quoted(source)}", f"one of {known}", "attribute with by_source=True to tell them apart")
         if source is not None:
             rows = rows[(rows["component"] != "head") | (rows["source"] == source)]
         llm, shown = rows["presentation"].iloc[0], label.replace(" - ", " − ")
@@ -153,14 +153,12 @@ class Attribution(Table):
 
     def _chosen(self, label: str, direction: int) -> Frame:
         rows = self.summary()
-        found = rows[(rows["label"] == label) & (rows["direction"] == direction)]
-        if found.empty:
-            raise MismatchError(
-                f"the label {label!r} and direction {direction}",
-                f"one of {list(dict.fromkeys(rows['label']))} and of {sorted(set(rows['direction']))}",
-                "choose what this table has",
-            )
-        return found
+        labels, numbers = list(dict.fromkeys(rows["label"])), sorted(set(rows["direction"]))
+        direction = as_count(direction, "direction", MismatchError, "name one by its number; 1 is the first")
+        if not one_of(label, labels) or direction not in numbers:
+            found = f"the label {quoted(label)} and direction {direction}"
+            raise MismatchError(found, f"one of {labels} and of {numbers}", "choose what this table has")
+        return rows[(rows["label"] == label) & (rows["direction"] == direction)]
 
     def __repr__(self) -> str:
         shown, parts = (len(dict.fromkeys(zip(*(self.columns[n] for n in names), strict=True))) for names in (["presentation"], KEYS[1:]))

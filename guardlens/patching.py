@@ -1,7 +1,7 @@
 """`activation_patching`: states of another run put into this one, layer by layer or head by head: where does what differs pass through?"""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guardlens import interventions as iv
 from guardlens.check import warn_of_more
-from guardlens.errors import MismatchError, NumericsError, PlanError, require_type
+from guardlens.errors import MismatchError, NumericsError, PlanError, is_several, one_of, quoted, require_type
 from guardlens.intervals import per_gap, percentile, resample_counts
 from guardlens.interventions.plan import Intervention
 from guardlens.keeping import Kept, over_prompts, shown
@@ -102,10 +102,10 @@ class Patching(Table):
         from guardlens import component_plots, plots
 
         rows = self.summary()
-        score = score or str(rows["score"].iloc[0])
+        score = str(rows["score"].iloc[0]) if score is None else score
         for what, given, known in (("value", value, ("recovered", "change")), ("score", score, tuple(dict.fromkeys(rows["score"])))):
-            if given not in known:
-                raise MismatchError(f"the {what} {given!r}", f"one of {', '.join(map(repr, known))}", "choose what this table has")
+            if not one_of(given, known):
+                raise MismatchError(f"the {what} {quoted(given)}", f"one of {', '.join(map(repr, known))}", "choose what this table has")
         rows = rows[rows["score"] == score]
         unit = self.facts.get("units", {}).get(score, score)
         shown = f"{unit.partition(' (')[0].replace('_', ' ')} recovered" if value == "recovered" else f"Δ {unit}"
@@ -197,7 +197,7 @@ def activation_patching(
 
 def _hooks(given: Any) -> list[str]:
     """The short names of the hooks, each once, in their order."""
-    names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    names = list(given) if is_several(given) else [given]
     for name in names:
         require_type(name, str, PlanError, "name hooks, as in hooks=['resid_post', 'z']")
     if not names:

@@ -362,7 +362,7 @@ def test_adapted_and_half_precision_models():
     import peft
 
     family = BY_NAME["LLaVA-1.5"]
-    hf = peft.get_peft_model(family.model(), peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+    hf = peft.get_peft_model(family.model(), peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)).eval()
     model, (shown, own) = gl.load(hf, processor=family.processor()), asked(family)
     table = gl.attribute(model, bases(model), shown, own, progress=False)
     path = f"base_model.model.{family.blocks}.1.self_attn.o_proj"
