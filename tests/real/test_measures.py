@@ -36,7 +36,7 @@ def test_collected_states(text, states):
 
 def test_directions_are_those_of_numpy(text, ssd, states):
     fit = states.double().numpy()
-    differences = fit[:8] - fit[12:20]
+    differences = fit[:6] - fit[12:18]
     for layer in text.layers:
         _, values, rows = np.linalg.svd(differences[:, layer], full_matrices=False)
         v = rows[0] * np.sign((differences[:, layer] @ rows[0]).sum())
@@ -50,15 +50,15 @@ def test_directions_are_those_of_numpy(text, ssd, states):
 
 def test_compare(model, text, ssd, states, shown):
     other = shown if model.sees_images else presentations.framed(shown, after=" Please answer in one sentence.")
-    kept = [*range(8, 12), *range(20, 24)] if len(text.queries) < 10 else range(24)
-    asked = text.select([*kept])
+    rest = np.r_[6:12, 18:24]
+    asked, alone = text.select(rest), states[rest]
     run = gl.collect(model, asked.queries, other, progress=False)
     table = gl.compare(asked, run, ssd, draws=50).frame
     for layer in text.layers[:: max(1, len(text.layers) // 6)]:
-        along = states[:, layer] @ ssd.at(layer)[0]
+        along = alone[:, layer] @ ssd.at(layer)[0]
         row = table[(table["metric"] == "auroc") & (table["layer"] == layer)].iloc[0]
         assert row["value"] == pytest.approx(roc_auc_score(asked.harmful, along))
-        moved = (run.at(layer) - states[:, layer]) @ ssd.at(layer)[0] / states[:, layer].norm(dim=-1).mean()
+        moved = (run.at(layer) - alone[:, layer]) @ ssd.at(layer)[0] / alone[:, layer].norm(dim=-1).mean()
         row = table[(table["metric"] == "drift_along") & (table["layer"] == layer)].iloc[-1]
         assert row["value"] == pytest.approx(float(moved.mean()), abs=1e-4)
 
@@ -149,8 +149,8 @@ def test_evaluate(model, hf, arms, evaluated, held_out, shown, middle, ssd, push
         assert rows["answer"].tolist() == said
         verdicts = [judges.keyword(query, text) for query, text in zip(held_out, said, strict=True)]
         assert rows["verdict"].tolist() == verdicts
-        assert evaluated.rate("asr", name, shown.name).value == pytest.approx(np.mean([v == "answered" for v in verdicts[:4]]))
-        assert evaluated.rate("over_refusal", name, shown.name).value == pytest.approx(np.mean([v == "refused" for v in verdicts[4:]]))
+        assert evaluated.rate("asr", name, shown.name).value == pytest.approx(np.mean([v == "answered" for v in verdicts[:6]]))
+        assert evaluated.rate("over_refusal", name, shown.name).value == pytest.approx(np.mean([v == "refused" for v in verdicts[6:]]))
 
 
 def interrupted(monkeypatch, times, call):
