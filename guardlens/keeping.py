@@ -108,16 +108,17 @@ def over_prompts(
         yield Portion(part.places, work(part.result))
 
 
-def shown(queries: Queries | Kept, presentation: Presentation) -> tuple[tuple[Query, ...], Presentation]:
-    """The queries, and how they are shown.
+def shown(queries: Queries | Kept, presentation: Presentation | None) -> tuple[tuple[Query, ...], Presentation]:
+    """The queries, and how they are shown: without a word, as they are kept, and else as text alone.
 
     Raises:
         MismatchError: They are kept in another presentation.
     """
-    require_presentation(presentation)
+    if presentation is not None:
+        require_presentation(presentation)
     if not isinstance(queries, Kept):
-        return as_queries(queries), presentation
-    if presentation not in (text_only, queries.presentation):
+        return as_queries(queries), presentation or text_only
+    if presentation not in (None, queries.presentation):
         raise MismatchError(
             f"prompts kept in the presentation {queries.presentation.name!r}",
             f"those of {presentation.name!r}",

@@ -125,7 +125,7 @@ class Patching(Table):
 def activation_patching(
     model: HookedModel,
     queries: Queries | Kept,
-    presentation: Presentation = text_only,
+    presentation: Presentation | None = None,
     *,
     source: Presentation = text_only,
     hooks: str | Sequence[str] = "resid_post",
@@ -139,7 +139,7 @@ def activation_patching(
     Args:
         model: The model.
         queries: What to ask; labels are kept. Or prompts that `keep` has computed.
-        presentation: How it is shown in the run that is patched.
+        presentation: How it is shown in the run that is patched; without it as text alone, and kept prompts as they are kept.
         source: How it is shown in the run that the states come from. `text_only` is the text twin: the same prompt without its images,
             as `model.llm` sees it. With `presentation` itself every patch changes nothing, which is the placebo of this experiment.
         hooks: What to patch: `"resid_post"` (all that the last token knows by then), `"attn_out"`, `"mlp_out"`, or `"z"`, head by head.

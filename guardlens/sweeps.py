@@ -32,7 +32,7 @@ from guardlens.model import HookedModel, Queries, require_model
 from guardlens.portions import joined
 from guardlens.prefixes import Prefill
 from guardlens.progress import track
-from guardlens.queries import Presentation, Query, require_ids, text_only
+from guardlens.queries import Presentation, Query, require_ids
 from guardlens.runs import Run
 from guardlens.scores import AnswerScore, Score, kl, refusal_logodds
 from guardlens.sites import Layers, as_layers
@@ -168,7 +168,7 @@ def sweep(
     model: HookedModel,
     plans: Intervention | Mapping[str, Intervention],
     queries: Queries | Kept,
-    presentation: Presentation = text_only,
+    presentation: Presentation | None = None,
     *,
     scores: Sequence[AnyScore] = (refusal_logodds, kl),
     strengths: float | Iterable[float] = (1.0,),
@@ -185,7 +185,7 @@ def sweep(
         model: The model.
         plans: One plan, or several by name (other gains, ranks, directions).
         queries: What to ask; labels are kept. Or prompts that `keep` has computed: asking about them again costs one token per cell.
-        presentation: How to show it.
+        presentation: How to show it; without it as text alone, and kept prompts as they are kept.
         scores: What to measure: at the prompt's last token, or along an answer (`AnswerLogProb`, `AnswerKL`).
         strengths: Strength 0 is always "untouched" (and left out: it is the baseline), 1 the edit itself.
         layers: Layers, or groups of layers that are edited together; None for every single layer.

@@ -1,10 +1,13 @@
 """Batches that don't fit in memory are halved, without losing work or order."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
 import guardlens as gl
 from guardlens import errors, presentations
+from guardlens import interventions as iv
 from guardlens.queries import text_only
 
 TEXTS = [f"how to {verb} the {noun} ?" for verb in ("wash", "mend", "push") for noun in ("hat", "fern", "radio")]
@@ -47,3 +50,29 @@ def test_other_errors_are_not_taken_for_it(vlm, monkeypatch):
     monkeypatch.setattr(type(vlm), "run", broken)
     with pytest.raises(RuntimeError, match="mine"):
         gl.collect(vlm, TEXTS, progress=False)
+
+
+PUSH = iv.custom(lambda states, context: states * 1.5)
+
+
+class TestShownAsKept:
+    """What is asked of kept prompts is how they are kept, said or unsaid; text alone is a presentation like any other."""
+
+    VERBS: ClassVar = {
+        "sweep": lambda model, *asked: gl.sweep(model, PUSH, *asked, layers=[5], placebos=0, progress=False),
+        "patching": lambda model, *asked: gl.activation_patching(model, *asked, source=presentations.noise(size=32), progress=False),
+    }
+
+    @pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+    @pytest.mark.parametrize("kept", [presentations.blank("grey", 32), text_only], ids=["grey", "text"])
+    def test_of_kept_prompts(self, vlm, verb, kept):
+        prompts, other = gl.keep(vlm, TEXTS, kept, progress=False), presentations.blank("white", 32)
+        unsaid, said = verb(vlm, prompts), verb(vlm, prompts, kept)
+        assert unsaid.facts["presentation"] == said.facts["presentation"] == kept.name
+        for name in (other, text_only) if kept != text_only else (other,):
+            with pytest.raises(errors.MismatchError, match=f"prompts kept in the presentation '{kept.name}'"):
+                verb(vlm, prompts, name)
+
+    @pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+    def test_of_queries_text_alone_is_unsaid(self, vlm, verb):
+        assert verb(vlm, TEXTS).facts["presentation"] == verb(vlm, TEXTS, text_only).facts["presentation"] == "text"
