@@ -211,6 +211,8 @@ RENDERING = ("add_generation_prompt", "chat_template", "conversation", "messages
 class Chat:
     """Another presentation inside a longer conversation: after a system prompt, before the beginning of the answer.
 
+    What the inner one says of these stays, where this one says nothing.
+
     Attributes:
         inner: How the query itself is shown.
         system: The system prompt; none if empty.
@@ -220,7 +222,8 @@ class Chat:
             equal ones are equal.
 
     Raises:
-        PresentationError: `inner` is no presentation, words are no text, or `template_kwargs` nothing that JSON can hold by name.
+        PresentationError: `inner` is no presentation, words are no text, or `template_kwargs` nothing that JSON can hold by name. When a
+            query is shown: another system prompt, prefill or value of a variable than that of `inner`.
 
     Examples:
         >>> presentations.Chat(grey, prefill=" sure :").name
@@ -244,7 +247,19 @@ class Chat:
         return f"{self.inner.name} | {self.label}"
 
     def __call__(self, query: Query) -> Prompt:
-        return replace(self.inner(query), system=self.system, prefill=self.prefill, template_kwargs=str(self.template_kwargs))
+        prompt = self.inner(query)
+        inner, mine = ({name: getattr(each, name) for name in ("system", "prefill") if getattr(each, name)} for each in (prompt, self))
+        variables = (json.loads(str(each.template_kwargs) or "{}") for each in (prompt, self))
+        return replace(prompt, **self._united(inner, mine), template_kwargs=_as_json(self._united(*variables)))
+
+    def _united(self, inner: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+        """What the inner presentation says and what this one says, by name."""
+        for name in inner.keys() & mine.keys():
+            if json.dumps(inner[name], sort_keys=True) != json.dumps(mine[name], sort_keys=True):
+                raise PresentationError(
+                    f"{name}={mine[name]!r} around {self.inner.name!r}, which says {inner[name]!r}", "one of them", f"say {name} once"
+                )
+        return {**inner, **mine}
 
 
 def _as_json(named: Any) -> str:

@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from guardlens import Query, errors
-from guardlens.presentations import Presentation, blank, framed, noise, own, text_only
+from guardlens.presentations import Presentation, blank, chat, framed, noise, own, text_only
+from guardlens.queries import Prompt
 
 Q = Query("how ?", id="a")
 RED = Image.new("RGBA", (3, 2), (255, 0, 0, 128))
@@ -62,6 +63,38 @@ def test_missing_images(tmp_path):
 def test_framed_keeps_images_and_nests():
     outer = framed(framed(blank("white", 2), "a ", " b"), "[", "]")
     assert outer(Q).text == "[a how ? b]" and len(outer(Q).images) == 1 and framed(text_only, "a ")(Q).images == ()
+
+
+class TestChatWithinChat:
+    """Words that are asked for are shown, whichever of the two says them."""
+
+    @pytest.mark.parametrize("between", [lambda inner: inner, lambda inner: framed(inner, "[", "]")], ids=["beside", "frame between"])
+    def test_each_adds_its_own(self, between):
+        inner = chat(blank("white", 2), system="be short .", template_kwargs={"thinking": False, "date": None})
+        prompt = chat(between(inner), prefill=" sure", template_kwargs={"thinking": False, "lang": "en"})(Q)
+        assert (prompt.system, prompt.prefill) == ("be short .", " sure") and len(prompt.images) == 1
+        assert prompt.template_kwargs == '{"date": null, "lang": "en", "thinking": false}'
+
+    def test_one_of_ones_own_keeps_what_it_says(self):
+        class Mine:
+            name = "mine"
+
+            def __call__(self, query):
+                return Prompt(query.text, system="be kind .", template_kwargs='{"a": 1}')
+
+        assert chat(Mine(), prefill="so")(Q) == Prompt(Q.text, (), "be kind .", "so", '{"a": 1}')
+
+    @pytest.mark.parametrize(
+        ("inner", "outer"),
+        [
+            ({"system": "a"}, {"system": "b"}),
+            ({"prefill": "a"}, {"prefill": "b"}),
+            ({"template_kwargs": {"system": True}}, {"template_kwargs": {"system": 1}}),
+        ],
+    )
+    def test_two_of_one_kind_are_refused(self, inner, outer):
+        with pytest.raises(errors.PresentationError, match=r"(system|prefill)=.* around 'text \| chat', which says"):
+            chat(chat(text_only, **inner), **outer)(Q)
 
 
 def test_equal_presentations_are_one_key():
