@@ -301,7 +301,7 @@ def attach(
             itself, shown no image.
         SiteError: It has a hook or a layer that this model has not.
         PlanError: It needs what the tokens of a prompt don't tell (`"instruction"`, another presentation), or there is a guard already.
-        ModelError: The text twin can't be had.
+        ModelError: The text twin can't be had, or an adapter puts tokens of its own before the prompt.
 
     Examples:
         >>> inputs = model.batch("how to mend the hat ?", grey).inputs  # what model.processor makes of a prompt

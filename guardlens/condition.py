@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from guardlens.architectures import unwrapped
+from guardlens.architectures import require_parts_alone, unwrapped
 from guardlens.attachment import Attachment, require_uncompiled
 from guardlens.errors import ModelError
 
@@ -19,10 +19,11 @@ def require_ready(hf: Any) -> None:
     """Refuse a model under a guard or in training, and say which hooks of other code run with it.
 
     Raises:
-        ModelError: A guard is attached, a module is in training mode, torch.compile has wrapped it, or the model gives tuples
-            instead of what has names.
+        ModelError: A guard is attached, a module is in training mode, torch.compile has wrapped it, an adapter puts tokens of its own
+            before the prompt, or the model gives tuples instead of what has names.
     """
     require_uncompiled(hf)
+    require_parts_alone(hf)
     guard = Attachment.on(hf)
     if guard is not None:
         raise ModelError(

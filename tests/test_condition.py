@@ -1,11 +1,17 @@
 """What is measured is the model itself: guards, training and hooks of other code are refused or said."""
 
+from typing import ClassVar
+
+import peft
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
+from tests.zoo.family import tokenizer
+from tests.zoo.text import TEMPLATE
 
 TEXTS = ["how to forge the badge ?", "please explain how to wash the hat ."]
 
@@ -45,6 +51,39 @@ class TestRefused:
         monkeypatch.setattr(vlm.hf.config, "return_dict", False)
         with pytest.raises(errors.ModelError, match="return_dict = True"):
             verb(vlm, batch)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+class TestAdaptersThatWorkInTheirOwnForward:
+    """Their tokens or keys come before the prompt, so that places in it would be others, and parts that run alone would not have them."""
+
+    CONFIGS: ClassVar = {
+        "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        "activated LoRA": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]),
+    }
+
+    @pytest.fixture
+    def hf(self):
+        config = LlamaConfig(vocab_size=352, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+        return LlamaForCausalLM(config).eval()
+
+    @pytest.mark.parametrize("made", CONFIGS.values(), ids=CONFIGS)
+    def test_are_refused(self, hf, made):
+        adapted = peft.get_peft_model(hf, made()).eval()
+        with pytest.raises(errors.ModelError, match=r"an adapter of .*_TUNING|an adapter of an invocation phrase \(LORA\)"):
+            gl.load(adapted, processor=tokenizer(TEMPLATE)).batch(TEXTS)
+        with pytest.raises(errors.ModelError, match=r"hf\.get_base_model\(\)"):
+            gl.attach(iv.custom(lambda states, context: states).at(layers=1), adapted)
+
+    def test_that_are_switched_on_later_are_refused(self, hf):
+        adapted = peft.get_peft_model(hf, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
+        model = gl.load(adapted, processor=tokenizer(TEMPLATE))
+        assert model.run(model.batch(TEXTS)).logits is not None
+        adapted.add_adapter("other", self.CONFIGS["activated LoRA"]())
+        adapted.set_adapter("other")
+        with pytest.raises(errors.ModelError, match="an invocation phrase"):
+            gl.collect(model, TEXTS, progress=False)
 
 
 def test_a_guard_is_found_without_its_handle(vlm, batch):

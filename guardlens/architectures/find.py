@@ -24,8 +24,9 @@ def find(hf: nn.Module, names: Names = KNOWN) -> Architecture:
         names: What its parts may be called.
 
     Raises:
-        ModelError: A part is missing; it is named. Or the family is refused, with the reason.
+        ModelError: A part is missing; it is named. Or the family or the adapter is refused, with the reason.
     """
+    require_parts_alone(hf)
     model: Any = hf
     config: Any = getattr(model, "config", None)
     if reason := tables.REFUSED.get(getattr(config, "model_type", "")):
@@ -67,6 +68,26 @@ def find(hf: nn.Module, names: Names = KNOWN) -> Architecture:
         packed=tables.PACKED.get(config.model_type, frozenset()),
         narrows=bool(first_number(text, tables.NARROWING, 0)),
     )
+
+
+def require_parts_alone(hf: Any) -> None:
+    """Refuse an adapter that works in its own forward: tokens or keys that it puts before the prompt, or weights that wait for a phrase in
+    it. Tokens would be counted from another place, and what runs the model's parts alone would run without it.
+
+    Raises:
+        ModelError: As said.
+    """
+    config = getattr(hf, "active_peft_config", None)
+    if config is None:
+        return
+    if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        what = "virtual tokens before the prompt" if config.is_prompt_learning else "an invocation phrase"
+        raise ModelError(
+            f"an adapter of {what} ({kind}), which works in its own forward and not in the model's parts",
+            "one that changes weights alone, as LoRA does",
+            "take another adapter, or the model without it: hf.get_base_model()",
+        )
 
 
 def require_named(hf: nn.Module, given: Mapping[str, str]) -> None:
