@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens import notebooks
-from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count, is_several, quoted, require_type
+from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count, quoted, require_type
 from guardlens.queries import Query, counted
-from guardlens.sites import HOOKS, Point, parse
+from guardlens.sites import HOOKS, Point, numbered, parse
 from guardlens.storage import Provenance, load_tensors, reading, require_path, save_tensors
 from guardlens.stores import KIND, TENSOR, states_in
 
@@ -396,23 +396,6 @@ class Activations:
             header.get("shows_images", False),
             checked=True,
         )
-
-
-def numbered(layers: Any, hook: str) -> tuple[int, ...]:
-    """The layers of an axis as Python's integers, in their order. A hook without layers counts as layer -1.
-
-    Raises:
-        SiteError: There is no such hook, or a layer is none or there twice.
-    """
-    point = parse(hook)
-    if point.layer is not None:
-        raise SiteError(f"the hook {hook!r} with a layer in it", "its short name", f"say hook={point.hook!r} and layers=({point.layer},)")
-    least = 0 if HOOKS[point.hook].layered else -1
-    given: Any = layers if is_several(layers) else [layers]
-    numbers = tuple(as_count(layer, "layer", SiteError, "name each layer by its number", least) for layer in given)
-    if len(set(numbers)) < len(numbers):
-        raise SiteError(f"the layers {list(numbers)}, of which one is there twice", "each layer once", "leave the second one out")
-    return numbers
 
 
 def _chosen(which: Any, n: int) -> Int[np.ndarray, "chosen"]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guardlens.errors import ModelError
+from guardlens.errors import ModelError, first_sentence
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read(checkpoint: Checkpoint, shared: Mapping[str, Any], options: Mapping[str
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     except (ImportError, RuntimeError) as error:
         raise ModelError(
-            f"a transformers that can't be imported ({_first_sentence(error)})",
+            f"a transformers that can't be imported ({_said(error)})",
             "torch, torchvision and transformers that fit one another",
             "install a torchvision of the same release as torch, or none",
         ) from None
@@ -89,11 +89,12 @@ def _loading(found: str, expected: str, next_step: str) -> Iterator[None]:
     except Exception as error:
         known = isinstance(error, (OSError, ValueError, ImportError)) or next_step == PROCESSOR
         step = next_step if known else OPTIONS if isinstance(error, TypeError) else FILES
-        raise ModelError(f"{found} ({_first_sentence(error)})", expected, step) from (None if known else error)
+        raise ModelError(f"{found} ({_said(error)})", expected, step) from (None if known else error)
 
 
-def _first_sentence(error: Exception) -> str:
-    sentence = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+def _said(error: Exception) -> str:
+    """What an error says, with its class where that is none that people know."""
+    sentence = first_sentence(error)
     return sentence if isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) else f"{type(error).__name__}: {sentence}"
 
 

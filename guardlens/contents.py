@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from guardlens.architectures import fingerprint
 from guardlens.errors import StorageError
+from guardlens.storage import bytes_of
 
 Parts = Sequence[Any]
 """What a value is made of: bytes count as they are, anything else is taken apart in turn."""
@@ -78,7 +78,7 @@ def _taken_apart(value: Any, what: str, within: tuple[Any, ...]) -> tuple[str, P
         case Path():
             return "path", [str(value).encode("utf-8", "surrogateescape"), value.read_bytes() if value.is_file() else b""]
         case Tensor():
-            return "tensor", [str(value.dtype), tuple(value.shape), _array(value)]
+            return "tensor", [str(value.dtype), tuple(value.shape), bytes(bytes_of(value))]
         case np.ndarray() if value.dtype.hasobject:
             return kind, [value.shape, value.tolist()]
         case np.ndarray() | np.generic():
@@ -115,10 +115,6 @@ def _taken_apart(value: Any, what: str, within: tuple[Any, ...]) -> tuple[str, P
     if isinstance(said := getattr(value, "fingerprint", None), str):
         return kind, [said, type(value)]
     return kind, _pickled(value, what, within)
-
-
-def _array(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _pickled(value: Any, what: str, within: tuple[Any, ...]) -> Parts:

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from guardlens import notebooks
-from guardlens.activations import Activations, numbered
+from guardlens.activations import Activations
 from guardlens.errors import MismatchError, NumericsError, SiteError, as_count, require_type
 from guardlens.queries import Query, require_labels
-from guardlens.sites import parse, require_same_space
-from guardlens.storage import Provenance, digest, load_tensors, reading, require_related, save_tensors
+from guardlens.sites import numbered, parse, require_same_space
+from guardlens.storage import Provenance, bytes_of, digest, load_tensors, reading, require_related, save_tensors
 
 ORTHONORMAL = 1e-2
 """How far the products of rows may be from 0 and 1: as far as bfloat16 rounds them."""
@@ -252,7 +252,7 @@ class Directions:
     @property
     def fingerprint(self) -> str:
         """Changes with the vectors and the layers."""
-        return digest(self.vectors.contiguous().view(torch.uint8).numpy().tobytes(), repr(self.layers).encode())
+        return digest(bytes_of(self.vectors), repr(self.layers).encode())
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""

@@ -86,6 +86,16 @@ def quoted(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
+def first_sentence(error: Exception) -> str:
+    """What an error of another library says, without what follows its first sentence.
+
+    Examples:
+        >>> gl.errors.first_sentence(OSError("No such model. Check the name, or log in."))
+        'No such model'
+    """
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+
+
 def one_of(value: object, words: Collection[Any]) -> bool:
     """Whether a value is one of some words. Arrays and data frames, whose `==` answers for each of their values, are none.
 

@@ -13,7 +13,7 @@ import numpy as np
 from guardlens.batches import Batch
 from guardlens.contents import content
 from guardlens.defences import Defence
-from guardlens.errors import MismatchError, PlanError, PresentationError, one_of, quoted, require_type
+from guardlens.errors import MismatchError, PlanError, PresentationError, one_of, quoted, require_type, type_of
 from guardlens.generation import generation_settings
 from guardlens.identity import configuration, shown
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
@@ -336,12 +336,9 @@ def _asked_for(arms: Sequence[_Arm], queries: Sequence[Query]) -> Callable[[dict
 
 def _require_judge(judge: Any) -> None:
     """Refuse what can't give verdicts on answers, before there are any."""
-    found = f"something of type {type(judge).__name__}"
-    if isinstance(judge, type):
-        found = f"the class {judge.__name__} itself"
-    elif isinstance(judge, Judge):
-        found = "" if isinstance(judge.name, str) and judge.name else f"a judge of the name {judge.name!r}"
-    if found:
+    named = isinstance(judge, Judge) and not isinstance(judge, type)
+    if not (named and isinstance(judge.name, str) and judge.name):
+        found = f"a judge of the name {judge.name!r}" if named else type_of(judge)
         raise PlanError(found, "a judge with a name", "hand in judges.keyword, or an object with a name and __call__(query, answer)")
     try:
         inspect.signature(judge).bind("query", "answer")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from guardlens.errors import PlanError, require_type
+from guardlens.errors import PlanError, first_sentence, require_type
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
@@ -126,9 +126,8 @@ def require_options(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> No
 
 def refused(error: Exception) -> PlanError:
     """What transformers said of options before it ran the model."""
-    said = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
     return PlanError(
-        f"options of generation that transformers refuses ({said})",
+        f"options of generation that transformers refuses ({first_sentence(error)})",
         "options of its generate",
         "mend them, or the checkpoint's generation_config",
     )

@@ -190,6 +190,26 @@ def as_layer(layer: Any) -> int:
     return as_count(layer, "layer", SiteError, next_step, least=0)
 
 
+def numbered(layers: Any, hook: str = "") -> tuple[int, ...]:
+    """The layers of an axis as Python's integers, in their order. A hook without layers counts as layer -1.
+
+    Args:
+        layers: One, or several.
+        hook: Whose layers they are; empty for any.
+
+    Raises:
+        SiteError: There is no such hook, or a layer is none or there twice.
+    """
+    if hook and (point := parse(hook)).layer is not None:
+        raise SiteError(f"the hook {hook!r} with a layer in it", "its short name", f"say hook={point.hook!r} and layers=({point.layer},)")
+    least = 0 if hook and HOOKS[parse(hook).hook].layered else -1
+    given: Any = layers if is_several(layers) else [layers]
+    numbers = tuple(as_count(layer, "layer", SiteError, "name each layer by its number", least) for layer in given)
+    if len(set(numbers)) < len(numbers):
+        raise SiteError(f"the layers {list(numbers)}, of which one is there twice", "each layer once", "leave the second one out")
+    return numbers
+
+
 def as_positions(positions: Any) -> Positions:
     """One of `POSITIONS`, or `(start, stop)` in Python's own numbers.
 

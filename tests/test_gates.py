@@ -95,6 +95,17 @@ def test_thresholds_follow_the_layers_of_the_directions():
     assert torch.equal(one, gates.threshold_at_fpr(V, activations)[1:2])
 
 
+def test_a_layer_has_one_row_of_an_edit_and_of_a_gate():
+    twice = {"layers": (5, 5), "thresholds": torch.zeros(2), "weights": torch.ones(2, 6)}
+    with pytest.raises(errors.SiteError, match=r"\[5, 5\], of which one is there twice"):
+        gates.Linear("mine", **twice)
+    with pytest.raises(errors.SiteError, match=r"hook name 'residd'"):
+        gates.Linear("mine", **twice | {"layers": (5, 6)}, hook="residd")
+    edit = iv.add_relative(V.truncate(1)).steps[0].edit
+    with pytest.raises(errors.SiteError, match="there twice"):
+        dataclasses.replace(edit, layers=(0, 0))
+
+
 def test_its_name_says_what_it_sees():
     made = make_directions()
     assert repr(gates.harmful(made)) == "harmful(test, threshold=midpoint)"

@@ -12,7 +12,7 @@ from guardlens.architectures.blocks import block_parts, head_width, mlp_width
 from guardlens.architectures.names import KNOWN, Names
 from guardlens.architectures.parts import Joined, Normalised, Part
 from guardlens.architectures.search import first, first_number, within
-from guardlens.errors import ModelError
+from guardlens.errors import ModelError, first_sentence
 from guardlens.sites import Point
 
 
@@ -194,9 +194,8 @@ def _number(text: Any, name: str, default: int | None = None) -> int:
             return default
         raise ModelError(f"{type(text).__name__} without {name}", "the sizes that language models have", "use another model") from None
     except Exception as error:  # transformers has a class of its own for sizes that vary, deep inside
-        reason = str(error).partition(". ")[0]
         raise ModelError(
-            f"{type(text).__name__} without one {name} ({reason})", "the same size in every layer", "use another model"
+            f"{type(text).__name__} without one {name} ({first_sentence(error)})", "the same size in every layer", "use another model"
         ) from None
 
 

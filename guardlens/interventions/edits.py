@@ -23,7 +23,7 @@ from guardlens.errors import (
     type_of,
 )
 from guardlens.interventions.states import Context, State
-from guardlens.sites import require_same_space
+from guardlens.sites import numbered, require_same_space
 from guardlens.storage import require_same_model
 
 
@@ -84,7 +84,7 @@ class Affine:
     hook: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", layers_of(self.layers))
+        object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
         if self.held is not None:
             require_type(self.held, State, PlanError, "hold a State, such as interventions.text_twin")
         factors = {name: getattr(self, name) for name in _FACTORS}
@@ -211,7 +211,7 @@ class RelativeAdd:
     hook: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", layers_of(self.layers))
+        object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
         object.__setattr__(self, "alpha", as_number(self.alpha, "alpha", PlanError, "say add_relative(directions, 0.1)"))
         require_factors(self.label, self.layers, vectors=self.vectors)
 
@@ -389,15 +389,6 @@ def require_directions(directions: Any) -> None:
     """
     require_type(directions, Directions, PlanError, "make directions of a vector of your own: directions.from_vectors(vector)")
     directions.require_some()
-
-
-def layers_of(layers: Any) -> tuple[int, ...] | None:
-    """The layer of each index of an axis as Python's own ints, in their order (-1 for a hook in no block); None for one that serves all.
-
-    Raises:
-        SiteError: Something else than whole numbers.
-    """
-    return None if layers is None else tuple(as_count(layer, "layer", SiteError, "number each layer", least=-1) for layer in layers)
 
 
 def require_factors(label: str, layers: tuple[int, ...] | None, **factors: Any) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from guardlens.activations import Activations
 from guardlens.directions import Directions
 from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_number, quoted, require_type
-from guardlens.interventions.edits import layers_of, require_directions, require_factors
+from guardlens.interventions.edits import require_directions, require_factors
 from guardlens.interventions.states import State, own, text_twin
+from guardlens.sites import numbered
 from guardlens.storage import require_same_model
 
 Operation = Literal["&", "|", "~"]
@@ -91,7 +92,7 @@ class Linear(Gate):
     hook: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", layers_of(self.layers))
+        object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
         require_type(self.state, State, PlanError, "look at a State, such as interventions.text_twin")
         require_factors(self.label, self.layers, weights=self.weights, thresholds=self.thresholds)
         if self.weights.ndim != 2 or self.thresholds.ndim != 1:
