@@ -19,9 +19,9 @@ def track(parts: Iterable[Item], total: int, what: str, show: bool) -> Iterator[
         parts: Sized pieces of work (batches of queries, groups of cells).
         total: How many things all parts hold together.
         what: Name of the work.
-        show: Without a bar, and without a character of output, if false.
+        show: Without a bar, and without a character of output, if false. There is none either where there is nothing to do.
     """
-    if not show:
+    if not show or not total:
         yield from parts
         return
     with _bar(what, total) as advance:

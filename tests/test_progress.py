@@ -37,6 +37,11 @@ def test_without_a_bar_nothing_is_written_anywhere(notebook, capsys):
     assert capsys.readouterr() == ("", "") and not notebook.shown
 
 
+def test_there_is_no_bar_where_nothing_is_left_to_do(notebook, capsys):
+    assert list(progress.track(iter(()), 0, "collect", show=True)) == []
+    assert capsys.readouterr() == ("", "") and not notebook.shown
+
+
 def test_a_terminal_gets_its_bar_on_stderr(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     assert list(progress.track([[1, 2], [3]], 3, "sweep [bold]", show=True)) == [[1, 2], [3]]
