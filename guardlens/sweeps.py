@@ -1,5 +1,6 @@
 """`sweep`: plans at every layer and strength, scored for every query, with a placebo of equal norm beside them."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -200,6 +201,9 @@ def sweep(
         NumericsError: A score that is nan or infinite; plan and query are named.
         QueryError: No queries.
 
+    Warns:
+        UserWarning: A plan that changes no score in any cell, so that there is nothing to choose from.
+
     Examples:
         >>> effect = gl.sweep(model, guard, queries, grey, strengths=[0.5, 1.0])
         >>> effect.best(2)
@@ -232,6 +236,7 @@ def sweep(
     work = partial(scored, model, plans=list(grid.values()), scores=scores, ran=ran)
     parts = over_prompts(model, prompts, presentation, work, batch_size)
     values = joined(track(parts, len(items), title, progress), len(items), axis=2).numpy()
+    _warn_of_no_change(list(grid), values)
     facts = {
         "plans": {name: repr(plan) for name, plan in named.items()},
         "presentation": presentation.name,
@@ -240,6 +245,18 @@ def sweep(
         "units": {score.name: score.unit for score in scores},
     }
     return Sweep(_columns(list(grid), items, scores, values), facts, model.provenance)
+
+
+def _warn_of_no_change(cells: Sequence[Cell], values: Float[np.ndarray, "score run query"]) -> None:
+    """Say so where no cell of a plan gives another score than the unedited run, which is the last."""
+    for plan in dict.fromkeys(cell.plan for cell in cells):
+        edited = [place for place, cell in enumerate(cells) if (cell.plan, cell.arm) == (plan, "edit")]
+        if np.allclose(values[:, edited], values[:, -1:], rtol=1e-4, atol=1e-4):
+            warnings.warn(
+                f"the plan {plan!r} changes no score in any cell: its gate is closed for all queries, it edits later tokens than are "
+                "scored, or it puts in what is there already, as the text twin is where no image is shown",
+                stacklevel=3,
+            )
 
 
 def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> None:

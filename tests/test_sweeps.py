@@ -336,7 +336,8 @@ class TestErrors:
 
     def test_a_score_can_not_change_what_others_see(self, vlm, plan):
         odd, options = OddAnswer("sorry , i can not", name="odd"), {"layers": [4, 5], "placebos": 0, "progress": False}
-        alone = gl.sweep(vlm, plan, QUERIES, scores=[odd], **options)
+        with pytest.warns(UserWarning, match="changes no score"):  # it answers the same to everything
+            alone = gl.sweep(vlm, plan, QUERIES, scores=[odd], **options)
         both = gl.sweep(vlm, plan, QUERIES, scores=[odd, AnswerLogProb("sorry , i can not")], **options).where(score="answer_logprob")
         sober = gl.sweep(vlm, plan, QUERIES, scores=[AnswerLogProb("sorry , i can not")], **options)
         assert np.array_equal(both.columns["value"], sober.columns["value"])
@@ -372,3 +373,17 @@ def test_plot_is_a_heat_map_per_arm_and_label(swept):
     np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0))
     assert any("KL divergence" in ax.get_ylabel() for ax in axes[0, 0].figure.axes)
     plt.close(axes[0, 0].figure)
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        lambda basis: iv.amplify(basis, 8.0).when(gates.harmful(basis, 1e9)),
+        lambda basis: iv.amplify(basis, 8.0).during("decode"),
+        lambda basis: iv.patch(basis, iv.text_twin),
+    ],
+    ids=["a closed gate", "later tokens than are scored", "a text twin of text"],
+)
+def test_a_plan_that_changes_no_score_is_said_to(vlm, basis, idle):
+    with pytest.warns(UserWarning, match="the plan 'idle' changes no score in any cell"):
+        gl.sweep(vlm, {"idle": idle(basis), "busy": iv.amplify(basis, 8.0)}, QUERIES, layers=[2, 5], progress=False)

@@ -51,7 +51,8 @@ def vlm_guard(
             `"project"` is never gated, unless you pass a gate of your own.
         closed: What queries get for which the gate is closed: nothing (`"untouched"`: bit-identical), or the projection without the
             addition (`"project"`, the literal reading of `"replace"`; it can turn harmless requests into refusals).
-        reference: Where h(q) is read: the text twin of the query.
+        reference: Where h(q) is read: the text twin of the query. Without an image beside the query, that is the run itself: there,
+            `"replace"` changes nothing, and `"add"` is `"amplify"`.
         positions: The paper leaves them open; the prompt's last token by default.
         phase: Likewise; the prefill by default.
 
