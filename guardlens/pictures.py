@@ -1,6 +1,6 @@
 """A picture that all prompts of a batch show is preprocessed once, where the processor's own results say that this changes nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature
 
 _REPEATS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Of an image processor: whether two equal images give twice what one gives."""
@@ -58,7 +57,7 @@ def _repeated(value: Any, times: int) -> Any:
         return np.concatenate([value] * times)
     if isinstance(value, list | tuple):
         return value * times
-    return BatchFeature({name: _repeated(part, times) for name, part in value.items()}) if isinstance(value, BatchFeature) else value
+    return type(value)({name: _repeated(part, times) for name, part in value.items()}) if isinstance(value, Mapping) else value
 
 
 def _equal(mine: Any, expected: Any) -> bool:
@@ -66,6 +65,6 @@ def _equal(mine: Any, expected: Any) -> bool:
         return type(mine) is type(expected) and np.array_equal(np.asarray(mine), np.asarray(expected))
     if isinstance(expected, list | tuple):
         return len(mine) == len(expected) and all(map(_equal, mine, expected))
-    if isinstance(expected, BatchFeature):
+    if isinstance(expected, Mapping):
         return mine.keys() == expected.keys() and all(_equal(mine[name], expected[name]) for name in expected)
     return mine == expected

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import AddedToken
 
 from guardlens.errors import ModelError, PresentationError, QueryError, require_type
 from guardlens.images import as_images, opened
@@ -81,6 +80,8 @@ def require_showable(
 
 def _special_tokens(processor: Any, texts: Sequence[str], prefill: bool) -> list[str]:
     """The first special token in each text, or nothing. A prefill may hold those with which an answer goes on (of its thinking, say)."""
+    from transformers import AddedToken
+
     words = words_of(processor)
     marks = {str(mark) for name, mark in vars(processor).items() if name.endswith("_token") and isinstance(mark, str | AddedToken)}
     added = words.added_tokens_decoder
