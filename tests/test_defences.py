@@ -186,6 +186,12 @@ def test_names(ssd):
     assert (none.name, self_reminder.name) == ("none", "self_reminder")
 
 
+def test_a_defence_prints_what_it_is_made_of(ssd):
+    guard = vlm_guard(ssd, 2, gate=None)
+    assert repr(guard) == f"Defence('vlm_guard[replace]', {guard.intervention!r})" and repr(none) == "Defence('none')"
+    assert repr(dataclasses.replace(none, present=text_only.__call__)) == "Defence('none', present=__call__)"
+
+
 class TestErrors:
     def test_unknown_reading(self, ssd):
         with pytest.raises(errors.PlanError, match=r"Found the reading 'mend'.\nExpected one of replace, add, amplify, project"):

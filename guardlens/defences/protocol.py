@@ -31,6 +31,8 @@ class Defence:
         >>> careful = defences.Defence("careful", guard.at(layers=7), present=reminded)
         >>> model.generate(queries[1], careful.present(grey), careful.intervention).split()[0]
         'sorry'
+        >>> careful
+        Defence('careful', amplify(ssd(rank=1), alpha=1).at(layers=[7], positions='last'), present=reminded)
     """
 
     name: str
@@ -44,6 +46,11 @@ class Defence:
             raise PlanError(
                 f"present={quoted(self.present)}", "a function of a presentation", "hand in one that gives the presentation to show"
             )
+
+    def __repr__(self) -> str:
+        plan = f", {self.intervention!r}" if self.intervention.steps else ""
+        shown = f", present={getattr(self.present, '__name__', type(self.present).__name__)}" if self.present is not unchanged else ""
+        return f"Defence({self.name!r}{plan}{shown})"
 
 
 none = Defence("none")
