@@ -311,8 +311,15 @@ def require_presentation(presentation: Any) -> None:
         raise PresentationError(
             f"{shown} as a presentation",
             "text_only, presentations.own, or what presentations.blank('grey') and its like give",
-            "put an image of your own into Query(text, images=(image,)), and show it with presentations.own",
+            _INSTEAD.get(type(presentation).__name__, _INSTEAD[""]),
         )
+
+
+_INSTEAD = {
+    "Intervention": "name a plan: intervention=plan",
+    "Defence": "take both of its parts: defence.present(presentation), intervention=defence.intervention",
+    "": "put an image of your own into Query(text, images=(image,)), and show it with presentations.own",
+}
 
 
 def as_presentations(presentations: Any) -> list[Presentation]:

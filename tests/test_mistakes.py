@@ -40,6 +40,7 @@ print(json.dumps([outcome(code) for code in json.load(sys.stdin)]))
 """
 
 MISTAKES = {
+    "gl.collect(model, q, guard)": ("PresentationError", "something of type Defence as a presentation", "defence.present(presentation)"),
     "model.run(batch, guard)": ("PlanError", "something of type Defence", "a defence's .intervention"),
     "model.run(batch, [plan, guard])": ("PlanError", "something of type Defence", ".present(presentation)"),
     "model.generate(q, grey, guard)": ("PlanError", "something of type Defence", "a defence's .intervention"),
@@ -57,7 +58,7 @@ MISTAKES = {
     "model.generate(q, Image.new('RGB', (8, 8)))": ("PresentationError", "something of type Image", "Query(text, images=(image,))"),
     "model.generate(q, 'grey')": ("PresentationError", "something of type str", "presentations.blank('grey')"),
     "model.generate(q, presentations.blank)": ("PresentationError", "blank as a presentation", "presentations.blank('grey')"),
-    "model.generate(q, plan)": ("PresentationError", "something of type Intervention", "as a presentation"),
+    "model.generate(q, plan)": ("PresentationError", "something of type Intervention as a presentation", "intervention=plan"),
     "model.generate(batch, plan)": ("PresentationError", "something of type Intervention", "as a presentation"),
     "evaluated({'guard': 3}, [grey])": ("PlanError", "something of type int", "something of type Defence"),
     "evaluated({'guard': guard}, ['grey'])": ("PresentationError", "something of type str", "as a presentation"),
