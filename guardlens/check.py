@@ -14,7 +14,7 @@ from guardlens import presentations
 from guardlens.architectures.names import BESIDES
 from guardlens.batches import Batch
 from guardlens.condition import require_ready
-from guardlens.directions import Directions
+from guardlens.directions import from_vectors
 from guardlens.errors import GuardlensError, ModelError
 from guardlens.model import HookedModel
 from guardlens.queries import text_only
@@ -265,15 +265,20 @@ def _entering(embeddings: torch.Tensor, projected: torch.Tensor | None = None) -
 def _twin(model: HookedModel) -> tuple[bool | None, str]:
     if not model.sees_images:
         return None, "a text-only model is its own twin"
-    width, image = model.cfg.d_model, presentations.blank("grey", model.cfg.image_size or 336)
-    basis = torch.nn.functional.normalize(torch.ones(1, 1, width), dim=-1)
-    zero = torch.zeros(1, width)
-    directions = Directions(basis, None, zero, zero, torch.zeros(1, 0), "check")
-    plan = iv.patch(directions, iv.text_twin).at(layers=[0])
-    edited = model.run(model.batch(TEXTS, image), plan, read=[Site(layers=(0,))]).reads[Site(layers=(0,))]
-    text = model.run(model.batch(TEXTS, text_only), read=[Site(layers=(0,))]).reads[Site(layers=(0,))]
-    at = basis[0].to(edited)
-    return _near(edited @ at.T, text @ at.T, "the VLM's component after a patch, and its text twin's")
+    layer = max(set(range(model.cfg.n_layers)) - model.cfg.image_layers)
+    site, beside = Site(layers=(layer,)), _beside_image(model)
+    text = model.run(model.batch(TEXTS, text_only), read=[site]).reads[site]
+    apart = model.run(beside, read=[site]).reads[site] - text
+    if not apart[0, 0, 0].any():
+        return None, f"an image changes nothing at the last token of layer {layer}"
+    plan = iv.patch(from_vectors(apart[0, 0, 0].float()), iv.text_twin).at(layers=[layer])
+    left = model.run(beside, plan, read=[site]).reads[site] - text
+    along = torch.nn.functional.normalize(apart[0, 0, 0].float(), dim=0)
+    rest = float((left.float() @ along).abs().max() / (apart.float() @ along).abs().max())
+    detail = (
+        f"of what an image changes at layer {layer}, a patch with the text twin's state leaves {rest:.0e} in the direction of the change"
+    )
+    return rest <= (1e-4 if left.dtype == torch.float32 else 5e-2), detail
 
 
 def _positions(model: HookedModel) -> tuple[bool | None, str]:
