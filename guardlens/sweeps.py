@@ -42,6 +42,10 @@ from guardlens.tables import Frame, Table
 AnyScore = Score | AnswerScore
 
 
+CELL = ["score", "plan", "arm", "layers", "strength"]
+"""What tells the cells of a sweep apart."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell of the grid: a plan, as itself or as a placebo, at some layers and a strength."""
@@ -77,7 +81,7 @@ class Sweep(Table):
         The interval resamples clusters of queries (a pair, or the query itself, where no cluster is known), the same in every cell.
 
         Raises:
-            MismatchError: No rows.
+            MismatchError: No rows, or a cell that lacks a query or has one twice.
         """
         return self._summary
 
@@ -85,6 +89,7 @@ class Sweep(Table):
     def _summary(self) -> Frame:
         if not len(self):
             raise MismatchError("a sweep without rows", "one at least", "select rows that are there, as in .where(score='kl')")
+        self._require_whole()
         frame = self.frame.assign(arm=self.frame["arm"].str.split().str[0], change=self.frame["value"] - self.frame["base"])
         asked = {label: part.drop_duplicates("query") for label, part in frame.groupby("label", sort=False)}
         resampled = {label: resample_counts(len(part), part["cluster"].to_numpy()) for label, part in asked.items()}
@@ -98,6 +103,21 @@ class Sweep(Table):
 
         return pd.DataFrame(rows)
 
+    def _require_whole(self) -> None:
+        """Each query of a label once in every cell: means of other queries are no effect of layer or strength."""
+        frame = self.frame
+        asked = frame.groupby("label")["query"].nunique()
+        cells = frame.groupby([*CELL, "label"])["query"].agg(["size", "nunique"])
+        wanted = asked[cells.index.get_level_values("label")].to_numpy()
+        odd = (cells["size"] != wanted) | (cells["nunique"] != wanted)
+        if odd.any():
+            place = odd.idxmax()
+            raise MismatchError(
+                f"{cells['size'][place]} rows of {cells['nunique'][place]} queries in the cell {', '.join(map(str, place))}",
+                f"one for each of its {asked[place[-1]]} queries",
+                "filter all cells alike, as with .where(score='kl')",
+            )
+
     def best(self, k: int = 1, plan: str | None = None) -> tuple[int, ...]:
         """The k single layers at which a plan raises the refusal of harmful queries most and that of harmless ones least.
 
@@ -109,10 +129,12 @@ class Sweep(Table):
             plan: Its name; needed where the sweep holds several.
 
         Raises:
-            MismatchError: The sweep has no refusal log-odds, no labels, fewer single layers, or several plans and none was named.
+            MismatchError: The sweep has no refusal log-odds, no labels, fewer single layers, or several plans and none was named; or a cell
+                lacks a query or has one twice.
             NumericsError: A layer's log-odds are nan.
         """
         k = as_count(k, "k", MismatchError, "ask for one layer or more, as in best(2)")
+        self._require_whole()
         frame, plans = self.frame, sorted(map(str, set(self.columns["plan"])))
         if not one_of(plan, plans) if plan is not None else len(plans) > 1:
             raise MismatchError(

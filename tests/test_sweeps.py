@@ -275,6 +275,28 @@ class TestBest:
             hand_made(self.EFFECTS, score="kl").best()
 
 
+class TestRowsThatAreLacking:
+    """A cell that lacks a query, or has one twice, is compared with no other."""
+
+    @pytest.mark.parametrize("use", [Sweep.summary, Sweep.best, Sweep.plot], ids=["summary", "best", "plot"])
+    @pytest.mark.parametrize("twice", [False, True], ids=["lacking", "twice"])
+    def test_are_named(self, use, twice):
+        whole = hand_made({(layer, label): 1.0 for layer in (0, 1) for label in ("harmful", "harmless")})
+        one = np.flatnonzero(whole.columns["layer"] == 1)[0]
+        rows = np.append(np.arange(len(whole)), one) if twice else np.delete(np.arange(len(whole)), one)
+        table = Sweep({name: values[rows] for name, values in whole.columns.items()})
+        with pytest.raises(
+            errors.MismatchError, match=r"rows of \d+ quer.* in the cell refusal_logodds, edit, edit, 1, .*\nExpected one for"
+        ):
+            use(table)
+
+    def test_of_a_filtered_sweep_are_none(self):
+        whole = hand_made({(layer, label): 1.0 for layer in (0, 1) for label in ("harmful", "harmless")})
+        whole = Sweep({**whole.columns, "cluster": whole.columns["query"]})
+        for part in (whole.where(layer=1), whole.where(label="harmful"), whole.where(query=whole.columns["query"][0])):
+            assert (part.summary()["n"] <= whole.summary()["n"].max()).all()
+
+
 class Odd:
     """A score of its own making."""
 
