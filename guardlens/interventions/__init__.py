@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 Reference = State | Tensor | float
+"""A held state; a vector of `d_model`, or one per layer; or 0, which takes the component away."""
 
 
 def project_out(directions: Directions) -> Intervention:
@@ -250,8 +251,14 @@ def _component(vectors: Float[Tensor, "layer rank d"], reference: Tensor | float
     if each.shape not in ((), (width,), (layers, width)):
         raise PlanError(
             f"a reference of shape {tuple(each.shape)}",
-            f"a number, a vector of width {width}, or {layers} of them, one per layer",
+            f"a vector of width {width}, {layers} of them, one per layer, or 0",
             "take a class mean of the same directions, such as directions.harmless_mean",
+        )
+    if not each.ndim and each:
+        raise PlanError(
+            f"the number {each:g} as a reference, which is no state",
+            "a vector, or 0 for none",
+            "for a coordinate, say number * directions.at(layer)[0]",
         )
     constant = each.to(vectors).expand(layers, width)
     return torch.einsum("ld,lrd,lre->le", constant, vectors, vectors)
