@@ -24,7 +24,7 @@ class Batch:
         inputs: What the Hugging Face model takes (input ids, mask, pixel values, ...).
         mask: Real tokens (not padding).
         image: Tokens whose embedding comes from an image.
-        instruction: Tokens of the query's own text.
+        instruction: Tokens of what the user says: the query's text, with the words that a presentation puts around it.
         pictures: Digest of each prompt's images, by which prompts beside the same picture are known; empty where nobody asked.
         answered: How many of the last columns are an answer that is put into the model's mouth, behind the prompts.
         words: The tokenizer that made them; None where it is not known.

@@ -207,7 +207,7 @@ def _templated(processor: Any, prompt: Prompt, messages: list[dict[str, Any]], k
 def instruction_mask(
     processor: Any, prompts: Sequence[Prompt], ids: Int[Tensor, "query seq"], mask: Bool[Tensor, "query seq"], sees_images: bool
 ) -> Bool[Tensor, "query seq"]:
-    """The tokens of each query's own text.
+    """The tokens of what the user says: each query's text, with the words that a presentation puts around it.
 
     Nothing is marked where the tokenizer gives no offsets, or where the template or the processor changes the text.
     """

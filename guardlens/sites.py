@@ -108,7 +108,8 @@ class Site:
     Attributes:
         hook: A short name (`"resid_post"`) or a full one (`"blocks.3.hook_resid_post"`, which sets the layer too).
         layers: One layer or several, counted from 0; None leaves them free: all of them, and a sweep may choose.
-        positions: Tokens of the prompt: `"last"`, `"all"`, `"image"`, `"instruction"`, `"post_instruction"` or `(start, stop)`.
+        positions: Tokens of the prompt: `"last"`, `"all"`, `"image"`, `"instruction"` (what the user says, words that a presentation puts
+            around the query included), `"post_instruction"` (what follows that) or `(start, stop)`.
 
     Raises:
         SiteError: There is no such hook or no such positions, or the layers are no whole numbers, contradict the hook's name, or are layers
