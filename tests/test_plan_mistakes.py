@@ -94,7 +94,8 @@ PLANS = {
     **{f"plan.scaled({value})": NUMBER for value in ("'2'", "None", "nan", "True", "1j")},
     **{f"iv.patch(V, {reference})": NUMBER
        for reference in ("None", "'text_twin'", "presentations.blank('grey')", "[0.0] * 4", "True", "nan")},
-    **{f"iv.patch(V, torch.zeros({shape}))": "a vector of width 4, 3 of them, one per layer, or 0" for shape in ("2", "3", "2, 4", "1, 3, 4")},
+    **{f"iv.patch(V, torch.zeros({shape}))": "a vector of width 4, 3 of them, one per layer, or 0"
+       for shape in ("2", "3", "2, 4", "1, 3, 4")},
     "iv.patch(V, np.zeros(3))": "a vector of width 4",
     **{f"iv.{call})": "the number 3 as a reference, which is no state"
        for call in ("patch(V, 3.0", "replace(V, 3", "add_component(V, np.float32(3), 0.5")},
