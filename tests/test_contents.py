@@ -2,7 +2,12 @@
 
 import dataclasses
 import functools
+import importlib
+import os
 import re
+import runpy
+import subprocess
+import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -44,6 +49,21 @@ class Slotted:
 
     def __init__(self, value):
         self.value = value
+
+
+class Constant(str):
+    def __repr__(self):
+        return "Constant()"
+
+
+class Table(dict):
+    def __init__(self, limit=1):
+        self.limit = limit
+
+
+class Doubling(torch.nn.Module):
+    def forward(self, states):
+        return states * LIMIT
 
 
 def picture(mode="RGB", colour=(1, 2, 3), size=(4, 4), palette=None):
@@ -94,6 +114,14 @@ DIFFERENT = {
     "a function behind a cache": (functools.cache(lambda: 1), functools.cache(lambda: 2)),
     "a default": (lambda a=1: a, lambda a=2: a),
     "what code reads of its module": (judging("return LIMIT"), judging("LIMIT = 4; return LIMIT")),
+    "the order of entries": ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+    "a text with a repr of its own": (Constant("a"), Constant("b")),
+    "a dictionary with an attribute": (Table(), Table(limit=2)),
+    "what a masked array hides": (np.ma.array([1, 2]), np.ma.array([1, 2], mask=[False, True])),
+    "sparse tensors": (torch.eye(3).to_sparse(), torch.eye(4).to_sparse()),
+    "a conjugate": (torch.tensor([1j]), torch.tensor([1j]).conj()),
+    "generators": (np.random.default_rng(0), np.random.default_rng(1)),
+    "an activation": (torch.nn.Sequential(torch.nn.ReLU()), torch.nn.Sequential(torch.nn.GELU())),
     "presentations": (presentations.blank("grey"), presentations.blank("grey", 32)),
     "queries": (gl.Query("a b", source="x"), gl.Query("a b", source="y")),
 }
@@ -118,6 +146,137 @@ def test_what_code_reads_of_its_module_counts(monkeypatch):
     assert content(judge) != before[0] and content(through) != before[1]
 
 
+def test_a_name_of_an_attribute_is_none_of_its_module(monkeypatch):
+    def judge(query, answer):
+        return query.other, answer.big
+
+    before = content(judge)
+    monkeypatch.setitem(globals(), "big", 4)
+    assert content(judge) == before
+
+
+def test_what_a_function_keeps_counts():
+    def judge(query, answer):
+        return judge.limit
+
+    judge.limit = 1
+    before = content(judge)
+    judge.limit = 2
+    assert content(judge) != before
+
+
+def test_the_forward_of_a_module_counts(monkeypatch):
+    before = content(Doubling())
+    monkeypatch.setattr(Doubling, "forward", lambda self, states: states)
+    assert content(Doubling()) != before
+
+
+def test_a_write_behind_versions_counts():
+    layer = torch.nn.Linear(2, 2)
+    before = content(layer)
+    layer.weight.data[0, 0] += 1
+    assert content(layer) != before
+
+
+@pytest.fixture
+def rules(tmp_path, monkeypatch):
+    """A module of one's own, as a file beside the notebook."""
+    (tmp_path / "my_rules.py").write_text("LIMIT = 3\nUNREAD = 1\ndef long(answer): return len(answer) > LIMIT\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("my_rules")
+    del sys.modules["my_rules"]
+
+
+def judging_by(rules):
+    names = {"my_rules": rules, "__name__": "__main__"}
+    exec(
+        "def named(answer): return my_rules.long(answer)\ndef imports(answer):\n    from my_rules import long\n    return long(answer)",
+        names,
+    )
+    return [names["named"], names["imports"], Plain(rules)]
+
+
+def test_what_a_module_of_ones_own_does_counts(rules):
+    named, imports, _ = judging_by(rules)
+    before = content(named), content(imports)
+    rules.UNREAD = 2
+    assert (content(named), content(imports)) == before
+    rules.LIMIT = 4
+    assert content(named) != before[0] and content(imports) != before[1]
+
+
+def test_a_module_that_is_edited_and_loaded_anew_counts(rules):
+    before = [content(each) for each in judging_by(rules)]
+    Path(rules.__file__).write_text("def long(answer): return len(answer) > 100\n")
+    importlib.invalidate_caches()
+    importlib.reload(rules)
+    assert all(content(each) != was for each, was in zip(judging_by(rules), before, strict=True))
+
+
+def test_what_is_computed_once_and_kept_changes_nothing():
+    @dataclass(frozen=True)
+    class Judge:
+        words: tuple = ("a", "b")
+
+        @functools.cached_property
+        def longest(self):
+            return max(map(len, self.words))
+
+    judge = Judge()
+    before = content(judge)
+    assert judge.longest == 1 and content(judge) == before
+
+
+def test_code_that_calls_all_code_is_taken_apart_once():
+    names = {"__name__": "__main__"}
+    for i in range(40):
+        exec(f"def f{i}(): return [{', '.join(f'f{j}' for j in range(i))}]", names)
+    before = content(names["f39"])
+    exec("def f0(): return 7", names)
+    assert content(names["f39"]) != before
+
+
+def test_a_name_that_is_not_there_yet_is_no_error():
+    def outer():
+        def inner():
+            return later
+
+        return content(inner)
+        later = 1
+
+    assert outer()
+
+
+SCRIPT = """
+import enum
+from dataclasses import dataclass
+import guardlens as gl
+from guardlens.contents import content
+from guardlens.identity import configuration
+
+Word = enum.StrEnum("Word", ["NO", "YES"])
+
+@dataclass(frozen=True)
+class Mine:
+    words: frozenset = frozenset("abcdefgh")
+    kinds: tuple = (Word.NO,)
+    name: str = "mine"
+    def __call__(self, query, answer=""):
+        return gl.queries.Prompt(query.text if answer in {"x", "y", "z"} else query.text + " ?")
+
+model = gl.load("organism")
+print(content(Mine()), content({"a", "b", ("c",)}), configuration(model, gl.organism.queries("validation")[:2], [Mine()]))
+"""
+
+
+def test_digests_are_those_of_every_process(tmp_path, capsys):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    runpy.run_path(str(tmp_path / "run.py"), run_name="__main__")
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(gl.__file__).parents[1])}
+    ran = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == capsys.readouterr().out and "mine" in ran.stdout
+
+
 def test_what_a_closure_holds_counts():
     def made(value):
         return lambda: value
@@ -136,7 +295,7 @@ def test_a_file_counts_by_its_bytes(tmp_path):
 
 def test_equal_objects_have_one_digest():
     assert content(Mine(big)) == content(dataclasses.replace(Mine(big), pixels=big.copy()))
-    assert content({"a": 1, "b": {1, 2, 3}}) == content({"b": {3, 2, 1}, "a": 1})
+    assert content({"a": 1, "b": {1, 2, 3}}) == content({"a": 1, "b": {3, 2, 1}})
     assert content(gl.Query("a b", images=(picture(),))) == content(gl.Query("a b", images=(picture(),)))
     assert content(Plain(1)) == content(Plain(1))
 
