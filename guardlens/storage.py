@@ -303,6 +303,9 @@ def load_tensors(path: str | Path, kind: str, *, verify: bool = True) -> tuple[d
 MANIFEST, RECORDS, LOCK = "manifest.json", "records.jsonl", ".lock"
 """The files of every run directory."""
 
+RUN = "run"
+"""The entry of a record that says whose it is."""
+
 UNLOCKABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)
 """Errors of a directory in which no lock can be had: it can only be read, or its file system keeps no locks."""
 
@@ -381,7 +384,8 @@ class RunDirectory:
         Raises:
             StorageError: They can't be written.
         """
-        lines = "".join(encoded(record, "a record") + "\n" for record in records).encode()
+        run = run_of(self.path)
+        lines = "".join(encoded({**record, RUN: run}, "a record") + "\n" for record in records).encode()
         with writing(self._file), self._file.open("a+b") as stream:
             self._drop_cut_line(stream)
             stream.write(lines)
@@ -416,8 +420,8 @@ def records_in(directory: Path, key: Callable[[dict[str, Any]], Hashable] = json
     file = directory / RECORDS
     with reading(file, "the records of a run"):
         whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
-    lines = [line for line in whole.split(b"\n") if line.strip()]
-    found = [each for line in lines for each in _keyed(line, key)]
+    lines, run = [line for line in whole.split(b"\n") if line.strip()], run_of(directory)
+    found = [each for line in lines for each in _keyed(line, key, run)]
     if lost := len(lines) - len(found):
         warnings.warn(f"{lost} of {len(lines)} records in {file} can't be read or aren't of this run; they are made again", stacklevel=3)
     first: dict[Hashable, dict[str, Any]] = {}
@@ -426,11 +430,21 @@ def records_in(directory: Path, key: Callable[[dict[str, Any]], Hashable] = json
     return [*first.values()]
 
 
-def _keyed(line: bytes, key: Callable[[dict[str, Any]], Hashable]) -> Iterator[tuple[Hashable, dict[str, Any]]]:
-    """The record of a line with its key, if it is one."""
+def run_of(directory: Path) -> str:
+    """What stands for a directory's configuration in its records and states, so that those of another one are known; empty without any."""
+    manifest = directory / MANIFEST
+    if not manifest.exists():
+        return ""
+    with reading(manifest, "the manifest of a run"):
+        return digest(json.dumps(json.loads(manifest.read_bytes())["configuration"], sort_keys=True).encode())
+
+
+def _keyed(line: bytes, key: Callable[[dict[str, Any]], Hashable], run: str) -> Iterator[tuple[Hashable, dict[str, Any]]]:
+    """The record of a line with its key, if it is one of this run."""
     with suppress(ValueError, RecursionError, LookupError, TypeError):
         record = json.loads(line.decode())
-        if isinstance(record, dict) and (name := key(record)) is not None:
+        if isinstance(record, dict) and run in ("", record.pop(RUN, run)) and (name := key(record)) is not None:
+            record.pop(RUN, None)
             hash(name)
             yield name, record
 

@@ -10,6 +10,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.errors import StorageError, one_of, quoted
-from guardlens.storage import RECORDS, Provenance, RunDirectory, atomic, digest, metadata_of, reading, records_in, writing
+from guardlens.storage import (
+    MANIFEST,
+    RECORDS,
+    RUN,
+    Provenance,
+    RunDirectory,
+    atomic,
+    digest,
+    metadata_of,
+    reading,
+    records_in,
+    run_of,
+    writing,
+)
 
 KIND, TENSOR = "activations", "states"
 """What a file of states says that it holds, and the name of the tensor in it."""
@@ -69,8 +83,12 @@ class StateStore:
         self.run = RunDirectory(path, {**configuration, "rows": rows, "dtype": dtype}, provenance)
         self.rows, self.dtype = rows, dtype
         self._whole, self._partial = self.run.path / WHOLE, self.run.path / PARTIAL
-        with writing(self._partial):
-            self._mend()
+        try:
+            with writing(self._partial):
+                self._mend()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "StateStore":
         return self
@@ -83,7 +101,18 @@ class StateStore:
         self.run.close()
 
     def _mend(self) -> None:
-        """Bring the rows into the shape that they must have. What was lost on the way no longer matches its checksum."""
+        """Bring the rows into the shape that they must have. What was lost on the way no longer matches its checksum.
+
+        Raises:
+            StorageError: They are of another run, as after copying one directory over another.
+        """
+        for path in (self._whole, self._partial):
+            if path.exists() and _run_in(path) not in ("", run_of(self.run.path)):
+                raise StorageError(
+                    f"{path}, which is of another run than {MANIFEST} beside it",
+                    "states of this configuration",
+                    "remove both, or give another directory",
+                )
         if self._whole.exists() or not self._partial.exists():
             return self._partial.unlink(missing_ok=True)
         layout = _layout(self._partial)
@@ -139,7 +168,8 @@ class StateStore:
         if (free := shutil.disk_usage(self.run.path).free) < size:
             raise StorageError(f"{_sized(free)} free for {self.run.path}", _sized(size), "choose another disk, fewer layers, or bfloat16")
         tensor = {"dtype": DTYPES[self.dtype], "shape": [self.rows, *states.shape[1:]], "data_offsets": [0, size]}
-        described = json.dumps({"__metadata__": metadata_of(KIND, header), TENSOR: tensor}).encode()
+        meta = metadata_of(KIND, header) | {RUN: run_of(self.run.path)}
+        described = json.dumps({"__metadata__": meta, TENSOR: tensor}).encode()
         described += b" " * (-len(described) % 8)  # so that numbers are aligned
         if len(described) > LONGEST:
             raise StorageError(
@@ -189,6 +219,15 @@ def _changed(path: Path, recorded: Mapping[int, set[int]]) -> Iterator[int]:
             file.seek(start + row * size)
             if zlib.crc32(file.read(size)) not in recorded[row]:
                 yield row
+
+
+def _run_in(path: Path) -> str:
+    """Whose states a file says that it holds; empty if it doesn't say, or its header is broken."""
+    with reading(path, "states"), path.open("rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), LONGEST))
+    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return str(json.loads(header)["__metadata__"].get(RUN, ""))
+    return ""
 
 
 def _layout(path: Path) -> tuple[int, int, int] | None:

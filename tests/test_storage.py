@@ -106,7 +106,8 @@ class TestRunDirectory:
         assert run.records() == whole
         run.append([{"id": 2}])
         assert run.records() == [*whole, {"id": 2}]
-        assert [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()] == [*whole, {"id": 2}]
+        lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+        assert [line["id"] for line in lines] == [each["id"] for each in [*whole, {"id": 2}]]
 
     def test_a_second_process_is_refused_and_a_dead_one_does_not_block(self, tmp_path):
         read, write = os.pipe()
@@ -139,6 +140,16 @@ class TestRunDirectory:
             assert RunDirectory(tmp_path, {}).records() == [{"id": 1}]
         with pytest.raises(errors.StorageError, match=r"new, which can't be written"):
             RunDirectory(tmp_path / "new", {})
+
+    def test_records_of_another_run_are_left_out(self, tmp_path):
+        for name in ("one", "other"):
+            with RunDirectory(tmp_path / name, {"called": name}) as run:
+                run.append([{"id": 1, "called": name}])
+        one, other = ((tmp_path / name / "records.jsonl").read_bytes() for name in ("one", "other"))
+        for lines, left in ((other + one, [{"id": 1, "called": "one"}]), (other, [])):
+            (tmp_path / "one/records.jsonl").write_bytes(lines)
+            with RunDirectory(tmp_path / "one", {"called": "one"}) as run, pytest.warns(UserWarning, match=r"1 of . records .*of this run"):
+                assert run.records() == left
 
     @pytest.mark.parametrize("left", ["records.jsonl", "states.partial", "states.safetensors"])
     def test_what_lost_its_manifest_is_refused(self, tmp_path, left):

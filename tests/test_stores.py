@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pkgutil
+import shutil
 import subprocess
 import sys
 import warnings
@@ -219,6 +220,22 @@ class TestStreaming:
 
 
 class TestResume:
+    @pytest.mark.parametrize("rows", [2, 5])
+    def test_states_of_another_run_are_refused(self, tmp_path, rows):
+        states = gaussian(0, 5, 2, 3, dtype=torch.float32)
+        for name in ("one", "other"):
+            with StateStore(tmp_path / name, {"called": name}, 5) as store:
+                store.write([*range(rows)], states[:rows], {})
+                if rows == 5:
+                    store.finish()
+        file = "states.safetensors" if rows == 5 else "states.partial"
+        for copied in (file, "records.jsonl"):
+            shutil.copy(tmp_path / "other" / copied, tmp_path / "one" / copied)
+        with pytest.raises(errors.StorageError, match=r"which is of another run than manifest.json beside it"):
+            StateStore(tmp_path / "one", {"called": "one"}, 5)
+        with StateStore(tmp_path / "other", {"called": "other"}, 5) as store:
+            assert len(store.missing) == 5 - rows
+
     @pytest.mark.parametrize(
         ("where", "call"),
         [("guardlens.model.HookedModel.run", 3), ("guardlens.storage.RunDirectory.append", 3), ("os.fsync", 5), ("os.fsync", 6)],
