@@ -11,7 +11,7 @@ from torch import Tensor
 from guardlens.activations import Activations
 from guardlens.batches import Batch
 from guardlens.errors import SiteError, require_type
-from guardlens.identity import configuration
+from guardlens.identity import configuration, of_plan
 from guardlens.interventions.plan import Intervention, nothing, require_plan
 from guardlens.model import HookedModel, Queries, require_model
 from guardlens.portions import Portion, joined, over_batches
@@ -64,8 +64,9 @@ def collect(
         ModelError, PlanError, SiteError: Something else in the place of the model, the plan or the site.
         NumericsError: NaN or infinity; layer and query are named.
         MismatchError: `out` was made by another call; the first difference is named.
-        StorageError: No room on the disk, `out` is open in another process or can't be read or written, or a plan with custom functions and
-            `out`: nothing could tell it from another one.
+        PresentationError: With `out`, a presentation that shows a query otherwise every time.
+        StorageError: No room on the disk, `out` is open in another process or can't be read or written, or a plan with custom functions
+            without names and `out`.
 
     Warns:
         UserWarning: Rows in `out` that aren't what was written; they are made again.
@@ -98,7 +99,7 @@ def collect(
     if out is None:
         return Activations(joined(portions(range(len(items))), len(items)), *about, **ran, checked=True)
     header = Activations(torch.empty(len(items), len(layers), 0), *about, **ran).header
-    depends_on = {**configuration(model, items, [presentation]), "site": repr(site), "plan": intervention.fingerprint}
+    depends_on = {**configuration(model, items, [presentation]), "site": repr(site), "plan": of_plan(intervention)}
     with StateStore(out, depends_on, len(items), dtype, model.provenance) as store:
         todo = store.missing
         for portion in portions(todo):

@@ -49,7 +49,7 @@ def foreign_hooks(hf: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The hooks that run with a model and belong to none of the packages that it is loaded with, each with the path of its module."""
     for path, module in hf.named_modules():
         for hook in _hooks(module):
-            if _origin(hook) not in KNOWN_TO_HOOK:
+            if origin(hook) not in KNOWN_TO_HOOK:
                 yield path, hook
 
 
@@ -74,7 +74,7 @@ def _forwards(module: nn.Module) -> Iterator[Callable[..., Any]]:
         yield from (each for each in (forward, *held) if callable(each))
 
 
-def _origin(hook: Callable[..., Any]) -> str:
+def origin(hook: Callable[..., Any]) -> str:
     """The package that the hook's code is of."""
     return str(getattr(_innermost(hook), "__module__", "")).partition(".")[0]
 

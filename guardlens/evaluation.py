@@ -15,7 +15,7 @@ from guardlens.contents import content
 from guardlens.defences import Defence
 from guardlens.errors import MismatchError, PlanError, PresentationError, one_of, quoted, require_type, type_of
 from guardlens.generation import generation_settings
-from guardlens.identity import configuration, shown
+from guardlens.identity import configuration, of_plan, shown
 from guardlens.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.interventions import Intervention
 from guardlens.judges import Judge, Verdict
@@ -50,12 +50,13 @@ KEYS = ["draw", "presentation", "query"]
 
 @dataclass(frozen=True, eq=False)
 class _Arm:
-    """One draw of a defence in one presentation."""
+    """One draw of a defence in one presentation, and what it shows there."""
 
     name: str
     draw: int
     presentation: Presentation
     defence: Defence
+    shown: Presentation
 
 
 class Evaluation(Table):
@@ -220,6 +221,7 @@ def evaluate(
     Raises:
         QueryError: A query without label, one class only, two queries of one id, or a query without an own image where one is shown.
         MismatchError: `out` was made by another configuration, or a defence for another model.
+        PresentationError: With `out`, a presentation that shows a query otherwise every time.
         StorageError: `out` is open in another process, or can't be read or written.
 
     Warns:
@@ -243,7 +245,7 @@ def evaluate(
     drawn = _drawn(defences)
     _require_judge(judge)
     arms = [
-        _Arm(name, draw, presentation, defence)
+        _Arm(name, draw, presentation, defence, defence.present(presentation))
         for presentation in presentations
         for name, draws in drawn.items()
         for draw, defence in enumerate(draws)
@@ -251,13 +253,13 @@ def evaluate(
 
     def answered(todo: Sequence[tuple[_Arm, list[Query]]]) -> Iterator[Portion[list[dict[str, Any]]]]:
         for arm, waiting in todo:
-            work, shown = partial(_answer, model, arm, judge, max_new_tokens), arm.defence.present(arm.presentation)
-            yield from over_batches(model, waiting, shown, work, batch_size, new_tokens=max_new_tokens)
+            work = partial(_answer, model, arm, judge, max_new_tokens)
+            yield from over_batches(model, waiting, arm.shown, work, batch_size, new_tokens=max_new_tokens)
 
     with ExitStack() as opened:
         directory = None
         if out is not None:
-            depends_on = _depends_on(model, drawn, items, presentations, judge, max_new_tokens)
+            depends_on = _depends_on(model, arms, items, presentations, judge, max_new_tokens)
             directory = opened.enter_context(RunDirectory(out, depends_on, model.provenance))
         records = directory.records(_asked_for(arms, items)) if directory else []
         done = {(record["defence"], record["draw"], record["presentation"], record["query"]) for record in records}
@@ -366,29 +368,26 @@ def _require_presentable(queries: Sequence[Query], presentations: Sequence[Prese
 
 def _depends_on(
     model: HookedModel,
-    defences: Mapping[str, tuple[Defence, ...]],
+    arms: Sequence[_Arm],
     queries: Sequence[Query],
     presentations: Sequence[Presentation],
     judge: Judge,
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """What the records depend on. Arms that show the same prompts share their digest."""
-    presented = {
-        (name, draw, p.name): d.present(p) for name, draws in defences.items() for draw, d in enumerate(draws) for p in presentations
-    }
-    digests = {id(each): shown(each, queries) for each in presented.values()}
+    digests = {number: shown(each, queries) for number, each in {id(arm.shown): arm.shown for arm in arms}.items()}
+    defences: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
+        draws = defences.setdefault(arm.name, [])
+        if arm.draw == len(draws):
+            draws.append({"plan": of_plan(arm.defence.intervention), "shows": {}})
+        draws[arm.draw]["shows"][arm.presentation.name] = digests[id(arm.shown)]
     return {
         **configuration(model, queries, presentations),
         "judge": {"name": judge.name, "content": content(judge, f"the judge {judge.name!r}")},
         "max_new_tokens": max_new_tokens,
         "generation": generation_settings(model.hf),
-        "defences": {
-            name: [
-                {"plan": d.intervention.fingerprint, "shows": {p.name: digests[id(presented[name, draw, p.name])] for p in presentations}}
-                for draw, d in enumerate(draws)
-            ]
-            for name, draws in defences.items()
-        },
+        "defences": defences,
     }
 
 

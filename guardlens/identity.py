@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import types
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -11,12 +12,18 @@ import torch
 from torch import nn
 
 from guardlens.architectures import KNOWN, facts
-from guardlens.condition import foreign_hooks, hook_name
+from guardlens.condition import KNOWN_TO_HOOK, foreign_hooks, hook_name, origin
 from guardlens.contents import content
+from guardlens.errors import PresentationError
+from guardlens.interventions import Intervention
+from guardlens.interventions.edits import Custom, Turned
 from guardlens.model import HookedModel
 from guardlens.prompts import words_of
 from guardlens.queries import Presentation, Query
 from guardlens.storage import digest
+
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+"""What a module may keep as an attribute and call."""
 
 
 def configuration(model: HookedModel, queries: Sequence[Query], presentations: Sequence[Presentation]) -> dict[str, Any]:
@@ -41,16 +48,36 @@ def configuration(model: HookedModel, queries: Sequence[Query], presentations: S
 
 
 def shown(presentation: Presentation, queries: Sequence[Query]) -> str:
-    """A digest of the prompts that a presentation makes of queries: texts, system prompts and pixels, whatever its own fields say."""
-    found, last, its_digest = hashlib.sha256(), None, ""
-    for query in queries:
+    """A digest of the prompts that a presentation makes of queries: texts, system prompts and pixels, whatever its own fields say.
+
+    Raises:
+        PresentationError: It shows the first query otherwise when it is asked again, so that nothing says what a run will be shown.
+    """
+    found, first, parts = hashlib.sha256(), None, []
+    known: list[Any] = [None, ""]  # the last image and its digest: one image is shown to many
+    for query in (*queries, queries[0]):
         prompt = presentation(query)
-        found.update(content(replace(prompt, images=()), f"a prompt of {presentation.name!r}").encode())
+        parts = [content(replace(prompt, images=()), f"a prompt of {presentation.name!r}")]
         for image in prompt.images:
-            if image is not last:
-                last, its_digest = image, content(image)
-            found.update(its_digest.encode())
+            if image is not known[0]:
+                known = [image, content(image)]
+            parts.append(known[1])
+        first = parts if first is None else first
+        found.update("".join(parts).encode())
+    if parts != first:
+        raise PresentationError(
+            f"the presentation {presentation.name!r}, which shows query {queries[0].id!r} otherwise every time",
+            "the same prompt of the same query",
+            "draw from a seed and query.id, as presentations.noise does; or leave out= away",
+        )
     return found.hexdigest()[:12]
+
+
+def of_plan(plan: Intervention) -> str:
+    """What a plan does: its fingerprint, and the code of custom functions, for which a fingerprint has their names alone."""
+    edits = [step.edit.edit if isinstance(step.edit, Turned) else step.edit for step in plan.steps]
+    functions = [edit.fn for edit in edits if isinstance(edit, Custom)]
+    return "-".join([plan.fingerprint, *([content(functions, "the custom functions of a plan")] if functions else [])])
 
 
 def of_model(model: HookedModel) -> dict[str, Any]:
@@ -62,6 +89,7 @@ def of_model(model: HookedModel) -> dict[str, Any]:
         "computed": _computed(model.hf),
         "autocast": _autocast(model.hf.device.type),
         "names": {f.name: [*named] for f in fields(KNOWN) if (named := getattr(model.names, f.name)) != getattr(KNOWN, f.name)},
+        "code": _code(model.hf),
         "hooks": [f"{path}: {hook_name(hook)}, {content(hook, f'the hook {hook_name(hook)}')}" for path, hook in foreign_hooks(model.hf)],
         "processor": of_processor(model.processor),
     }
@@ -83,7 +111,7 @@ def _tokenizer(words: Any) -> str:
     said = {name: getattr(words, name, None) for name in ("special_tokens_map", "clean_up_tokenization_spaces", "split_special_tokens")}
     backend = getattr(words, "backend_tokenizer", None)
     if backend is None:
-        return content([type(words).__qualname__, words.get_vocab(), {name: str(value) for name, value in said.items()}])
+        return content([type(words).__qualname__, sorted(words.get_vocab().items()), {name: str(value) for name, value in said.items()}])
     whole = json.loads(backend.to_str())
     whole |= {"padding": None, "truncation": None}  # settings of the last call
     return digest(type(words).__qualname__.encode(), json.dumps(whole, sort_keys=True).encode(), repr(said).encode())
@@ -95,7 +123,7 @@ def _said(processor: Any) -> dict[str, Any]:
     inner: dict[str, Any] = {name: getattr(processor, name, None) for name in ("image_processor", "video_processor", "feature_extractor")}
     parts = {name: {"kind": type(part).__name__, **part.to_dict()} for name, part in inner.items() if hasattr(part, "to_dict")}
     return json.loads(
-        json.dumps({"kind": type(processor).__name__, **own, **parts} | {"chat_template": None, "tokenizer": None}, default=str)
+        json.dumps({"kind": type(processor).__name__, **own, **parts} | {"chat_template": None, "tokenizer": None}, default=content)
     )
 
 
@@ -113,11 +141,38 @@ def _computed(hf: nn.Module) -> str:
     return digest(*(each.encode() for each in found))
 
 
+def _code(hf: nn.Module) -> str:
+    """A digest of the code that is none of an installed package's: of modules' classes, of a forward or an attention put in their place."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    modules = [*hf.modules()]
+    kinds = {type(module): None for module in modules}
+    names = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in modules}
+    attentions = {
+        name: function for name, function in ALL_ATTENTION_FUNCTIONS.items() if name in names and origin(function) not in KNOWN_TO_HOOK
+    }
+    return content(
+        [[(kind, kind.forward) for kind in kinds], [list(each) for each in sorted(attentions.items())], _functions(modules)],
+        "the model's code",
+    )
+
+
+def _functions(modules: Sequence[nn.Module]) -> list[Any]:
+    """The functions that modules keep as attributes, such as an activation, but for those by which packages move and wrap a model."""
+    kept = [(name, each) for module in modules for name, each in vars(module).items() if isinstance(each, FUNCTIONS) and name != "forward"]
+    return [[name, each] for name, each in kept if name[0] != "_" and origin(each) not in {*KNOWN_TO_HOOK} - {"torch"}]
+
+
 def _autocast(device: str) -> str:
     """The precision that autocast runs in; empty where it is off."""
     return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else ""
 
 
 def _spelt(presentation: Presentation) -> str:
-    """For people: how a presentation prints, without the places of objects in memory."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(presentation))
+    """For people: how a presentation of guardlens prints, and the kind of any other, which may print otherwise in every process."""
+    return repr(presentation) if _printed_alike(presentation) else type(presentation).__qualname__
+
+
+def _printed_alike(presentation: Any) -> bool:
+    inner = [each for each in getattr(presentation, "__dict__", {}).values() if callable(each)]
+    return type(presentation).__module__.startswith("guardlens.") and all(map(_printed_alike, inner))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import normalizers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import guardlens as gl
 from guardlens import defences, errors, presentations
@@ -73,6 +74,18 @@ def epsilon(model):
     block(model).input_layernorm.variance_epsilon = 0.1
 
 
+def activation(model):
+    block(model).mlp.act_fn = torch.nn.Tanh().eval()
+
+
+def causal(model):
+    block(model).self_attn.is_causal = False
+
+
+def kept_function(model):
+    model.hf.model.get_image_features = lambda *args, **options: None
+
+
 def half(model):
     model.hf.bfloat16()
 
@@ -98,6 +111,9 @@ CHANGES = {
     frequencies: "model.computed",
     eye_layer: "model.config.vision_feature_layer",
     epsilon: "model.constants",
+    activation: "model.constants",
+    causal: "model.constants",
+    kept_function: "model.code",
     half: "model.weights",
     template: "model.processor.template",
     normaliser: "model.processor.tokenizer",
@@ -207,6 +223,27 @@ def test_a_forward_that_was_replaced_counts(model):
     assert whole(model) == after
 
 
+def test_a_forward_of_a_class_that_was_replaced_counts(model, monkeypatch):
+    before, kind = whole(model), type(block(model).mlp)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, states: 2 * forward(self, states))
+    assert first_difference(before, whole(model))[0] == "model.code"
+
+
+def test_an_attention_of_ones_own_counts(model, monkeypatch):
+    def attention(factor):
+        return lambda module, query, *args, **options: ALL_ATTENTION_FUNCTIONS["sdpa"](module, factor * query, *args, **options)
+
+    found = [whole(model)]
+    model.hf.set_attn_implementation("eager")
+    assert whole(model) == found[0]
+    for factor in (2, 3):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", attention(factor))
+        model.hf.set_attn_implementation("sdpa")
+        found.append(whole(model))
+    assert first_difference(found[0], found[1])[0] == first_difference(found[1], found[2])[0] == "model.code"
+
+
 def test_autocast_counts(model):
     before = whole(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -293,6 +330,42 @@ class TestEvaluate:
         ask("please . ")
         with pytest.raises(errors.MismatchError, match=r"made with defences\.said"):
             ask("now . ")
+
+    def test_a_defence_is_asked_once_what_it_shows(self, model, tmp_path):
+        words = iter(["please . ", "now . "])
+        arm = defences.Defence("said", present=lambda inner: presentations.framed(inner, before=next(words)))
+        once = defences.Defence("said", present=lambda inner: presentations.framed(inner, before="please . "))
+        for asked in (arm, once):
+            table = gl.evaluate(model, {"said": asked}, QUERIES, text_only, out=tmp_path, **ASKED)
+        assert len(table) == 2 and next(words) == "now . "
+
+    def test_a_function_counts_beside_its_name(self, model, tmp_path):
+        def ask(factor):
+            plan = gl.interventions.custom(lambda states, context: states * factor, name="scale").at(layers=3)
+            gl.evaluate(model, {"scaled": plan}, QUERIES, text_only, out=tmp_path / "answers", **ASKED)
+            gl.collect(model, QUERIES, text_only, plan, out=tmp_path / "states", progress=False)
+
+        ask(2)
+        ask(2)
+        with pytest.raises(errors.MismatchError, match=r"made with defences\.scaled"):
+            ask(3)
+
+
+class Drawn:
+    """What a notebook may draw: other pixels whenever it is asked."""
+
+    name = "drawn"
+
+    def __init__(self):
+        self.random = np.random.default_rng(0)
+
+    def __call__(self, query):
+        return Prompt(query.text, (Image.fromarray(self.random.integers(0, 255, (8, 8, 3), dtype=np.uint8)),))
+
+
+def test_what_is_shown_otherwise_every_time_is_refused(model, tmp_path):
+    with pytest.raises(errors.PresentationError, match=r"'drawn', which shows query '\w+' otherwise every time"):
+        gl.collect(model, QUERIES, Drawn(), out=tmp_path, progress=False)
 
 
 def test_collect_refuses_another_processor(model, tmp_path):

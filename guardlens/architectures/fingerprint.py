@@ -27,8 +27,8 @@ WITHOUT_EFFECT = {
 }
 """Entries of a config that change no state of a prompt."""
 
-GROWING = {"max_seq_len_cached"}
-"""Numbers that modules keep and that change as they run."""
+PASSING = {"max_seq_len_cached", "compute_type_is_set", "training", "gradient_checkpointing", "loss_type"} | WITHOUT_EFFECT
+"""Attributes of modules that change as they run, or that change no state."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,14 +181,18 @@ def _effective(config: Any) -> Any:
 
 
 def _constants(hf: nn.Module) -> str:
-    """A digest of the numbers that modules keep as plain attributes: the epsilon of a norm, the scale of an attention."""
-    found = [
-        f"{path}.{name}={value!r}"
-        for path, module in hf.named_modules()
-        for name, value in sorted(vars(module).items())
-        if type(value) in (int, float) and not name.startswith("_") and name not in GROWING
-    ]
+    """A digest of what modules are (which activation), and of what they keep as plain attributes: the epsilon of a norm, the scale of an
+    attention, whether it is causal.
+    """
+    found = []
+    for path, module in hf.named_modules():
+        plain = {name: value for name, value in vars(module).items() if _is_plain(value) and name[0] != "_" and name not in PASSING}
+        found.append(f"{path}: {type(module).__qualname__} {sorted(plain.items())}")
     return digest(*(each.encode() for each in found))
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (int, float, bool, str) or (type(value) in (list, tuple) and all(map(_is_plain, value)))
 
 
 def _adapters(hf: nn.Module) -> list[str]:
