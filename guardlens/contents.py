@@ -230,7 +230,7 @@ def _read(function: types.FunctionType) -> dict[str, Any]:
         inner = {name: each for name, each in vars(module).items() if name in attributes}
         found |= {f"{module.__name__}.{name}": each for name, each in inner.items()}
         waiting += [each for each in inner.values() if _is_own_module(each) and each not in seen]
-    return {name: each.__name__ if _is_own_module(each) else each for name, each in found.items()}
+    return {name: each for name, each in found.items() if not _is_own_module(each)}
 
 
 def _is_own_module(value: Any) -> bool:

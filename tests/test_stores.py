@@ -314,7 +314,7 @@ class TestResume:
             ask(llm, tmp_path, ["how to mend the hat ?"], text_only)
 
     def test_a_custom_plan_is_refused(self, vlm, tmp_path):
-        with pytest.raises(errors.StorageError, match="rebuild a plan with custom functions in code"):
+        with pytest.raises(errors.StorageError, match="a function without a name"):
             ask(vlm, tmp_path, TEXTS, GREY, iv.custom(lambda states, context: states))
 
     def test_a_directory_of_something_else(self, tmp_path):
