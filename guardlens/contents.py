@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -233,7 +233,7 @@ def _read(function: types.FunctionType) -> dict[str, Any]:
     return {name: each for name, each in found.items() if not _is_own_module(each)}
 
 
-def _is_own_module(value: Any) -> bool:
+def _is_own_module(value: Any) -> TypeGuard[types.ModuleType]:
     return isinstance(value, types.ModuleType) and _of_ones_own(value.__name__)
 
 
