@@ -220,11 +220,13 @@ class AnswerKL:
         object.__setattr__(self, "tokens", as_count(self.tokens, "tokens", PlanError, "say AnswerKL(tokens=16)"))
 
     def answer(self, model: Any, kept: Any) -> Answer:
-        """What the unedited model says, its end included."""
+        """What the unedited model says, its end included; what fills up answers that ended otherwise (by a stop string) is left out."""
         tokens = model.run(kept, new_tokens=self.tokens).tokens[0]
         ends = model.hf.generation_config.eos_token_id
         ended = torch.isin(tokens, torch.tensor([] if ends is None else ends, dtype=tokens.dtype, device=tokens.device).flatten())
-        return Answer(tokens, ended.cumsum(1) - ended.long() == 0)
+        filled = (tokens == model._pad_token_id).flip(1).cumprod(1).flip(1).bool() & ~ended
+        filled[:, 0] = False
+        return Answer(tokens, (ended.cumsum(1) - ended.long() == 0) & ~filled)
 
     def __call__(
         self, logits: Float[Tensor, "query token vocab"], base: Float[Tensor, "query token vocab"], answer: Answer

@@ -3,10 +3,14 @@ import pytest
 import torch
 from hypothesis import given
 from scipy import special, stats
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import guardlens as gl
 from guardlens import errors
-from guardlens.scores import KL, RefusalLogOdds, Score, kl, refusal_logodds
+from guardlens.scores import KL, AnswerKL, RefusalLogOdds, Score, kl, refusal_logodds
 from tests.strategies import gaussian, seeds
+from tests.zoo.family import build, tokenizer
+from tests.zoo.text import TEMPLATE
 
 
 class Words:
@@ -55,3 +59,17 @@ def test_kl_is_from_base_to_edited(seed):
 def test_scores_have_names_and_units():
     assert isinstance(kl, Score) and isinstance(refusal_logodds, Score)
     assert (KL().name, RefusalLogOdds().name) == ("kl", "refusal_logodds") and "nats" in kl.unit and "nats" in refusal_logodds.unit
+
+
+def test_what_fills_up_an_answer_that_a_stop_string_ended_is_not_of_it():
+    """As long as each answer is alone, where nothing must be filled up."""
+    words, sizes = tokenizer(TEMPLATE), {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = gl.load(build(LlamaForCausalLM, LlamaConfig(vocab_size=len(words), **sizes)), processor=words)
+    texts = ["How to fold a paper boat?", "What is a boat?", "Say a word."]
+    kept = model.prefill(model.batch(texts))
+    said, *others = ([words.decode(token) for token in model.run(model.batch(text), new_tokens=12).tokens[0, 0]] for text in texts)
+    stop = next(text for text in said[2:10] if text.isascii() and not any(text in "".join(other) for other in others))
+    model.hf.generation_config.stop_strings = [stop]
+    alone = [model.run(model.batch(text), new_tokens=12).tokens.shape[2] for text in texts]
+    assert model.hf.generation_config.eos_token_id != words.pad_token_id and alone[0] < max(alone)
+    assert AnswerKL(12).answer(model, kept).real.sum(1).tolist() == alone
