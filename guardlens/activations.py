@@ -1,7 +1,6 @@
 """Hidden states as data: the whole tensors of one run (`ActivationCache`) and one vector per query and layer (`Activations`)."""
 
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, replace
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens import notebooks
-from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count, quoted, require_type
+from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count, quoted, require_type, warn
 from guardlens.queries import Query, counted
 from guardlens.sites import HOOKS, Point, numbered, parse
 from guardlens.storage import Provenance, load_tensors, reading, require_path, save_tensors
@@ -169,8 +168,10 @@ class ActivationCache(Mapping[str, Tensor]):
             next_step = 'load the model with attn_implementation="eager", which alone computes patterns'
         else:
             next_step = "ask for it with names_filter"
+        layers = [point.layer for point in self._tensors if point.hook == hook]
         kinds = ", ".join(dict.fromkeys(point.hook for point in self._tensors))
-        return SiteError(f"no {what} in this cache", f"what it holds: {kinds}", next_step)
+        held = f"a layer of {hook} that it holds: {layers}" if any(layer is not None for layer in layers) else f"what it holds: {kinds}"
+        return SiteError(f"no {what} in this cache", held, next_step)
 
     def _matters(self, term: Tensor, layer: int) -> bool:
         """Whether a term is more than rounding."""
@@ -299,7 +300,7 @@ class Activations:
                 f"{len(self.queries)} queries without a single pair", "harmful queries with harmless twins", "collect QueryPairs"
             )
         if lame := len(sides) - len(whole):
-            warnings.warn(f"{lame} of {len(sides)} pairs lack a twin and are left out", stacklevel=3)
+            warn(f"{lame} of {len(sides)} pairs lack a twin and are left out")
         return torch.tensor([side["harmful"] for side in whole]), torch.tensor([side["harmless"] for side in whole])
 
     def at(self, layer: int) -> Float[Tensor, "query d_model"]:

@@ -1,6 +1,5 @@
 """What of guardlens works on a model: each capability tried, against raw PyTorch where there is something to compare."""
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from guardlens.architectures.names import BESIDES
 from guardlens.batches import Batch
 from guardlens.condition import require_ready
 from guardlens.directions import from_vectors
-from guardlens.errors import GuardlensError, ModelError
+from guardlens.errors import GuardlensError, ModelError, warn
 from guardlens.model import HookedModel
 from guardlens.queries import text_only
 from guardlens.sites import Site
@@ -64,10 +63,10 @@ def require_sound(model: HookedModel) -> None:
                 "parts that compute the model's own logits, alone and in a batch",
                 "see what `guardlens check` says of it; if a part was mistaken, gl.load(..., names={part: path}) names the right one",
             )
-    warn_of_more(model, stacklevel=4)
+    warn_of_more(model)
 
 
-def warn_of_more(model: HookedModel, stacklevel: int = 3) -> None:
+def warn_of_more(model: HookedModel) -> None:
     """Say so where a model of a family that guardlens's tests do not know adds something else than attention and MLP.
 
     Warns:
@@ -78,7 +77,7 @@ def warn_of_more(model: HookedModel, stacklevel: int = 3) -> None:
     finding = _try("residual stream adds up", _residual, model)
     if finding.works is False:
         family = f"{type(model.hf).__name__}, a family that is new to guardlens,"
-        warnings.warn(f"{family} has attn_out or mlp_out that are not what its blocks add ({finding.detail})", stacklevel=stacklevel)
+        warn(f"{family} has attn_out or mlp_out that are not what its blocks add ({finding.detail})")
 
 
 def _try(name: str, trial: Callable[[HookedModel], tuple[bool | None, str]], model: HookedModel) -> Finding:

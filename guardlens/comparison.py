@@ -1,6 +1,5 @@
 """`compare`: how separable harmful and harmless are in the LLM and in the VLM, layer by layer, with paired intervals."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from guardlens import separability as sep
 from guardlens.activations import Activations
 from guardlens.directions import Directions, warn_of_own_queries
-from guardlens.errors import MismatchError, NumericsError, as_count, one_of, quoted, require_type
+from guardlens.errors import MismatchError, NumericsError, as_count, one_of, quoted, require_type, warn
 from guardlens.intervals import Interval, percentile, resample_counts
 from guardlens.queries import Query, require_labels
 from guardlens.sites import require_same_space
@@ -274,4 +273,4 @@ def _warn_of_undefined(rows: Sequence[Mapping[str, Any]]) -> None:
             layers.setdefault((f"the interval of {metric}", run, "it is so in more than 5 % of the resamples"), []).append(row["layer"])
     if layers:
         said = "; ".join(f"{what} of {run!r} at the layers {where}, as {why}" for (what, run, why), where in layers.items())
-        warnings.warn(f"undefined (nan): {said}", stacklevel=3)
+        warn(f"undefined (nan): {said}")

@@ -1,6 +1,5 @@
 """The condition that a model must be in, so that what is measured is the model itself."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -9,7 +8,7 @@ from torch import nn
 
 from guardlens.architectures import require_parts_alone, unwrapped
 from guardlens.attachment import Attachment, require_uncompiled
-from guardlens.errors import ModelError
+from guardlens.errors import ModelError, warn
 
 KNOWN_TO_HOOK = ("accelerate", "bitsandbytes", "guardlens", "nnsight", "peft", "torch", "transformers")
 """Packages whose hooks belong to the model as it was loaded."""
@@ -42,7 +41,7 @@ def require_ready(hf: Any) -> None:
             )
     for path, hook in foreign_hooks(hf):
         where = path or type(hf).__name__
-        warnings.warn(f"what guardlens measures includes the hook {hook_name(hook)} on {where}; remove it if it is left over", stacklevel=5)
+        warn(f"what guardlens measures includes the hook {hook_name(hook)} on {where}; remove it if it is left over")
 
 
 def foreign_hooks(hf: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -1,6 +1,5 @@
 """Directions that carry safety: one orthonormal basis per layer, from paired or labelled activations."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from guardlens import notebooks
 from guardlens.activations import Activations
-from guardlens.errors import MismatchError, NumericsError, SiteError, as_count, require_type
+from guardlens.errors import MismatchError, NumericsError, SiteError, as_count, require_type, warn
 from guardlens.queries import Query, require_labels
 from guardlens.sites import numbered, parse, require_same_space
 from guardlens.storage import Provenance, bytes_of, digest, load_tensors, reading, require_related, save_tensors
@@ -368,10 +367,9 @@ def warn_of_own_queries(directions: Directions, queries: Sequence[Query]) -> Non
     known = set(directions.made_from)
     own = sum(digest(query.text.encode()) in known for query in queries)
     if own:
-        warnings.warn(
+        warn(
             f"{own} of the {len(queries)} queries made the directions {directions.method!r}, which part these better than new ones: "
             "measure them on other queries",
-            stacklevel=3,
         )
 
 
@@ -561,5 +559,5 @@ def _directions(
     there = made.vectors.any(-1).sum(-1).tolist()
     if few := {layer: number for layer, number in zip(activations.layers, there, strict=True) if number < made.rank}:
         places = ", ".join(f"{number} of {made.rank} at layer {layer}" for layer, number in few.items())
-        warnings.warn(f"{method} has fewer directions than rows ({places}): harmful and harmless differ in no more", stacklevel=3)
+        warn(f"{method} has fewer directions than rows ({places}): harmful and harmless differ in no more")
     return made

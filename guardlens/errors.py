@@ -13,6 +13,8 @@
 Each has the three parts as `found`, `expected` and `next_step`.
 """
 
+import sys
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from math import isfinite, nan
 from numbers import Real
@@ -43,6 +45,23 @@ class GuardlensError(Exception):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.found, self.expected, self.next_step)
+
+
+def warn(message: str) -> None:
+    """Warn, at the line of the user's own that led here: so the same note is shown once for it, and in its place.
+
+    Examples:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as seen:
+        ...     warnings.simplefilter("always")
+        ...     gl.errors.warn("a pair lacks its twin")
+        >>> str(seen[0].message)
+        'a pair lacks its twin'
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("guardlens", "contextlib", "functools"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def require_type(value: object, kind: type, error: type[GuardlensError], next_step: str) -> None:

@@ -103,7 +103,10 @@ class Evaluation(Table):
             shown for shown in presentations if not (len(frame) and isinstance(shown, str) and (frame["presentation"] == shown).any())
         ]
         if lacking or not presentations:
-            raise MismatchError(f"no rows of {quoted(defence)} with {quoted(tuple(lacking))}", "an arm that was evaluated", "see .arms()")
+            known = [list(dict.fromkeys(map(str, self.columns[name]))) if len(self) else [] for name in ("defence", "presentation")]
+            raise MismatchError(
+                f"no rows of {quoted(defence)} with {quoted(tuple(lacking))}", f"one of {known[0]} with some of {known[1]}", "see .arms()"
+            )
         frame = frame[(frame["label"] == label) & frame["presentation"].isin(presentations)]
         odd = frame[~frame["verdict"].isin(get_args(Verdict))]
         if len(odd):

@@ -2,13 +2,12 @@
 
 import os
 import struct
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guardlens.errors import PresentationError
+from guardlens.errors import PresentationError, warn
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,7 +74,7 @@ def _in_rgb(image: "Image.Image", whose: str) -> "Image.Image":
 
     image.load()
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo of many phones, which viewers show as one picture
-        warnings.warn(f"an image of {whose} has {image.n_frames} frames, of which one is shown", stacklevel=2)  # type: ignore[attr-defined]
+        warn(f"an image of {whose} has {image.n_frames} frames, of which one is shown")  # type: ignore[attr-defined]
     if image.mode in ("I", "F"):
         raise _no_picture(f"an image of mode {image.mode!r}, whose black and white are not known", whose, "scale it to 0..255 as uint8")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:

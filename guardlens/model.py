@@ -1,6 +1,5 @@
 """`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -29,6 +28,7 @@ from guardlens.errors import (
     one_of,
     quoted,
     require_type,
+    warn,
 )
 from guardlens.generation import flat, merged, require_one_answer, require_options, require_stepwise
 from guardlens.interventions import Intervention, nothing
@@ -486,7 +486,7 @@ class HookedModel:
             return queries
         items = as_queries(queries)  # once: it may be a generator
         if presentation is None and self.sees_images and any(query.images for query in items):
-            warnings.warn("images of queries are not shown: ask with presentations.own to show them, or with text_only", stacklevel=3)
+            warn("images of queries are not shown: ask with presentations.own to show them, or with text_only")
         return self.batch(items, shown)
 
     def to_logits(self, states: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape vocab"]:
@@ -619,7 +619,7 @@ class HookedModel:
             raise QueryError(found, "no more tokens than positions", "shorten the query or what is put around it")
         factors = [scaled.get("factor") or 1 for scaled in (rope, *rope.values()) if isinstance(scaled, dict)]
         if tokens > limit * max(factors, default=1):
-            warnings.warn(f"{found}: it was not trained on so long a text", stacklevel=3)
+            warn(f"{found}: it was not trained on so long a text")
 
     @cached_property
     def _needs_positions(self) -> bool:

@@ -1,6 +1,5 @@
 """`activation_patching`: states of another run put into this one, layer by layer or head by head: where does what differs pass through?"""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from guardlens import interventions as iv
 from guardlens.check import warn_of_more
-from guardlens.errors import MismatchError, NumericsError, PlanError, is_several, one_of, quoted, require_type
+from guardlens.errors import MismatchError, NumericsError, PlanError, is_several, one_of, quoted, require_type, warn
 from guardlens.intervals import per_gap, percentile, resample_counts
 from guardlens.interventions.plan import Intervention
 from guardlens.keeping import Kept, over_prompts, shown
@@ -181,9 +180,8 @@ def activation_patching(
     parts = over_prompts(model, prompts, presentation, work, batch_size)
     values = joined(track(parts, len(items), title, progress), len(items), axis=2).numpy()
     if source != presentation and np.allclose(values[:, -1], values[:, -2], rtol=1e-4, atol=1e-4):
-        warnings.warn(
+        warn(
             f"the source {source.name!r} gives what {presentation.name!r} gives: no patch can change anything, and 'recovered' is nan",
-            stacklevel=2,
         )
     facts = {
         "presentation": presentation.name,

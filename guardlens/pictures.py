@@ -57,7 +57,8 @@ def _repeated(value: Any, times: int) -> Any:
         return np.concatenate([value] * times)
     if isinstance(value, list | tuple):
         return value * times
-    return type(value)({name: _repeated(part, times) for name, part in value.items()}) if isinstance(value, Mapping) else value
+    kind: Any = type(value)
+    return kind({name: _repeated(part, times) for name, part in value.items()}) if isinstance(value, Mapping) else value
 
 
 def _equal(mine: Any, expected: Any) -> bool:

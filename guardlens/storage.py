@@ -7,7 +7,6 @@ import json
 import os
 import re
 import socket
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from guardlens.errors import GuardlensError, MismatchError, StorageError, quoted, require_type
+from guardlens.errors import GuardlensError, MismatchError, StorageError, quoted, require_type, warn
 
 FORMAT = 2
 """Of saved files; one of another format is refused."""
@@ -423,7 +422,7 @@ def records_in(directory: Path, key: Callable[[dict[str, Any]], Hashable] = json
     lines, run = [line for line in whole.split(b"\n") if line.strip()], run_of(directory)
     found = [each for line in lines for each in _keyed(line, key, run)]
     if lost := len(lines) - len(found):
-        warnings.warn(f"{lost} of {len(lines)} records in {file} can't be read or aren't of this run; they are made again", stacklevel=3)
+        warn(f"{lost} of {len(lines)} records in {file} can't be read or aren't of this run; they are made again")
     first: dict[Hashable, dict[str, Any]] = {}
     for name, record in found:
         first.setdefault(name, record)
@@ -471,7 +470,7 @@ def _lock(directory: Path) -> FileLock:
     except OSError as error:
         if error.errno not in UNLOCKABLE or not (directory / MANIFEST).exists():
             raise
-        warnings.warn(f"{directory} can't be locked ({error.strerror}): see to it that no other process writes there", stacklevel=6)
+        warn(f"{directory} can't be locked ({error.strerror}): see to it that no other process writes there")
         return lock
     with suppress(OSError):  # what says who has it is a courtesy
         (directory / LOCK).write_text(_this_process())

@@ -7,7 +7,6 @@ queries, and reading is a single memory map that no second pass over the data ha
 import json
 import os
 import shutil
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guardlens.errors import StorageError, one_of, quoted
+from guardlens.errors import StorageError, one_of, quoted, warn
 from guardlens.storage import (
     MANIFEST,
     RECORDS,
@@ -117,7 +116,7 @@ class StateStore:
             return self._partial.unlink(missing_ok=True)
         layout = _layout(self._partial)
         if layout is None or layout[2] != self.rows:
-            warnings.warn(f"{self._partial} has a broken header: all its rows are made again", stacklevel=4)
+            warn(f"{self._partial} has a broken header: all its rows are made again")
             return self._partial.unlink()
         start, size, rows = layout
         if self._partial.stat().st_size != start + rows * size:
@@ -135,7 +134,7 @@ class StateStore:
         recorded = _recorded(self.run.path) if self._partial.exists() else {}
         changed = set(_changed(self._partial, recorded))
         if changed:
-            warnings.warn(f"{len(changed)} rows of {self._partial} aren't what was written; they are made again", stacklevel=3)
+            warn(f"{len(changed)} rows of {self._partial} aren't what was written; they are made again")
         return [row for row in range(self.rows) if row not in recorded or row in changed]
 
     def write(self, rows: Sequence[int], states: Float[Tensor, "row layer d_model"], header: Mapping[str, Any]) -> None:

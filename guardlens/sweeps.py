@@ -1,6 +1,5 @@
 """`sweep`: plans at every layer and strength, scored for every query, with a placebo of equal norm beside them."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,6 +23,7 @@ from guardlens.errors import (
     quoted,
     require_type,
     type_of,
+    warn,
 )
 from guardlens.intervals import percentile, resample_counts
 from guardlens.interventions.plan import Intervention, require_plan
@@ -236,15 +236,7 @@ def sweep(
     require_model(model)
     items, presentation = shown(queries, presentation)
     require_told_apart(items, scores)
-    named = dict(plans) if isinstance(plans, Mapping) else {"edit": plans}
-    for name, plan in named.items():
-        require_type(name, str, PlanError, "name each plan by a text")
-        require_plan(plan)
-    bound = next((name for name, plan in named.items() if not plan.free), None)
-    if bound is not None:
-        raise PlanError(
-            f"the plan {bound!r}, whose layers are all set", "a step without layers, for the sweep to move", "leave .at(layers=...) out"
-        )
+    named = _named(plans)
     groups = _groups(range(model.cfg.n_layers) if layers is None else layers)
     strengths = [as_number(each, "strength", PlanError, "say strengths=[0.5, 1.0]") for each in _several(strengths)]
     placebos = as_count(placebos, "placebos", PlanError, "say placebos=0 for none", least=0)
@@ -274,10 +266,9 @@ def _warn_of_no_change(cells: Sequence[Cell], values: Float[np.ndarray, "score r
     for plan in dict.fromkeys(cell.plan for cell in cells):
         edited = [place for place, cell in enumerate(cells) if (cell.plan, cell.arm) == (plan, "edit")]
         if np.allclose(values[:, edited], values[:, -1:], rtol=1e-4, atol=1e-4):
-            warnings.warn(
+            warn(
                 f"the plan {plan!r} changes no score in any cell: its gate is closed for all queries, it edits later tokens than are "
                 "scored, or it puts in what is there already, as the text twin is where no image is shown",
-                stacklevel=3,
             )
 
 
@@ -297,6 +288,23 @@ def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> 
         require_type(score.name, str, PlanError, "name each score by a text")
     if len({score.name for score in scores}) < len(scores):
         raise PlanError("two scores of one name", "a name for each", "say scores.AnswerLogProb(text, name=...)")
+
+
+def _named(plans: Any) -> dict[str, Intervention]:
+    """The plans by name, each with a step that the sweep can move; one alone is called "edit".
+
+    Raises:
+        PlanError: Something else.
+    """
+    named = dict(plans) if isinstance(plans, Mapping) else {"edit": plans}
+    for name, plan in named.items():
+        require_type(name, str, PlanError, "name each plan by a text")
+        require_plan(plan)
+        if not plan.free:
+            raise PlanError(
+                f"the plan {name!r}, whose layers are all set", "a step without layers, for the sweep to move", "leave .at(layers=...) out"
+            )
+    return named
 
 
 def _several(given: Any) -> list[Any]:

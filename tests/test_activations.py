@@ -52,6 +52,9 @@ def test_cache_says_what_it_holds(cache):
         match=r"Found no \('mlp_out', 1\) in this cache\.\nExpected what it holds: embed, resid_pre, resid_post\.\nNext: ask for it",
     ):
         cache["mlp_out", 1]
+    some = ActivationCache({Point("resid_post", layer): torch.zeros(1, 2, 4) for layer in (0, 2)}, n_layers=3)
+    with pytest.raises(errors.SiteError, match=r"no \('resid_post', 1\) in this.*\nExpected a layer of resid_post that it holds: \[0, 2\]"):
+        some["resid_post", 1]
     with pytest.raises(errors.SiteError, match=r"no 'attn_out' in this cache"):
         cache.stack("attn_out")
     with pytest.raises(errors.SiteError, match=r"did you mean 'resid_post'"):

@@ -1,5 +1,7 @@
+import contextlib
 import inspect
 import pickle
+import textwrap
 
 import numpy as np
 import pytest
@@ -63,3 +65,21 @@ def test_what_is_no_finite_number(value):
         errors.as_number(value, "alpha", errors.PlanError, "leave it out")
     with pytest.raises(errors.PlanError, match="a whole number, 1 or more"):
         errors.as_count(torch.tensor(True), "draws", errors.PlanError, "leave it out")
+
+
+def test_a_warning_names_the_line_of_the_user(recwarn):
+    inside = {"__name__": "guardlens.somewhere", "warn": inspect.unwrap(errors.warn), "contextmanager": contextlib.contextmanager}
+    source = """
+        @contextmanager
+        def ready():
+            warn("mind the hook")
+            yield
+
+        def verb():
+            with ready():
+                pass
+        """
+    exec(textwrap.dedent(source), inside)
+    inside["verb"]()
+    (found,) = recwarn
+    assert (found.filename, found.lineno) == (__file__, inspect.currentframe().f_lineno - 2) and found.category is UserWarning
