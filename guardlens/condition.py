@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -12,6 +13,10 @@ from guardlens.errors import ModelError, warn
 
 KNOWN_TO_HOOK = ("accelerate", "bitsandbytes", "guardlens", "nnsight", "peft", "torch", "transformers")
 """Packages whose hooks belong to the model as it was loaded."""
+
+
+_SAID: "WeakKeyDictionary[nn.Module, frozenset[tuple[str, int]]]" = WeakKeyDictionary()
+"""The hooks of other code, by path and identity, that a model had when it was last looked at."""
 
 
 def require_ready(hf: Any) -> None:
@@ -39,9 +44,17 @@ def require_ready(hf: Any) -> None:
                 "evaluation mode",
                 "call model.hf.eval(), and .train() again before you train on",
             )
-    for path, hook in foreign_hooks(hf):
-        where = path or type(hf).__name__
-        warn(f"what guardlens measures includes the hook {hook_name(hook)} on {where}; remove it if it is left over")
+    _say_hooks(hf)
+
+
+def _say_hooks(hf: nn.Module) -> None:
+    """Say which hooks of other code run with a model, each once while it is there: work of many batches looks at each of them."""
+    there = {(path, id(hook)): hook for path, hook in foreign_hooks(hf)}
+    for (path, number), hook in there.items():
+        if (path, number) not in _SAID.get(hf, ()):
+            where = path or type(hf).__name__
+            warn(f"what guardlens measures includes the hook {hook_name(hook)} on {where}; remove it if it is left over")
+    _SAID[hf] = frozenset(there)
 
 
 def foreign_hooks(hf: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:

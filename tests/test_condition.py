@@ -119,6 +119,22 @@ def test_hooks_of_other_code_are_said(vlm, batch, hook, named):
         handle.remove()
 
 
+def test_a_hook_is_said_once_while_it_is_there(vlm, batch):
+    layer = vlm.hf.get_submodule("model.language_model.layers.2")
+
+    def hook(*_):
+        return None
+
+    for _ in range(2):
+        handle = layer.register_forward_hook(hook)
+        with pytest.warns(UserWarning, match="includes the hook") as said:
+            gl.collect(vlm, TEXTS, batch_size=1, progress=False)
+            vlm.run(batch)
+        assert len(said) == 1
+        handle.remove()
+        vlm.run(batch)
+
+
 def test_hooks_that_came_with_the_model_are_not(vlm, batch):
     """Such as those of accelerate and peft."""
 
