@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from guardlens.activations import ActivationCache
-from guardlens.architectures import KNOWN, Architecture, Names, find, fingerprint
+from guardlens.architectures import KNOWN, Architecture, Names, constants, find, fingerprint
 from guardlens.batches import Batch
-from guardlens.condition import require_ready
+from guardlens.condition import foreign_hooks, hook_name, require_ready
 from guardlens.engine import Engine
 from guardlens.errors import (
     MismatchError,
@@ -376,11 +376,11 @@ class HookedModel:
             made = None if batch.padded_right else self._trials.stem(batch, shared)
             if made is not None:
                 checked(made[1][None], batch)
-                return Prefill(batch, *made, models=self.ids)
+                return Prefill(batch, *made, models=self._computing)
             flaw = "the batch is padded on the right" if batch.padded_right else self._trials.flaws["branches", batch.beside_image]
             plain = run_tiles(self._engine, Asked(self.cfg, batch, [nothing]), {}).logits
         assert plain is not None
-        return Prefill(batch, None, plain[0], flaw=flaw, models=self.ids)
+        return Prefill(batch, None, plain[0], flaw=flaw, models=self._computing)
 
     def _begins(self, prefix: Prefix | None, batch: Batch) -> Prefix | None:
         """What of a prefix a batch begins with.
@@ -399,13 +399,21 @@ class HookedModel:
         return together(self.cfg, kept, plans, lambda: self._trials.forks(kept.batch))
 
     def require_own(self, kept: Prefill) -> None:
-        """Refuse prompts that another model has computed, or that another LLM stood beside.
+        """Refuse prompts that another model has computed, or this one before it was changed, or that another LLM stood beside.
 
         Raises:
             MismatchError: As said.
         """
-        if kept.models != self.ids:
-            raise MismatchError(f"prompts kept by {kept.models}", f"those of {self.ids}", "keep them anew with this model")
+        if kept.models != self._computing:
+            before = "" if kept.models[:2] != self.ids else ", before an attribute or a hook of its modules was changed"
+            raise MismatchError(f"prompts kept by {kept.models[:2]}{before}", f"those of {self.ids}", "keep them anew with this model")
+
+    @property
+    def _computing(self) -> tuple[str, ...]:
+        """The ids, and what these don't look at whenever they are asked for: attributes of modules, and hooks."""
+        models = [each.hf for each in (self, self.separate_llm) if each]
+        hooks = [f"{path} {hook_name(hook)} {id(hook)}" for hf in models for path, hook in foreign_hooks(hf)]
+        return (*self.ids, *map(constants, models), *hooks)
 
     def share(self, batch: Batch) -> Prefix | None:
         """What the prompts of a batch begin with alike, computed once; None where it would not save `WORTH` tokens.

@@ -128,7 +128,7 @@ class Prefill:
         logits: The unedited run's, at the last token.
         held: States of other presentations' runs that have been asked for.
         flaw: Why nothing can go on behind them; empty if it can.
-        models: The model that computed them, and the LLM beside it.
+        models: The model that computed them, and the LLM beside it; then how their modules stood, and the hooks on them.
     """
 
     batch: Batch
@@ -136,7 +136,7 @@ class Prefill:
     logits: Float[Tensor, "query vocab"]
     held: dict[Any, Tensor] = field(default_factory=dict)
     flaw: str = ""
-    models: tuple[str, str] = ("", "")
+    models: tuple[str, ...] = ("", "")
 
     def __len__(self) -> int:
         return len(self.batch.queries)

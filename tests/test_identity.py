@@ -140,6 +140,21 @@ def test_a_model_that_changed_is_another_one(model, change):
         model.run(kept)
 
 
+def leftover_hook(model):
+    block(model).mlp.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+@pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook")
+@pytest.mark.parametrize("change", [epsilon, activation, causal, leftover_hook], ids=lambda change: change.__name__)
+def test_prompts_kept_before_a_change_are_refused(model, change):
+    kept, prompts = model.prefill(model.batch(QUERIES, GREY)), gl.keep(model, QUERIES, GREY, progress=False)
+    change(model)
+    plan = gl.interventions.custom(lambda states, context: states)
+    for ask in (lambda: model.run(kept), lambda: gl.sweep(model, plan, prompts, layers=[2], progress=False)):
+        with pytest.raises(errors.MismatchError, match="before an attribute or a hook of its modules was changed"):
+            ask()
+
+
 def test_running_leaves_the_identity_alone(model):
     before, name = whole(model), model.id
     model.generate(QUERIES, GREY, max_new_tokens=3)

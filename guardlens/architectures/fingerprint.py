@@ -76,7 +76,7 @@ def facts(hf: nn.Module, *, anew: bool = False) -> dict[str, Any]:
     marks, kept = _marks(hf, tensors), _unchanged(seen, tensors)
     hashes = {name: kept.get(name) or _hash(hf, name, tensor) for name, tensor in tensors.items()}
     weights = digest(*(f"{name} {hashed}".encode() for name, hashed in sorted(hashes.items())))
-    found = {"weights": weights, "config": _effective(_config_of(hf)), "constants": _constants(hf), "adapters": _adapters(hf)}
+    found = {"weights": weights, "config": _effective(_config_of(hf)), "constants": constants(hf), "adapters": _adapters(hf)}
     _SEEN[hf] = _Seen([ref(t) for t in tensors.values()], marks, hashes, digest(json.dumps(found, sort_keys=True).encode()))
     return found
 
@@ -180,7 +180,7 @@ def _effective(config: Any) -> Any:
     return config if config is None or isinstance(config, bool | int | float | str) else str(config)
 
 
-def _constants(hf: nn.Module) -> str:
+def constants(hf: nn.Module) -> str:
     """A digest of what modules are (which activation), and of what they keep as plain attributes: the epsilon of a norm, the scale of an
     attention, whether it is causal.
     """
