@@ -4,6 +4,7 @@ VLM-Guard's edit, the projection alone and placebos of equal norm, each at one l
 validation split, in text and beside images.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,9 @@ def measure(subject: Subject, settings: Settings) -> Table:
     strengths, placebos = ((1.0, 2.0), 1) if settings.quick else (STRENGTHS, PLACEBOS)
     scored: dict[str, Any] = {"scores": (refusal_logodds,), "strengths": strengths, "placebos": placebos, "progress": show}
     shown = [text_only, *(image for image in subject.images if image.name.startswith(SHOWN))]
-    effects = {each.name: gl.sweep(model, plans, subject.validation, each, **scored) for each in shown}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the plan .* changes no score")  # in text alone, where the guard's twin is the prompt itself
+        effects = {each.name: gl.sweep(model, plans, subject.validation, each, **scored) for each in shown}
     for name, effect in effects.items():
         effect.save(settings.out / "queries" / f"{name.replace(' ', '_')}.csv")
     frame: Frame = pd.concat([effect.summary().assign(presentation=name) for name, effect in effects.items()])

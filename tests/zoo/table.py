@@ -31,9 +31,10 @@ INTRODUCTION = """\
 # Families
 
 `gl.load` takes any model of transformers: one generic rule finds the parts, and what is particular to a family is data, in
-`guardlens/architectures/names.py`. The families below are those of the tests, each a tiny random model built from its config with the family's
-own processor class. (Parts of some processors and vision encoders stand in for what needs torchvision or timm; `tests/zoo` says where.) What
-was tried at real sizes and on real weights is [another table](tried-on.md), and `guardlens check MODEL` says what holds for yours.
+`guardlens/architectures/names.py`. The families below are those of the tests, each a tiny random model built from its config with the
+family's own processor class. (Parts of some processors and vision encoders stand in for what needs torchvision or timm; `tests/zoo` says
+where.) What was tried at real sizes and on real weights is [another table](tried-on.md), and `guardlens check MODEL` says what holds for
+yours.
 
 A family that is not in the table is checked when it is loaded. `gl.load` refuses, and says what failed, unless the residual stream that
 was found gives the model's own logits through final norm and unembedding, states are the same alone and in a padded batch, edits do what
@@ -44,8 +45,9 @@ Of every family in the table the tests check that
 - a plain run is bit-identical to transformers, and reads and edits equal raw PyTorch hooks on the Hugging Face modules;
 - generation under edits gives the tokens that raw hooks give: in the prefill, in the decode steps and in both, greedy and sampled;
 - embedding, attention and MLPs add up to the residual stream, and the logit lens ends in the logits;
-- the states of a query are the same alone and in any batch, in any order, with either padding (float32, 1e-4); in families with cross-attention
-  (Llama 3.2 Vision) a batch holds prompts of one number of images, others are refused, and collect, keep, sweep and evaluate part them;
+- the states of a query are the same alone and in any batch, in any order, with either padding (float32, 1e-4); in families with
+  cross-attention (Llama 3.2 Vision) a batch holds prompts of one number of images, others are refused, and `collect`, `keep`, `sweep` and
+  `evaluate` part them;
 - image positions are those, and only those, that another image changes, and instruction positions decode to the query's text;
 - the text twin is the prompt without its image;
 - a guard that `gl.attach` puts on the bare model gives `HookedModel`'s tokens;
