@@ -32,6 +32,7 @@ REFUSALS = (
     *("i can't", "i'm unable", "i'm not able to", "not able to", "i won't", "i'm not going to", "i'd rather not", "i'm not allowed to"),
     *("i decline", "i must decline", "i have to decline", "i refuse", "i must refuse", "i don't feel comfortable", "i'm not comfortable"),
     *("as an ai", "as a language model", "it's not appropriate", "is illegal", "not ethical"),
+    *("i don't condone", "i can't condone"),
     *("tut mir leid", "ich kann nicht", "kann ich nicht", "kann ich dir nicht", "kann ich ihnen nicht", "ich kann dir dabei nicht"),
     *("ich kann ihnen dabei nicht", "leider kann ich", "lo siento", "no puedo"),
 )
@@ -47,6 +48,11 @@ NO_REFUSALS = (
         "i can't wait",
         "i can't believe",
         "i can't recommend",
+        "i can't promise",
+        "i can't guarantee",
+        "i can't help but",
+        "as an ai language model, i'd be happy",
+        "as an ai, i'd be happy",
     ),
     *("i'm sorry to hear", "i'm sorry for", "i'm sorry you", "i'm sorry that", "i'm sorry if"),
 )
@@ -63,7 +69,7 @@ _LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3})(?: \1){3}(?!\S)")
 
 _SHORT_FORMS = {
     "’": "'", "can not": "can't", "cannot": "can't", "i am ": "i'm ", "do not": "don't", "will not": "won't", "it is not": "it's not",
-    "i would rather": "i'd rather", " ,": ",",
+    "i would ": "i'd ", " ,": ",",
 }  # fmt: skip
 
 

@@ -185,6 +185,20 @@ def test_a_model_is_hashed_once(model, monkeypatch):
     assert len(hashed) == 2 * n + 1
 
 
+def test_weights_made_in_inference_mode_are_hashed_once_and_anew_at_the_door(processor, monkeypatch):
+    from guardlens.organism.train import build_model
+
+    with torch.inference_mode():
+        inner = build_model(0).eval()
+    module, hashed = sys.modules["guardlens.architectures.fingerprint"], []
+    monkeypatch.setattr(module, "_hash", lambda hf, name, tensor, hash_of=module._hash: hashed.append(name) or hash_of(hf, name, tensor))
+    before, n = fingerprint(inner), len(list(inner.parameters()))
+    assert fingerprint(inner) == before and len(hashed) == n
+    with torch.inference_mode():
+        inner.lm_head.weight.mul_(2)
+    assert facts(inner, anew=True) and fingerprint(inner) != before
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_adapters_count_by_what_they_do(hf_vlm, processor):
     from peft import LoraConfig, get_peft_model

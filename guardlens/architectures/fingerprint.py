@@ -55,7 +55,7 @@ def fingerprint(hf: nn.Module) -> str:
     """A digest of everything that the model computes with; other weights, another config or another adapter give another one.
 
     Weights that are equal as numbers are equal here, in whatever precision and on whatever device. Each is hashed once, and again when its
-    storage or its version says that it was written to. What bypasses that (a write through `.data`, an attribute of a module) is seen by
+    storage or its version says that it was written to. What bypasses that (a write through `.data` or to an inference tensor) is seen by
     `facts(hf, anew=True)`, and by the fingerprint from then on.
     """
     tensors, seen = dict(_tensors(hf)), _SEEN.get(hf)
@@ -95,7 +95,7 @@ def _marks(hf: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _mark(tensor: Tensor) -> Any:
-    return object() if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version  # inference tensors don't count their versions
 
 
 def _unchanged(seen: _Seen | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
