@@ -69,7 +69,7 @@ def edited(hf, batch, middle, edit, phase):
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "always"])
 def test_edited_answers(model, hf, batch, ssd, middle, answers, phase):
-    push = 0.5 * float(ssd.harmless_mean[middle].norm())
+    push = 2.0 * float(ssd.harmless_mean[middle].norm())
     plan = iv.add(ssd, push).at(layers=[middle]).during(phase)
     expected = said(model, edited(hf, batch, middle, lambda h: h + push * ssd.at(middle)[0], phase))
     assert expected != said(model, answers)
