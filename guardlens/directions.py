@@ -14,7 +14,7 @@ from guardlens.activations import Activations
 from guardlens.errors import MismatchError, NumericsError, SiteError, as_count, require_type, warn
 from guardlens.queries import Query, require_labels
 from guardlens.sites import numbered, parse, require_same_space
-from guardlens.storage import Provenance, bytes_of, digest, load_tensors, reading, require_related, save_tensors
+from guardlens.storage import Provenance, bytes_of, digest, in_memory, load_tensors, reading, require_related, save_tensors
 
 ORTHONORMAL = 1e-2
 """How far the products of rows may be from 0 and 1: as far as bfloat16 rounds them."""
@@ -270,7 +270,7 @@ class Directions:
         with reading(Path(path), "directions that this version saved"):
             layers = None if header["layers"] is None else tuple(header["layers"])
             facts = {"layers": layers, "method": header["method"], "hook": header["hook"], "made_from": tuple(header.get("made_from", ()))}
-            return cls(**tensors, **facts, provenance=Provenance(**header["provenance"]))
+            return cls(**in_memory(tensors), **facts, provenance=Provenance(**header["provenance"]))
 
     def plot(self, ax: Any = None) -> Any:
         """How the paired differences spread over directions, layer by layer, and how alike the first directions of the layers are.

@@ -299,6 +299,11 @@ def load_tensors(path: str | Path, kind: str, *, verify: bool = True) -> tuple[d
         return tensors, meta["header"]
 
 
+def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of mapped tensors, for what runs compute with: where a file lies in memory changes how products are rounded."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 MANIFEST, RECORDS, LOCK = "manifest.json", "records.jsonl", ".lock"
 """The files of every run directory."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guardlens.errors import StorageError
 from guardlens.interventions.edits import Custom, Turned
-from guardlens.storage import checksum, digest, load_tensors, reading, save_tensors
+from guardlens.storage import checksum, digest, in_memory, load_tensors, reading, save_tensors
 
 KIND = "intervention"
 
@@ -60,7 +60,7 @@ def load(path: str | Path) -> Any:
     with reading(Path(path), "a plan that this version saved"):
         if header["type"] != KIND:
             raise StorageError(f"the type {header['type']!r} in {path}", "a plan", "save the plan anew with this version")
-        return _decode(header, tensors)
+        return _decode(header, in_memory(tensors))
 
 
 def fingerprint(plan: Any) -> str:
