@@ -137,7 +137,8 @@ class HookedModel:
     @property
     def ids(self) -> tuple[str, str]:
         """Of this model and of the LLM beside it, which is the same one if no other was given."""
-        return self.id, self.id if self.separate_llm is None else self.separate_llm.id
+        own = self.id
+        return own, own if self.separate_llm is None else self.separate_llm.id
 
     @property
     def hook_names(self) -> list[str]:
