@@ -363,6 +363,9 @@ def warn_of_own_queries(directions: Directions, queries: Sequence[Query]) -> Non
 
     Warns:
         UserWarning: As said.
+
+    Examples:
+        >>> directions.warn_of_own_queries(ssd, queries)  # quiet: made of other queries
     """
     known = set(directions.made_from)
     own = sum(digest(query.text.encode()) in known for query in queries)

@@ -99,7 +99,7 @@ def test_activations_say_their_shape_and_classes(collected, vlm):
 
 
 def test_directions_say_for_each_layer_what_they_hold(collected):
-    ssd = directions.ssd(collected, rank=2)
+    ssd = directions.ssd(collected)
     _, rows = tables(ssd)
     singular = torch.linalg.svdvals(collected.states[:12].transpose(0, 1) - collected.states[12:].transpose(0, 1)) ** 2
     assert rows["share of v1"].to_numpy() == pytest.approx((singular[:, 0] / singular.sum(1)).numpy(), rel=6e-3)  # three digits

@@ -31,8 +31,8 @@ class Defence:
         >>> careful = defences.Defence("careful", guard.at(layers=7), present=reminded)
         >>> model.generate(queries[1], careful.present(grey), careful.intervention).split()[0]
         'sorry'
-        >>> careful
-        Defence('careful', amplify(ssd(rank=1), alpha=1).at(layers=[7], positions='last'), present=reminded)
+        >>> defences.Defence("reminded", present=reminded)
+        Defence('reminded', present=reminded)
     """
 
     name: str
