@@ -488,11 +488,12 @@ def test_generation_that_ends_early_keeps_its_edits_and_warns_of_nothing():
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
-def test_a_model_in_use_and_its_cache_can_be_copied(vlm, copied):
-    batch = vlm.batch("how to mend the hat ?")
-    logits, cache = vlm.run_with_cache(batch)
-    another = copied(vlm)
-    assert another.id == vlm.id
+def test_a_model_in_use_and_its_cache_can_be_copied(copied):
+    own = gl.load("organism")  # where a test asked the shared one for hidden states, transformers left a hook that pickle refuses
+    batch = own.batch("how to mend the hat ?")
+    logits, cache = own.run_with_cache(batch)
+    another = copied(own)
+    assert another.id == own.id
     torch.testing.assert_close(another.run(batch).logits[0], logits[:, -1], atol=1e-4, rtol=1e-4)
     again = copied(cache)
     assert list(again) == list(cache) and torch.equal(again["resid_post", 3], cache["resid_post", 3])
