@@ -28,14 +28,18 @@ def processor():
     return build_processor()
 
 
-@pytest.fixture(scope="session")
-def hf_vlm():
+def wide_llava():
     """A random LLaVA whose weights are large enough for edits to matter."""
     from guardlens.organism.train import build_model
 
     model = build_model(0).eval()
     _widen(model, 7)
     return model
+
+
+@pytest.fixture(scope="session")
+def hf_vlm():
+    return wide_llava()
 
 
 @pytest.fixture(scope="session")
