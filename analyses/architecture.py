@@ -1,10 +1,11 @@
-"""Draw the floors of the package from the import contract: `python -m analyses.architecture` writes `docs/figures/architecture.svg`.
+"""Draw the packages of guardlens from its folders: `python -m analyses.architecture` writes `docs/figures/architecture.svg`.
 
-The rows are those of `.importlinter`, high to low, so the picture says what `make check` holds the code to. Only the names of the floors,
-and what each hands up, are written here.
+The order of the packages is that of `.importlinter`, so the picture says what `make check` holds the code to. Only what each package hands
+up, and its color, are written here.
 """
 
 import argparse
+from collections.abc import Iterator
 from configparser import ConfigParser
 from html import escape
 from pathlib import Path
@@ -13,78 +14,104 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "architecture.svg"
 
-WIDTH, LEFT, RIGHT, ROW, GAP = 1010, 204, 764, 24, 10
-"""In pixels: the picture, where the modules begin and end, the height of a row, and the space between floors."""
+WIDTH, LEFT, RIGHT, ROW, GAP = 1060, 186, 834, 24, 8
+"""In pixels: the picture, where the modules begin and end, the height of a row, and the space between packages."""
 
 LETTER = 7.3
-"""Width of a letter in the module's names."""
+"""Width of a letter in the modules' names."""
 
 
-class Floor(NamedTuple):
-    """Rows of the contract, from the one with the module `first` to the next floor's.
+class Look(NamedTuple):
+    """How a package is drawn.
 
     Attributes:
-        name: As the page calls it.
-        first: A module of its highest row.
-        gives: What the floors above get from it.
-        colour: Of its band.
+        gives: What the packages above get from it.
+        color: The color of its band.
     """
 
-    name: str
-    first: str
     gives: str
-    colour: str
+    color: str
 
 
-FLOORS = (
-    Floor("Door", "cli", "commands, a report", "#f3e6ee"),
-    Floor("Embedded model", "organism", "a model and its queries", "#fdebd8"),
-    Floor("Experiments", "evaluation", "tables with intervals", "#fbf3d0"),
-    Floor("Reading", "collection", "states, terms, scores", "#e2f2ea"),
-    Floor("Model", "model", "runs: reads, logits, tokens", "#dceefb"),
-    Floor("Mathematics", "program", "directions, plans, taps", "#e4e8f7"),
-    Floor("Data", "activations", "queries, batches, verdicts", "#ecebf0"),
-    Floor("Ground", "sites", "places, files, intervals", "#eceeee"),
-)
+LOOKS = {
+    "cli": Look("commands, a report", "#f3e6ee"),
+    "organism": Look("a model and its queries", "#fdebd8"),
+    "evaluation": Look("rates with intervals", "#fbf3d0"),
+    "experiments": Look("tables, states", "#fbf3d0"),
+    "models": Look("runs: reads, logits, tokens", "#dceefb"),
+    "defences": Look("a prompt and an intervention", "#e2f2ea"),
+    "interventions": Look("edits at sites, gates", "#e2f2ea"),
+    "directions": Look("orthonormal rows per layer", "#e2f2ea"),
+    "data": Look("queries, states", "#ecebf0"),
+    "hooks": Look("sites", "#eceeee"),
+    "results": Look("tables, files, figures", "#eceeee"),
+    "errors": Look("errors", "#eceeee"),
+}
 
 
-def rows(contract: Path = ROOT / ".importlinter") -> list[list[str]]:
-    """The modules of each row, high to low, without `__main__`, which only starts `cli`."""
+class Row(NamedTuple):
+    """One line of a package's band.
+
+    Attributes:
+        folder: The folder within the package, empty for the package itself.
+        modules: The names of the modules in it.
+    """
+
+    folder: str
+    modules: list[str]
+
+
+def packages(contract: Path = ROOT / ".importlinter") -> list[str]:
+    """The packages and modules at the top of guardlens, high to low, without `__main__`, which only starts `cli`."""
     parser = ConfigParser()
     parser.read(contract)
-    lines = parser["importlinter:contract:floors"]["layers"].split("\n")
-    found = [[name.strip() for name in line.split(":")] for line in lines if line.strip()]
-    return [row for row in found if row != ["__main__"]]
+    lines = parser["importlinter:contract:packages"]["layers"].split()
+    return [line for line in lines if line != "__main__"]
 
 
-def floors(found: list[list[str]]) -> list[tuple[Floor, list[list[str]]]]:
-    """Each floor with its rows."""
-    starts = [next(place for place, row in enumerate(found) if floor.first in row) for floor in FLOORS]
-    if starts[0] or starts != sorted(starts):
-        raise ValueError(
-            f"floors that begin at the rows {starts} of .importlinter, where the first begins at 0 and each after the one before"
-        )
-    return [(floor, found[start:end]) for floor, start, end in zip(FLOORS, starts, [*starts[1:], None], strict=True)]
+def rows(package: str) -> list[Row]:
+    """The folders of a package with their modules, each split into as many lines as it needs."""
+    folder = ROOT / "guardlens" / package
+    if not folder.is_dir():
+        return [Row("", [package])]
+    folders = [folder, *sorted(path.parent for path in folder.rglob("*/__init__.py"))]
+    return [row for each in folders for row in _lines(each, folder)]
 
 
-def draw(found: list[list[str]]) -> str:
+def _lines(folder: Path, package: Path) -> Iterator[Row]:
+    names = sorted(path.stem.lstrip("_") for path in folder.glob("*.py") if path.stem != "__init__")
+    inside = folder.relative_to(package).as_posix()
+    label = "" if inside == "." else inside
+    start = LEFT + (0 if not label else len(label) * LETTER + 14)
+    line: list[str] = []
+    for name in names:
+        if start + sum(_width(each) + 6 for each in [*line, name]) > RIGHT:
+            yield Row(label, line)
+            line = []
+        line.append(name)
+    yield Row(label, line)
+
+
+def draw() -> str:
     """The picture as SVG, on a ground of its own, so that it is legible on a dark page too."""
     top, bands = 46, []
-    for floor, modules in floors(found):
-        height = len(modules) * ROW + 12
-        bands += _band(floor, modules, top, height)
+    for package in packages():
+        lines = rows(package)
+        height = len(lines) * ROW + 10
+        bands += _band(package, lines, top, height)
         top += height + GAP
     return "\n".join([_head(top), *bands, *_arrows(top - GAP), "</svg>", ""])
 
 
 def _head(height: int) -> str:
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="title desc">
-<title id="title">The floors of guardlens</title>
-<desc id="desc">Each floor is a band with its modules, high to low. Imports point down, values are handed up.</desc>
+<title id="title">The packages of guardlens</title>
+<desc id="desc">Each package is a band with its modules, high to low. Imports point down, values are handed up.</desc>
 <style>
 text {{ font-family: "DejaVu Sans", "Segoe UI", Helvetica, Arial, sans-serif; font-size: 13px; fill: #1f2328 }}
-.floor {{ font-weight: bold; font-size: 14px }}
-.module {{ font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 12px }}
+.package {{ font-weight: bold; font-size: 14px }}
+.module, .folder {{ font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 12px }}
+.folder {{ fill: #5b6168 }}
 .chip {{ fill: #ffffff; stroke: #b9bec4 }}
 .line {{ stroke: #5b6168; stroke-width: 2; fill: none }}
 .tip {{ fill: #5b6168 }}
@@ -93,27 +120,33 @@ text {{ font-family: "DejaVu Sans", "Segoe UI", Helvetica, Arial, sans-serif; fo
 <rect width="{WIDTH}" height="{height}" rx="8" fill="#ffffff"/>"""
 
 
-def _band(floor: Floor, modules: list[list[str]], top: int, height: int) -> list[str]:
+def _band(package: str, lines: list[Row], top: int, height: int) -> list[str]:
     middle = top + height / 2 + 5
-    chips = [chip for place, row in enumerate(modules) for chip in _row(row, top + 6 + place * ROW)]
+    look = LOOKS[package]
+    chips = [chip for place, row in enumerate(lines) for chip in _row(row, top + 5 + place * ROW)]
     return [
-        f'<rect x="36" y="{top}" width="{WIDTH - 72}" height="{height}" rx="6" fill="{floor.colour}"/>',
-        f'<text class="floor" x="50" y="{middle:g}">{escape(floor.name)}</text>',
+        f'<rect x="36" y="{top}" width="{WIDTH - 72}" height="{height}" rx="6" fill="{look.color}"/>',
+        f'<text class="package" x="50" y="{middle:g}">{escape(package)}</text>',
         *chips,
-        f'<text class="gives" x="{RIGHT + 16}" y="{middle:g}">{escape(floor.gives)}</text>',
+        f'<text class="gives" x="{RIGHT + 12}" y="{middle:g}">{escape(look.gives)}</text>',
     ]
 
 
-def _row(names: list[str], top: int) -> list[str]:
+def _row(row: Row, top: int) -> list[str]:
     drawn, x = [], float(LEFT)
-    for name in names:
-        width = len(name) * LETTER + 12
+    if row.folder:
+        drawn.append(f'<text class="folder" x="{x:g}" y="{top + 16}">{escape(row.folder)}/</text>')
+        x += len(row.folder) * LETTER + 14
+    for name in row.modules:
+        width = _width(name)
         drawn.append(f'<rect class="chip" x="{x:g}" y="{top + 2}" width="{width:g}" height="{ROW - 5}" rx="4"/>')
         drawn.append(f'<text class="module" x="{x + 6:g}" y="{top + 16}">{escape(name)}</text>')
         x += width + 6
-    if x > RIGHT + 6:
-        raise ValueError(f"a row of {x - LEFT:.0f} pixels, where {RIGHT - LEFT} are: {', '.join(names)}")
     return drawn
+
+
+def _width(name: str) -> float:
+    return len(name) * LETTER + 12
 
 
 def _arrows(bottom: int) -> list[str]:
@@ -123,14 +156,14 @@ def _arrows(bottom: int) -> list[str]:
         f'<path class="line" d="M{right} {bottom} V54"/><path class="tip" d="M{right - 6} 55 H{right + 6} L{right} 46 Z"/>',
         '<text class="note" x="12" y="32">imports point down</text>',
         f'<text class="note" x="{WIDTH - 12}" y="32" text-anchor="end">values are handed up</text>',
-        f'<text class="note" x="{LEFT}" y="32">modules: a row imports from rows below it</text>',
+        f'<text class="note" x="{LEFT}" y="32">a package imports only from the packages below it</text>',
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FIGURE, help="The SVG to write.")
-    parser.parse_args().out.write_text(draw(rows()), encoding="utf-8")
+    parser.parse_args().out.write_text(draw(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ import pandas as pd
 
 import guardlens as gl
 from analyses.publication import Analysis, Settings, application, clusters, guard_layer, interval, markdown, picture
-from guardlens import component_plots, directions, figure_style, plots
-from guardlens.attribution import Attribution
-from guardlens.demo import Subject
+from guardlens import directions, plots
+from guardlens.cli.demo import Subject
+from guardlens.data.queries import Presentation, Query
 from guardlens.errors import ModelError, SiteError
-from guardlens.intervals import Interval, bootstrap, mean_difference
-from guardlens.patching import Patching
-from guardlens.queries import Presentation, Query
-from guardlens.scores import refusal_logodds
-from guardlens.tables import Frame, Table
+from guardlens.experiments.attribution import Attribution
+from guardlens.experiments.patching import Patching
+from guardlens.experiments.scores import refusal_logodds
+from guardlens.results.intervals import Interval, bootstrap, mean_difference
+from guardlens.results.plots import components as component_plots
+from guardlens.results.plots import style as figure_style
+from guardlens.results.tables import Frame, Table
 
 HOOKS = {"z": "head", "mlp_out": "mlp", "attn_out": "attn_out", "resid_post": "resid_post"}
 """What is patched -> its name in the table."""

@@ -1,7 +1,8 @@
 """Every defence beside each other, with what it costs: `python -m analyses.defences --model organism`.
 
-Settings are chosen on the validation split beside the grey image (`guardlens.choice.RULE`), and reported on the test split: attack success,
-over-refusal, helpfulness and the gap closed, with intervals, paired tests and placebos. Stopped, it goes on where it was.
+Settings are chosen on the validation split beside the grey image (`guardlens.cli.guard_selection.RULE`), and reported on the
+test split: attack success, over-refusal, helpfulness and the gap closed, with intervals, paired tests and placebos. Stopped, it goes on
+where it was.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,14 @@ import pandas as pd
 import guardlens as gl
 from analyses.publication import Analysis, Settings, application, guard_layer, interval, markdown, percent, picture
 from guardlens import defences, directions, plots
-from guardlens.choice import RANKS, RULE, Guard, choose, mildest
+from guardlens.cli.demo import Subject
+from guardlens.cli.findings import WIDTHS
+from guardlens.cli.guard_selection import RANKS, RULE, Guard, choose, mildest
+from guardlens.data.queries import text_only
 from guardlens.defences import Defence
-from guardlens.demo import Subject
-from guardlens.evaluation import Evaluation
-from guardlens.findings import WIDTHS
-from guardlens.intervals import Interval, holm, mean_difference
-from guardlens.queries import text_only
-from guardlens.tables import Table
+from guardlens.evaluation.runner import Evaluation
+from guardlens.results.intervals import Interval, holm, mean_difference
+from guardlens.results.tables import Table
 
 PLACEBOS = 4
 BLANKS = "blank images"

@@ -13,12 +13,12 @@ import pandas as pd
 import guardlens as gl
 from analyses.publication import Analysis, Settings, application, clusters, interval, markdown, picture
 from guardlens import defences, directions, plots
-from guardlens.demo import Subject
-from guardlens.intervals import mean_difference
-from guardlens.queries import text_only
-from guardlens.scores import refusal_logodds
-from guardlens.sweeps import Sweep
-from guardlens.tables import Frame, Table
+from guardlens.cli.demo import Subject
+from guardlens.data.queries import text_only
+from guardlens.experiments.scores import refusal_logodds
+from guardlens.experiments.sweeps import Sweep
+from guardlens.results.intervals import mean_difference
+from guardlens.results.tables import Frame, Table
 
 STRENGTHS, PLACEBOS = (0.5, 1.0, 2.0), 4
 SHOWN = ("blank grey", "blank white", "noise")

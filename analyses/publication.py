@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from guardlens.errors import GuardlensError, QueryError
-from guardlens.tables import Table
+from guardlens.results.tables import Table
 
 QUICK_QUERIES, QUICK_PAIRS = 24, 40
 """Of each label in a split, and pairs, with `--quick`."""
@@ -96,7 +96,7 @@ def run(analysis: Analysis, settings: Settings) -> Table:
 def publish(analysis: Analysis, table: Table, out: Path) -> Table:
     """Draw the figures and write the page of a saved table."""
     from guardlens import plots
-    from guardlens.storage import write_text
+    from guardlens.results.files import write_text
 
     for name, figure in analysis.draw(table).items():
         plots.save(figure, out / name)
@@ -127,12 +127,13 @@ def command(name: str, settings: Settings) -> str:
 
 
 def subject(settings: Settings, **options: Any) -> Any:
-    """The model and what it is asked (`guardlens.demo.Subject`), fewer of everything for a quick run.
+    """The model and what it is asked (`guardlens.cli.demo.Subject`), fewer of everything for a quick run.
 
     Raises:
-        QueryError: A model without queries or the organism with some; or what `guardlens.demo.own_subject` refuses.
+        QueryError: A model without queries or the organism with some; or what `guardlens.cli.demo.own_subject` refuses.
     """
-    from guardlens import demo, presentations
+    from guardlens import presentations
+    from guardlens.cli import demo
 
     if (settings.model == "organism") == (settings.queries is not None):
         found = (
@@ -150,7 +151,7 @@ def subject(settings: Settings, **options: Any) -> Any:
 
 
 def _fewer(whole: Any) -> Any:
-    from guardlens.queries import QueryPairs
+    from guardlens.data.queries import QueryPairs
 
     pairs = QueryPairs(whole.pairs.harmful[:QUICK_PAIRS], whole.pairs.harmless[:QUICK_PAIRS])
     shown = (*whole.images[:2], *(image for image in whole.images if image.name.startswith("noise")))
@@ -187,9 +188,9 @@ def picture(name: str, caption: str) -> str:
 
 
 def guard_layer(subject: Any, ssd: Any, progress: bool) -> int:
-    """The layer that the rule of `guardlens.choice.RULE` picks, on validation beside the grey image."""
+    """The layer that the rule of `guardlens.cli.guard_selection.RULE` picks, on validation beside the grey image."""
     import guardlens as gl
-    from guardlens.demo import STRENGTHS
+    from guardlens.cli.demo import STRENGTHS
 
     guard = gl.defences.vlm_guard(ssd.truncate(1)).intervention
     options: dict[str, Any] = {"scores": (gl.scores.refusal_logodds,), "strengths": STRENGTHS, "placebos": 0, "progress": progress}

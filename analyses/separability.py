@@ -13,9 +13,9 @@ import pandas as pd
 import guardlens as gl
 from analyses.publication import Analysis, Settings, application, interval, markdown, picture
 from guardlens import directions, plots
-from guardlens.comparison import Comparison
-from guardlens.demo import Subject
-from guardlens.findings import SURFACE
+from guardlens.cli.demo import Subject
+from guardlens.cli.findings import SURFACE
+from guardlens.experiments.comparison import Comparison
 
 METRICS = ("auroc", "d_prime", "midpoint_accuracy", "probe", "transfer", "drift_along")
 LEFT_OUT = ("blank black",)

@@ -15,91 +15,74 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from guardlens import defences, directions, errors, interventions, judges, organism, plots, presentations, scores
-    from guardlens.activations import ActivationCache, Activations
-    from guardlens.attachment import attach
-    from guardlens.attribution import attribute
-    from guardlens.collection import collect
-    from guardlens.comparison import compare
+    from guardlens import defences, directions, errors, interventions, organism
+    from guardlens.data import presentations
+    from guardlens.data.activations import ActivationCache, Activations
+    from guardlens.data.queries import Query, QueryPairs, read_queries
     from guardlens.directions import Directions
-    from guardlens.evaluation import evaluate
+    from guardlens.evaluation import judges
+    from guardlens.evaluation.runner import evaluate
+    from guardlens.experiments import scores
+    from guardlens.experiments.attribution import attribute
+    from guardlens.experiments.collection import collect
+    from guardlens.experiments.comparison import compare
+    from guardlens.experiments.patching import activation_patching
+    from guardlens.experiments.sweeps import sweep
+    from guardlens.hooks import Site
     from guardlens.interventions import gates
     from guardlens.interventions.plan import Intervention
-    from guardlens.keeping import keep
-    from guardlens.loading import load
-    from guardlens.model import HookedModel
-    from guardlens.patching import activation_patching
-    from guardlens.queries import Query, QueryPairs, read_queries
-    from guardlens.sites import Site
-    from guardlens.sweeps import sweep
-    from guardlens.tables import Table
+    from guardlens.models.attachment import attach
+    from guardlens.models.hooked_model import HookedModel
+    from guardlens.models.loading import load
+    from guardlens.models.prompt_cache import keep
+    from guardlens.results import plots
+    from guardlens.results.tables import Table
 
 __version__ = "0.1.0"
 
-_MODULES = ("defences", "directions", "errors", "interventions", "judges", "organism", "plots", "presentations", "scores")
-_NAMES = {
-    "ActivationCache": "activations",
-    "Activations": "activations",
+_HOMES = {
+    "ActivationCache": "data.activations",
+    "Activations": "data.activations",
     "Directions": "directions",
-    "HookedModel": "model",
+    "HookedModel": "models.hooked_model",
     "Intervention": "interventions.plan",
-    "Query": "queries",
-    "QueryPairs": "queries",
-    "Site": "sites",
-    "Table": "tables",
-    "activation_patching": "patching",
-    "attach": "attachment",
-    "attribute": "attribution",
-    "collect": "collection",
-    "compare": "comparison",
-    "evaluate": "evaluation",
-    "gates": "interventions",
-    "keep": "keeping",
-    "load": "loading",
-    "read_queries": "queries",
-    "sweep": "sweeps",
+    "Query": "data.queries",
+    "QueryPairs": "data.queries",
+    "Site": "hooks",
+    "Table": "results.tables",
+    "activation_patching": "experiments.patching",
+    "attach": "models.attachment",
+    "attribute": "experiments.attribution",
+    "collect": "experiments.collection",
+    "compare": "experiments.comparison",
+    "defences": "defences",
+    "directions": "directions",
+    "errors": "errors",
+    "evaluate": "evaluation.runner",
+    "gates": "interventions.gates",
+    "interventions": "interventions",
+    "judges": "evaluation.judges",
+    "keep": "models.prompt_cache",
+    "load": "models.loading",
+    "organism": "organism",
+    "plots": "results.plots",
+    "presentations": "data.presentations",
+    "read_queries": "data.queries",
+    "scores": "experiments.scores",
+    "sweep": "experiments.sweeps",
 }
+"""Where each public name lives. A name that is its home's last part is the module itself."""
 
-__all__ = [
-    "ActivationCache",
-    "Activations",
-    "Directions",
-    "HookedModel",
-    "Intervention",
-    "Query",
-    "QueryPairs",
-    "Site",
-    "Table",
-    "activation_patching",
-    "attach",
-    "attribute",
-    "collect",
-    "compare",
-    "defences",
-    "directions",
-    "errors",
-    "evaluate",
-    "gates",
-    "interventions",
-    "judges",
-    "keep",
-    "load",
-    "organism",
-    "plots",
-    "presentations",
-    "read_queries",
-    "scores",
-    "sweep",
-]
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = import_module(f"{__name__}.{name}")
-    elif name in _NAMES:
-        value = getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
-    else:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    module = import_module(f"{__name__}.{home}")
+    is_module = home.split(".")[-1] == name
+    value = module if is_module else getattr(module, name)
     globals()[name] = value
     return value
 

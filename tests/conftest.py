@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import beartype  # noqa: F401  (before nnsight: see guardlens.model)
+import beartype  # noqa: F401  (before nnsight: see guardlens.models.hooked_model)
 import jaxtyping
 import pytest
 import torch

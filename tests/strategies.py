@@ -3,12 +3,12 @@
 import torch
 from hypothesis import strategies as st
 
-from guardlens.activations import Activations
-from guardlens.batches import Batch
+from guardlens.data.activations import Activations
+from guardlens.data.queries import Query, QueryPairs, text_only
 from guardlens.directions import Directions
 from guardlens.interventions import Context
-from guardlens.queries import Query, QueryPairs, text_only
-from guardlens.storage import Provenance
+from guardlens.models.engine.batch import Batch
+from guardlens.results.files import Provenance
 
 seeds = st.integers(0, 2**31 - 1)
 

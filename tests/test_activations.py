@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from guardlens import ActivationCache, Activations, Query, errors
-from guardlens.sites import Point
-from guardlens.storage import Provenance, save_tensors
+from guardlens.hooks import Point
+from guardlens.results.files import Provenance, save_tensors
 from tests.strategies import gaussian, make_activations, make_pairs
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 import guardlens as gl
 from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.batches import Batch
+from guardlens.data.queries import text_only
 from guardlens.directions import Directions
 from guardlens.interventions import Intervention, Step
-from guardlens.queries import text_only
+from guardlens.models.engine.batch import Batch
 from tests import reference
 from tests.strategies import gaussian
 

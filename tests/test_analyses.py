@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import guardlens as gl
 from analyses import attribution, defences, layer_sweep, publication, separability
 from guardlens import plots
-from guardlens.comparison import Comparison
 from guardlens.errors import QueryError
-from guardlens.intervals import holm, mcnemar
-from guardlens.tables import Table
+from guardlens.experiments.comparison import Comparison
+from guardlens.results.intervals import holm, mcnemar
+from guardlens.results.tables import Table
 
 ALL = {
     "layer_sweep": layer_sweep.LAYER_SWEEP,

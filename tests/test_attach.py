@@ -16,12 +16,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import GenerationConfig, LlavaProcessor, PreTrainedTokenizerFast, XGLMConfig, XGLMForCausalLM
 
 import guardlens as gl
-from guardlens import errors, gates, presentations, prompts
+from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.architectures import find, unwrapped
+from guardlens.data.queries import Prompt, WithoutImages, text_only
 from guardlens.directions import Directions
-from guardlens.queries import Prompt, WithoutImages, text_only
-from guardlens.twins import Cutter
+from guardlens.models.architectures import find, unwrapped
+from guardlens.models.processing import chat_template as prompts
+from guardlens.models.processing.text_twin import Cutter
 from tests import reference, zoo
 from tests.zoo.family import TEXTS as SENTENCES
 from tests.zoo.family import build, tokenizer
@@ -441,7 +442,7 @@ def _anyones(basis, gate):
     """The same, made for no model in particular: an adapter's fingerprint is another."""
     from dataclasses import replace
 
-    from guardlens.storage import Provenance
+    from guardlens.results.files import Provenance
 
     return Directions(**{**vars(basis), "provenance": Provenance("")}), replace(gate, made_for="")
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 import guardlens as gl
 from guardlens import errors, presentations
-from guardlens.attribution import CONTRAST, KEYS, Attribution
+from guardlens.data.queries import text_only
 from guardlens.directions import Directions
-from guardlens.intervals import bootstrap
-from guardlens.queries import text_only
-from guardlens.storage import Provenance
+from guardlens.experiments.attribution import CONTRAST, KEYS, Attribution
+from guardlens.results.files import Provenance
+from guardlens.results.intervals import bootstrap
 from tests import reference
 from tests.strategies import orthonormal
 from tests.zoo import FAMILIES
@@ -310,7 +310,9 @@ def test_the_interval_of_a_sum_is_not_the_sum_of_intervals(monkeypatch):
     shown, presentation = asked(family)
     table = gl.attribute(model, bases(model, 1), shown, presentation, by_source=True, progress=False)
     drawn = []
-    monkeypatch.setattr("guardlens.component_plots.component_maps", lambda frame, axes: drawn.append(frame[frame["component"] == "head"]))
+    monkeypatch.setattr(
+        "guardlens.results.plots.components.component_maps", lambda frame, axes: drawn.append(frame[frame["component"] == "head"])
+    )
     table.plot("harmful")
     table.plot("harmful", source="image")
     both, image = (frame[frame["panel"] == presentation.name] for frame in drawn)
@@ -493,7 +495,7 @@ def test_blocks_that_add_something_else_are_said(hf_vlm, processor, basis, monke
     """As `gl.load` does of a family that the tests don't know; without it, the mistake hides in `rest`."""
     model = gl.load(hf_vlm, processor=processor)
     object.__setattr__(model.cfg, "proven", False)
-    monkeypatch.setattr("guardlens.check._residual", lambda model: (False, "up to 0.3"))
+    monkeypatch.setattr("guardlens.models.checks._residual", lambda model: (False, "up to 0.3"))
     said = r"a family that is new to guardlens, has attn_out or mlp_out that are not what its blocks add \(up to 0\.3\)"
     with pytest.warns(UserWarning, match=said):
         gl.attribute(model, basis, QUERIES, [], layer=2, progress=False)

@@ -8,12 +8,12 @@ import torch
 import guardlens as gl
 from guardlens import directions, errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens import model as engine
-from guardlens.batches import Layout
-from guardlens.prefixes import answers_kind
-from guardlens.queries import text_only
-from guardlens.scores import kl, refusal_logodds
-from guardlens.sites import Site
+from guardlens.data.queries import text_only
+from guardlens.experiments.scores import kl, refusal_logodds
+from guardlens.hooks import Site
+from guardlens.models import hooked_model as engine
+from guardlens.models.engine.batch import Layout
+from guardlens.models.engine.kv_cache import answers_kind
 from tests.strategies import make_batch
 from tests.test_families import BY_NAME, a_push, asked, batch_of, close, loaded, pushing
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import guardlens as gl
-from guardlens import check as checking
-from guardlens.check import TRIALS, check
+from guardlens.models import checks as checking
+from guardlens.models.checks import TRIALS, check
 
 pytestmark = pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook:UserWarning")  # the models are broken by them
 

@@ -177,8 +177,8 @@ def test_what_cannot_be_is_met_before_anything_is_loaded(guardlens, monkeypatch,
 def test_names_are_no_markup(guardlens, saved, monkeypatch, tmp_path, name):
     monkeypatch.setattr(gl.demo, "organism_subject", lambda: SimpleNamespace(model=f"model {name}"))
     monkeypatch.setattr(gl.demo, "run", lambda *_: None)
-    monkeypatch.setattr("guardlens.findings.in_short", lambda _: pd.DataFrame({"defence": [name]}))
-    monkeypatch.setattr("guardlens.findings.lead", lambda _: [name])
+    monkeypatch.setattr("guardlens.cli.findings.in_short", lambda _: pd.DataFrame({"defence": [name]}))
+    monkeypatch.setattr("guardlens.cli.findings.lead", lambda _: [name])
     code, out, _ = guardlens("demo", "--out", tmp_path / name)
     assert code == 0 and out.count(name) >= 4 and f"{name}/report.html" in "".join(out.split())
     monkeypatch.setattr(gl.check, "check", lambda _: [SimpleNamespace(works=True, what=name, detail=f"a detail {name}")])

@@ -6,8 +6,8 @@ import torch
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.queries import QueryPairs, text_only
-from guardlens.sites import Site
+from guardlens.data.queries import QueryPairs, text_only
+from guardlens.hooks import Site
 from tests import reference
 
 PAIRS = QueryPairs(gl.organism.pairs().harmful[:3], gl.organism.pairs().harmless[:3])

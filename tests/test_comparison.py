@@ -9,12 +9,13 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 import guardlens as gl
-from guardlens import directions, errors, separability
-from guardlens.activations import Activations
-from guardlens.comparison import Comparison
-from guardlens.evaluation import Evaluation
-from guardlens.queries import Query
-from guardlens.storage import Provenance
+from guardlens import directions, errors
+from guardlens.data.activations import Activations
+from guardlens.data.queries import Query
+from guardlens.evaluation.runner import Evaluation
+from guardlens.experiments import separability
+from guardlens.experiments.comparison import Comparison
+from guardlens.results.files import Provenance
 
 MADE_BY = Provenance(model="toy@aaa")
 N, WIDTH, LAYERS, SHIFT = 80, 6, (0, 3), 4.0

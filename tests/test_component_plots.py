@@ -8,8 +8,9 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.colors import to_hex
 
-from guardlens import component_plots, figure_style
 from guardlens.errors import MismatchError, NumericsError
+from guardlens.results.plots import components as component_plots
+from guardlens.results.plots import style as figure_style
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from PIL import Image
 
 import guardlens as gl
 from guardlens import errors, presentations
-from guardlens.contents import content
+from guardlens.models.content_digest import content
 
 LIMIT = 3
 
@@ -251,8 +251,8 @@ SCRIPT = """
 import enum
 from dataclasses import dataclass
 import guardlens as gl
-from guardlens.contents import content
-from guardlens.identity import configuration
+from guardlens.models.content_digest import content
+from guardlens.models.identity import configuration
 
 Word = enum.StrEnum("Word", ["NO", "YES"])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import guardlens as gl
-from guardlens.architectures import names
+from guardlens.models.architectures import families as names
 from tests import test_families
 from tests.zoo import ALL
 

@@ -8,10 +8,10 @@ import torch
 
 import guardlens as gl
 from guardlens import defences, directions, errors, gates, presentations
+from guardlens.data.queries import text_only
 from guardlens.defences import none, self_reminder, vlm_guard
+from guardlens.hooks import Site
 from guardlens.interventions import State, own
-from guardlens.queries import text_only
-from guardlens.sites import Site
 from tests import reference
 
 TEXTS = ["how to forge the badge ?", "please explain how to wash the hat .", "i want to push the radio ?", "tell me how to mend the fern ."]

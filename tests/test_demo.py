@@ -13,16 +13,17 @@ import pytest
 from rich.console import Console
 
 import guardlens as gl
-from guardlens import defences, demo, directions, errors, findings, presentations
-from guardlens.choice import Guard, mildest
-from guardlens.comparison import Comparison
-from guardlens.evaluation import Evaluation, evaluate
+from guardlens import defences, directions, errors, presentations
+from guardlens.cli import demo, findings
+from guardlens.cli.guard_selection import Guard, mildest
+from guardlens.data.queries import text_only
+from guardlens.evaluation.runner import Evaluation, evaluate
+from guardlens.experiments.comparison import Comparison
+from guardlens.experiments.sweeps import Sweep
 from guardlens.interventions import Intervention
-from guardlens.model import HookedModel
-from guardlens.queries import text_only
-from guardlens.storage import locked
-from guardlens.sweeps import Sweep
-from guardlens.tables import rich_table
+from guardlens.models.hooked_model import HookedModel
+from guardlens.results.files import locked
+from guardlens.results.tables import rich_table
 
 DEFENCES = ["none", "self_reminder", "vlm_guard[replace]", "vlm_guard[add]", "vlm_guard[amplify]", "vlm_guard[project]", "random"]
 FILES = [

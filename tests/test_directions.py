@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from guardlens import Activations, Directions, Query, defences, directions, errors, gates
 from guardlens import interventions as iv
-from guardlens.storage import FORMAT, Provenance, checksum, digest, load_tensors, save_tensors
+from guardlens.results.files import FORMAT, Provenance, checksum, digest, load_tensors, save_tensors
 from tests.strategies import apply, gaussian, make_activations, make_directions, make_pairs
 
 

@@ -15,9 +15,9 @@ from scipy.stats import binomtest
 import guardlens as gl
 from guardlens import defences, errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.evaluation import RATES, Evaluation, evaluate
-from guardlens.queries import Query, text_only
-from guardlens.sites import Site
+from guardlens.data.queries import Query, text_only
+from guardlens.evaluation.runner import RATES, Evaluation, evaluate
+from guardlens.hooks import Site
 
 GREY = presentations.blank("grey", 32)
 SHOWN = (text_only, GREY)

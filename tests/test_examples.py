@@ -47,7 +47,7 @@ def documented(path):
 
 def required():
     modules = {name: documented(f"{module.__name__}") for name in gl.__all__ if inspect.ismodule(module := getattr(gl, name))}
-    names = [documented(f"guardlens.{gl._NAMES[name]}.{name}") for name in gl.__all__ if name not in modules]
+    names = [documented(f"guardlens.{gl._HOMES[name]}.{name}") for name in gl.__all__ if name not in modules]
     names += [documented(f"{module.path}.{name}") for module in modules.values() for name in public_members(module)]
     names += [documented(path) for path in result_types()]
     return sorted({found.path for found in names if not found.is_module})

@@ -16,9 +16,9 @@ from PIL import Image
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
+from guardlens.data.queries import text_only
 from guardlens.directions import Directions
-from guardlens.queries import text_only
-from guardlens.sites import Site
+from guardlens.hooks import Site
 from tests.zoo import FAMILIES, REFUSED
 from tests.zoo.family import TEXTS
 

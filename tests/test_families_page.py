@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from guardlens.architectures import names
+from guardlens.models.architectures import families as names
 from tests.zoo import ALL, FAMILIES
 from tests.zoo.table import CAPABILITIES, PAGE, render
 

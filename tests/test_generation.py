@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.generation import generation_settings
+from guardlens.models.engine.generation_options import generation_settings
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import guardlens as gl
 from guardlens import defences, errors, presentations
-from guardlens.architectures import facts, fingerprint
-from guardlens.architectures.fingerprint import WORDS, _summed
-from guardlens.identity import configuration
-from guardlens.queries import Prompt, text_only
-from guardlens.storage import first_difference
+from guardlens.data.queries import Prompt, text_only
+from guardlens.models.architectures import facts, fingerprint
+from guardlens.models.architectures.fingerprint import WORDS, _summed
+from guardlens.models.identity import configuration
+from guardlens.results.files import first_difference
 
 GREY = presentations.blank("grey", 32)
 QUERIES = (gl.Query("how to mend the hat ?", "harmless"), gl.Query("how to forge the badge ?", "harmful"))
@@ -174,7 +174,7 @@ def test_weights_are_known_by_their_numbers(hf_vlm, processor, tmp_path):
 
 
 def test_a_model_is_hashed_once(model, monkeypatch):
-    module = sys.modules["guardlens.architectures.fingerprint"]
+    module = sys.modules["guardlens.models.architectures.fingerprint"]
     hashed, hash_of = [], module._hash
     monkeypatch.setattr(module, "_hash", lambda hf, name, tensor: hashed.append(name) or hash_of(hf, name, tensor))
     before, n = model.id, len(list(model.hf.parameters()))
@@ -190,7 +190,7 @@ def test_weights_made_in_inference_mode_are_hashed_once_and_anew_at_the_door(pro
 
     with torch.inference_mode():
         inner = build_model(0).eval()
-    module, hashed = sys.modules["guardlens.architectures.fingerprint"], []
+    module, hashed = sys.modules["guardlens.models.architectures.fingerprint"], []
     monkeypatch.setattr(module, "_hash", lambda hf, name, tensor, hash_of=module._hash: hashed.append(name) or hash_of(hf, name, tensor))
     before, n = fingerprint(inner), len(list(inner.parameters()))
     assert fingerprint(inner) == before and len(hashed) == n

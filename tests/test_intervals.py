@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from guardlens.errors import NumericsError
-from guardlens.intervals import (
+from guardlens.results.intervals import (
     Interval,
     _require_paired,
     bootstrap,

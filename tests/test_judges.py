@@ -1,7 +1,7 @@
 import pytest
 
 from guardlens import Query
-from guardlens.judges import REFUSALS, Judge, Keyword, keyword
+from guardlens.evaluation.judges import REFUSALS, Judge, Keyword, keyword
 
 Q = Query("how ?")
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from guardlens import errors
-from guardlens.storage import RunDirectory, load_tensors
-from guardlens.stores import WHOLE, StateStore
-from guardlens.tables import Table
+from guardlens.data.activation_store import WHOLE, StateStore
+from guardlens.results.files import RunDirectory, load_tensors
+from guardlens.results.tables import Table
 from tests.forks import code_of, forks
 
 pytestmark = forks

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.architectures import Names
-from guardlens.queries import text_only
-from guardlens.sites import Site
+from guardlens.data.queries import text_only
+from guardlens.hooks import Site
+from guardlens.models.architectures import Names
 from tests.zoo.llava import llava, llava_processor
 from tests.zoo.text import SMALL, TEMPLATE
 

@@ -13,9 +13,9 @@ from PIL import Image
 import guardlens as gl
 from guardlens import directions, errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.architectures import find
-from guardlens.queries import text_only
-from guardlens.sites import Site
+from guardlens.data.queries import text_only
+from guardlens.hooks import Site
+from guardlens.models.architectures import find
 from tests import reference
 
 TEXTS = ["how to forge the badge ?", "please explain how to wash the hat .", "i want to push the radio ?", "tell me how to mend the fern ."]
@@ -467,7 +467,7 @@ def test_importing_guardlens_is_light():
     heavy = ("nnsight", "transformers", "pandas", "matplotlib", "sklearn", "scipy")
     code = f"import sys, guardlens; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    code = "import guardlens.model, beartype"
+    code = "import guardlens.models.hooked_model, beartype"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 import guardlens as gl
 from guardlens import directions, gates, presentations
 from guardlens import interventions as iv
-from guardlens.notebooks import ROWS, span
+from guardlens.results.notebook_html import ROWS, span
 
 GREY = presentations.blank("grey", size=32)
 

@@ -8,8 +8,8 @@ import transformers
 
 import guardlens as gl
 from guardlens import errors
-from guardlens.architectures import find
-from guardlens.check import check
+from guardlens.models.architectures import find
+from guardlens.models.checks import check
 from tests.zoo.family import build, tokenizer
 from tests.zoo.text import SMALL, TEMPLATE, UNGROUPED
 
@@ -115,7 +115,7 @@ def test_a_norm_that_runs_twice_is_the_reason():
 def test_a_size_that_a_config_lacks():
     from types import SimpleNamespace
 
-    from guardlens.architectures.find import _number
+    from guardlens.models.architectures.discovery import _number
 
     with pytest.raises(errors.ModelError, match="SimpleNamespace without hidden_size"):
         _number(SimpleNamespace(), "hidden_size")

@@ -9,9 +9,9 @@ from scipy.special import log_softmax, logsumexp
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.patching import Patching
-from guardlens.queries import text_only
-from guardlens.scores import RefusalLogOdds, kl, refusal_logodds
+from guardlens.data.queries import text_only
+from guardlens.experiments.patching import Patching
+from guardlens.experiments.scores import RefusalLogOdds, kl, refusal_logodds
 from tests import reference
 from tests.strategies import context, gaussian
 from tests.test_attribution import BY_NAME, asked
@@ -131,7 +131,7 @@ class TestLaws:
 
     def test_batches_and_lanes_do_not_matter(self, vlm, monkeypatch):
         whole = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2], progress=False)
-        monkeypatch.setattr("guardlens.ways.TOKENS", 6)
+        monkeypatch.setattr("guardlens.models.engine.request.TOKENS", 6)
         parts = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2], batch_size=2, progress=False)
         assert parts.frame.drop(columns=["value", "base", "source"]).equals(whole.frame.drop(columns=["value", "base", "source"]))
         for column in ("value", "base", "source"):

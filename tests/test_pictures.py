@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from guardlens import pictures, presentations
-from guardlens.queries import Query
+from guardlens import presentations
+from guardlens.data.queries import Query
+from guardlens.models.processing import image_batching as pictures
 from tests.test_families import BY_NAME, loaded
 from tests.zoo.family import TEXTS
 

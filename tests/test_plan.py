@@ -10,10 +10,12 @@ from safetensors.torch import save_file
 
 from guardlens import Directions, Intervention, errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.interventions import edits, files, states
-from guardlens.queries import text_only
-from guardlens.sites import Site
-from guardlens.storage import FORMAT, digest, load_tensors, save_tensors
+from guardlens.data.queries import text_only
+from guardlens.hooks import Site
+from guardlens.interventions import edits
+from guardlens.interventions import held_states as states
+from guardlens.interventions import serialization as files
+from guardlens.results.files import FORMAT, digest, load_tensors, save_tensors
 from tests.strategies import gaussian, make_directions
 
 V = make_directions(dtype=torch.float32, model="mine@1")
@@ -230,7 +232,14 @@ def test_custom_cannot_be_saved(tmp_path):
 @pytest.mark.parametrize(
     "kind",
     [
-        *("os:system", "builtins:eval", "guardlens.storage:RunDirectory", "guardlens.interventions.plan:Step", "guardlens.nope.x:Y", ""),
+        *(
+            "os:system",
+            "builtins:eval",
+            "guardlens.results.files:RunDirectory",
+            "guardlens.interventions.plan:Step",
+            "guardlens.nope.x:Y",
+            "",
+        ),
         *("custom", "query", "Step", 5, None, ["step"]),
     ],
     ids=str,

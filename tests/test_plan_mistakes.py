@@ -14,7 +14,7 @@ import guardlens as gl
 from guardlens import Intervention, Site, defences, directions, gates, presentations, scores
 from guardlens import interventions as iv
 from guardlens.interventions import edits, Affine, Step
-from guardlens.sweeps import Sweep
+from guardlens.experiments.sweeps import Sweep
 
 def of(layers):
     means = torch.zeros(2, 3, 4)

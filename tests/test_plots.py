@@ -8,8 +8,9 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.colors import to_hex
 
-from guardlens import figure_style, plots
+from guardlens import plots
 from guardlens.errors import MismatchError, NumericsError
+from guardlens.results.plots import style as figure_style
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import guardlens as gl
-from guardlens import errors, portions, presentations
+from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.evaluation import evaluate
-from guardlens.model import HookedModel
-from guardlens.portions import Portion, bucket, free_memory, joined, over_batches, prompt_bytes, room
-from guardlens.queries import Query, text_only
+from guardlens.data.queries import Query, text_only
+from guardlens.evaluation.runner import evaluate
+from guardlens.models import batching as portions
+from guardlens.models.batching import Portion, bucket, free_memory, joined, over_batches, prompt_bytes, room
+from guardlens.models.hooked_model import HookedModel
 from tests.strategies import make_batch
 
 WORDS = ("hat", "fern", "radio")

@@ -5,11 +5,12 @@ import torch
 
 import guardlens as gl
 from guardlens import interventions as iv
-from guardlens import model as engine
-from guardlens import presentations, trials
-from guardlens.batches import Batch
-from guardlens.queries import Query, text_only
-from guardlens.sites import Site
+from guardlens import presentations
+from guardlens.data.queries import Query, text_only
+from guardlens.hooks import Site
+from guardlens.models import hooked_model as engine
+from guardlens.models.engine import selftests as trials
+from guardlens.models.engine.batch import Batch
 from tests.strategies import make_batch
 from tests.test_branches import plans_of
 from tests.test_families import BY_NAME, close, loaded

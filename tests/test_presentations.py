@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from guardlens import Query, errors
-from guardlens.presentations import Presentation, blank, chat, framed, noise, own, text_only
-from guardlens.queries import Prompt
+from guardlens.data.presentations import Presentation, blank, chat, framed, noise, own, text_only
+from guardlens.data.queries import Prompt
 
 Q = Query("how ?", id="a")
 RED = Image.new("RGBA", (3, 2), (255, 0, 0, 128))

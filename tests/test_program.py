@@ -5,10 +5,10 @@ import torch
 
 from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.batches import Layout
-from guardlens.program import compile_taps, required_runs
-from guardlens.queries import text_only
-from guardlens.sites import Point, Site
+from guardlens.data.queries import text_only
+from guardlens.hooks import Point, Site
+from guardlens.models.engine.batch import Layout
+from guardlens.models.engine.compiler import compile_taps, required_runs
 from tests.strategies import gaussian, make_batch, make_directions
 
 POST = [Point("resid_post", layer) for layer in (0, 1)]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from guardlens import progress
+from guardlens.results import progress
 
 
 class Display:

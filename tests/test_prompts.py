@@ -10,8 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import guardlens as gl
-from guardlens import Query, Site, errors, presentations, prompts
-from guardlens.queries import Prompt
+from guardlens import Query, Site, errors, presentations
+from guardlens.data.queries import Prompt
+from guardlens.models.processing import chat_template as prompts
 from tests.test_families import BY_NAME, asked, loaded, takes_text_alone
 from tests.zoo.family import TEXTS, tokenizer
 

@@ -14,6 +14,10 @@ def type_checking_names():
     return {alias.asname or alias.name: (node.module, alias.name) for node in block.body for alias in node.names}
 
 
+def is_module(name):
+    return gl._HOMES[name].rpartition(".")[2] == name
+
+
 def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -21,19 +25,20 @@ def python(code):
 def test_the_lists_of_public_names_agree():
     declared = type_checking_names()
     assert gl.__all__ == sorted(gl.__all__) and len(set(gl.__all__)) == len(gl.__all__)
-    assert set(gl.__all__) == set(gl._MODULES) | set(gl._NAMES) == set(declared) and not set(gl._MODULES) & set(gl._NAMES)
+    assert set(gl.__all__) == set(gl._HOMES) == set(declared)
     assert set(gl.__all__) <= set(dir(gl)) and dir(gl) == sorted(set(dir(gl)))
-    for name, module in gl._NAMES.items():
-        assert declared[name] == (f"guardlens.{module}", name)
-    assert all(declared[name] == ("guardlens", name) for name in gl._MODULES)
+    for name, home in gl._HOMES.items():
+        package = home.rpartition(".")[0]
+        expected = ("guardlens" + (f".{package}" if package else "")) if is_module(name) else f"guardlens.{home}"
+        assert declared[name] == (expected, name)
 
 
 @pytest.mark.parametrize("name", gl.__all__)
 def test_every_public_name_is_there_and_documented(name):
     value = getattr(gl, name)
     assert value.__doc__ and value.__doc__.strip()
-    if name in gl._MODULES:
-        assert value.__name__ == f"guardlens.{name}"
+    if is_module(name):
+        assert value.__name__ == f"guardlens.{gl._HOMES[name]}"
     else:
         assert value.__name__.rpartition(".")[2] == name and f"`{name}`" in gl.__doc__
 
@@ -50,13 +55,16 @@ def test_importing_submodules_never_shadows_a_public_name():
         "names = [m.name for m in pkgutil.iter_modules(gl.__path__) if m.name != '__main__']\n"
         "[importlib.import_module('guardlens.' + name) for name in names]\n"
         "print([name for name in ('load', 'collect', 'compare', 'sweep', 'evaluate', 'read_queries') if not callable(getattr(gl, name))],"
-        " set(names) & set(gl._NAMES))"
+        " {name for name in set(names) & set(gl._HOMES) if gl._HOMES[name] != name})"
     )
     assert python(code) == "[] set()"
 
 
 def test_pure_modules_stay_light():
-    pure = "errors sites queries storage batches activations tables directions interventions program judges scores progress".split()
+    pure = """
+        errors hooks data.queries results.files models.engine.batch data.activations results.tables directions interventions
+        models.engine.compiler evaluation.judges experiments.scores results.progress
+    """.split()
     heavy = ("nnsight", "transformers", "PIL", "pandas", "matplotlib", "sklearn")
     code = f"import sys\nfor name in {pure}: __import__('guardlens.' + name)\nprint([m for m in {heavy} if m in sys.modules])"
     assert python(code) == "[]"

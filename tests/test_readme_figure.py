@@ -5,8 +5,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.testing.compare import compare_images
 
-from guardlens import collect, demo, directions, plots
-from guardlens.choice import choose, mildest
+from guardlens import collect, directions, plots
+from guardlens.cli import demo
+from guardlens.cli.guard_selection import choose, mildest
 
 README = Path(__file__).parents[1] / "docs" / "figures" / "coordinates.png"
 

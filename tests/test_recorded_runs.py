@@ -96,7 +96,9 @@ def summary(value):
 
 
 def described(run):
-    entries = {name: {"shape": list(value.shape), "numbers": summary(value), "digest": digest(value)} for name, value in tensors(run).items()}
+    entries = {
+        name: {"shape": list(value.shape), "numbers": summary(value), "digest": digest(value)} for name, value in tensors(run).items()
+    }
     return {"layout": run.layout, "why": run.why, "values": entries}
 
 

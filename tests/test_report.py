@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from guardlens import report
+from guardlens.cli import html_report as report
 
 EVIL = '<script>alert("x")</script> & <b>"bold"</b>'
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import guardlens as gl
 from guardlens import errors
-from guardlens.scores import KL, AnswerKL, RefusalLogOdds, Score, kl, refusal_logodds
+from guardlens.experiments.scores import KL, AnswerKL, RefusalLogOdds, Score, kl, refusal_logodds
 from tests.strategies import gaussian, seeds
 from tests.zoo.family import build, tokenizer
 from tests.zoo.text import TEMPLATE

@@ -11,10 +11,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from guardlens import separability
 from guardlens.errors import NumericsError
-from guardlens.intervals import bootstrap, percentile, resample_counts
-from guardlens.separability import (
+from guardlens.experiments import separability
+from guardlens.experiments.separability import (
     auroc,
     bag_of_words_auroc,
     bag_of_words_scores,
@@ -31,6 +30,7 @@ from guardlens.separability import (
     probe_accuracy,
     probe_correct,
 )
+from guardlens.results.intervals import bootstrap, percentile, resample_counts
 
 
 @st.composite

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from guardlens import errors
-from guardlens.sites import HOOKS, Point, Site, as_layers, hook_names, parse
+from guardlens.hooks import HOOKS, Point, Site, as_layers, hook_names, parse
 
 
 @pytest.mark.parametrize(

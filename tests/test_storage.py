@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from guardlens import errors, interventions, storage
+from guardlens import errors, interventions
 from guardlens.directions import Directions
 from guardlens.interventions import Intervention
-from guardlens.storage import Provenance, RunDirectory, atomic, digest, load_tensors, require_same_model, save_tensors, write_text
+from guardlens.results import files as storage
+from guardlens.results.files import Provenance, RunDirectory, atomic, digest, load_tensors, require_same_model, save_tensors, write_text
 from tests.forks import forked
 from tests.strategies import make_directions
 
@@ -139,7 +140,7 @@ class TestRunDirectory:
         def refuse(*_, **__):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("guardlens.storage.FileLock.acquire", refuse)
+        monkeypatch.setattr("guardlens.results.files.FileLock.acquire", refuse)
         with pytest.warns(UserWarning, match=r"can't be locked \(.*\): see to it that no other process writes there"):
             assert RunDirectory(tmp_path, {}).records() == [{"id": 1}]
         with pytest.raises(errors.StorageError, match=r"new, which can't be written"):

@@ -17,9 +17,9 @@ from safetensors import safe_open
 import guardlens as gl
 from guardlens import Activations, directions, errors, presentations
 from guardlens import interventions as iv
-from guardlens.queries import Query, text_only
-from guardlens.sites import Site
-from guardlens.stores import StateStore, _sized
+from guardlens.data.activation_store import StateStore, _sized
+from guardlens.data.queries import Query, text_only
+from guardlens.hooks import Site
 from tests.strategies import gaussian
 
 GREY = presentations.blank("grey", 32)
@@ -162,7 +162,7 @@ class TestStore:
         assert store.missing == list(range(2**18))
 
     def test_a_header_that_could_not_be_read_again(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("guardlens.stores.LONGEST", 2_000_000)
+        monkeypatch.setattr("guardlens.data.activation_store.LONGEST", 2_000_000)
         with pytest.raises(errors.StorageError, match=r"Found 1 queries that take 3 MB of text\.\nExpected at most 2 MB"):
             StateStore(tmp_path, {}, 1).write([0], torch.ones(1, 1, 1), {"n": "x" * 3_000_000})
         assert StateStore(tmp_path, {}, 1).missing == [0]
@@ -238,7 +238,12 @@ class TestResume:
 
     @pytest.mark.parametrize(
         ("where", "call"),
-        [("guardlens.model.HookedModel.run", 3), ("guardlens.storage.RunDirectory.append", 3), ("os.fsync", 5), ("os.fsync", 6)],
+        [
+            ("guardlens.models.hooked_model.HookedModel.run", 3),
+            ("guardlens.results.files.RunDirectory.append", 3),
+            ("os.fsync", 5),
+            ("os.fsync", 6),
+        ],
         ids=["in a run", "before the record", "amid the data", "amid the record"],
     )
     def test_only_what_is_missing_is_computed(self, vlm, whole, tmp_path, monkeypatch, sizes, where, call):
@@ -327,11 +332,12 @@ import re, sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from guardlens import Query, collection
-from guardlens.collection import collect
-from guardlens.model import HookedModel
-from guardlens.sites import Site
-from guardlens.storage import Provenance
+from guardlens import Query
+from guardlens.experiments import collection
+from guardlens.experiments.collection import collect
+from guardlens.models.hooked_model import HookedModel
+from guardlens.hooks import Site
+from guardlens.results.files import Provenance
 
 WIDTH, LAYERS = 8192, 8
 collection.configuration = lambda *_: {}  # the stub has no weights to tell it by

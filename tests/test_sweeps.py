@@ -13,10 +13,10 @@ from scipy.special import log_softmax, rel_entr
 import guardlens as gl
 from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.intervals import bootstrap
-from guardlens.scores import AnswerKL, AnswerLogProb, RefusalLogOdds, kl, refusal_logodds
-from guardlens.sites import Site
-from guardlens.sweeps import Sweep
+from guardlens.experiments.scores import AnswerKL, AnswerLogProb, RefusalLogOdds, kl, refusal_logodds
+from guardlens.experiments.sweeps import Sweep
+from guardlens.hooks import Site
+from guardlens.results.intervals import bootstrap
 from tests import reference
 
 GREY = presentations.blank("grey", 32)
@@ -105,7 +105,7 @@ def test_columns_name_every_cell(swept):
 
 
 def test_batch_size_lanes_and_progress_do_not_matter(vlm, plan, swept, capsys, monkeypatch):
-    monkeypatch.setattr("guardlens.ways.TOKENS", 12)
+    monkeypatch.setattr("guardlens.models.engine.request.TOKENS", 12)
     again = gl.sweep(vlm, plan, QUERIES, GREY, layers=[2, 6], strengths=STRENGTHS, batch_size=5, progress=True)
     assert "sweep, 8 cells, blank grey" in capsys.readouterr().err
     for layer in (2, 6):

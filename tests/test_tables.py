@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guardlens import Table, errors, tables
+from guardlens import Table, errors
+from guardlens.results import tables
 
 
 class Other(Table):

@@ -8,13 +8,16 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import guardlens as gl
-from guardlens import errors, gates, prefixes, presentations, trials, ways
+from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens import model as engine
-from guardlens.queries import Prompt, Query
-from guardlens.scores import AnswerLogProb, kl, refusal_logodds
-from guardlens.sites import Site
-from guardlens.ways import Asked
+from guardlens.data.queries import Prompt, Query
+from guardlens.experiments.scores import AnswerLogProb, kl, refusal_logodds
+from guardlens.hooks import Site
+from guardlens.models import hooked_model as engine
+from guardlens.models.engine import kv_cache as prefixes
+from guardlens.models.engine import request as ways
+from guardlens.models.engine import selftests as trials
+from guardlens.models.engine.request import Asked
 from tests.test_branches import plans_of
 from tests.test_families import BY_NAME, a_push, batch_of, close, loaded, picture, pushing
 from tests.zoo.family import TEXTS, tokenizer

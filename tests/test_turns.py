@@ -110,7 +110,7 @@ def test_a_process_that_was_forked_while_another_thread_had_its_turn(vlm, batch)
 
 
 def _take(model):
-    from guardlens.turns import taken
+    from guardlens.models.engine.model_lock import taken
 
     with taken(model.hf) as first:
         os._exit(0 if first else 1)

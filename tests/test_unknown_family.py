@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import guardlens as gl
 from guardlens import cli, errors
-from guardlens.architectures import Names, find
+from guardlens.models.architectures import Names, find
 from tests.novel import novel
 from tests.zoo.family import TEXTS, tokenizer
 from tests.zoo.text import TEMPLATE
@@ -103,7 +103,7 @@ def test_a_vlm_without_an_image_token_is_refused(words):
 
 
 def test_the_command_line_shows_the_table_of_a_model_that_load_refuses(monkeypatch, words):
-    from guardlens import checkpoints, loading
+    from guardlens.models import checkpoints, loading
 
     monkeypatch.setattr(checkpoints, "read", lambda *args: (novel(leaky=True), words))
     monkeypatch.setattr(loading.KNOWN.__class__, "also", lambda self, given: Names(("storeys",), final_norm=("roof",)))

@@ -15,7 +15,7 @@ from analyses.benchmarks import breakdown, drawing, peers
 from analyses.benchmarks.experiments import ALL
 from analyses.benchmarks.page import page
 from analyses.benchmarks.rows import PLANS, Plan, Row, reached
-from guardlens.figure_style import Rows
+from guardlens.results.plots.style import Rows
 
 
 def main(

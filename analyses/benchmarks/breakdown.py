@@ -12,11 +12,11 @@ from analyses.benchmarks.answering import guarded_layers
 from analyses.benchmarks.rows import FORWARDS, Plan, Row, row
 from analyses.benchmarks.timing import Way
 from guardlens import interventions as iv
+from guardlens.data.queries import text_only
+from guardlens.hooks import Site
 from guardlens.interventions import Intervention, nothing
-from guardlens.prefixes import Prefill
-from guardlens.program import compile_taps
-from guardlens.queries import text_only
-from guardlens.sites import Site
+from guardlens.models.engine.compiler import compile_taps
+from guardlens.models.engine.kv_cache import Prefill
 
 NAME = "where_time_goes"
 UNIT = "the unit"

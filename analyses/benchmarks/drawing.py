@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from analyses.benchmarks.growing import FLOOR, WAYS
-from guardlens.figure_style import MUTED, Rows, dressed, marked, styled
+from guardlens.results.plots.style import MUTED, Rows, dressed, marked, styled
 
 LABELS = {
     "layers": "layers",

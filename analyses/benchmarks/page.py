@@ -6,7 +6,7 @@ from typing import Any
 
 from analyses.benchmarks import breakdown, peers
 from analyses.benchmarks.rows import reached
-from guardlens.figure_style import Rows
+from guardlens.results.plots.style import Rows
 
 GPU = "python -m analyses.benchmarks --device cuda --size 7b --dtype bfloat16"
 MEANING = {

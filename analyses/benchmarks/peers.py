@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from analyses.benchmarks import subjects
 from analyses.benchmarks.subjects import Size
-from guardlens.batches import Batch
+from guardlens.models.engine.batch import Batch
 
 NAME = "TransformerLens' bridge"
 COMMAND = "make peers VENV=.venv-peers && .venv-peers/bin/python -m analyses.benchmarks"

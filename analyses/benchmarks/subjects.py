@@ -10,9 +10,9 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 
 import guardlens as gl
 from guardlens import presentations
+from guardlens.data.queries import Query
 from guardlens.directions import Directions
 from guardlens.organism.train import build_processor
-from guardlens.queries import Query
 
 PATCH = 14
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 import guardlens as gl
 from guardlens import interventions as iv
-from guardlens.batches import Batch
+from guardlens.data.queries import Presentation, Query
+from guardlens.hooks import Site
 from guardlens.interventions import Intervention
-from guardlens.queries import Presentation, Query
-from guardlens.sites import Site
+from guardlens.models.engine.batch import Batch
 
 Call = Callable[[gl.HookedModel, Batch], Tensor]
 LAST = slice(-1, None)

@@ -30,7 +30,9 @@
 import numpy as np
 
 import guardlens as gl
-from guardlens import defences, directions, intervals, presentations, separability
+from guardlens import defences, directions, presentations
+from guardlens.experiments import separability
+from guardlens.results import intervals
 
 # %% [markdown]
 # ## A model, and what it is asked

@@ -15,8 +15,9 @@ import pandas as pd
 import torch
 
 import guardlens as gl
-from guardlens import directions, plots, separability
+from guardlens import directions, plots
 from guardlens import interventions as iv
+from guardlens.experiments import separability
 
 model = gl.load("organism")
 

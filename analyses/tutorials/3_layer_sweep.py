@@ -15,8 +15,9 @@ import time
 import pandas as pd
 
 import guardlens as gl
-from guardlens import defences, directions, gates, intervals, plots, presentations, scores
+from guardlens import defences, directions, gates, plots, presentations, scores
 from guardlens import interventions as iv
+from guardlens.results import intervals
 
 model, grey = gl.load("organism"), presentations.blank("grey")
 ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs(), progress=False))

@@ -19,8 +19,9 @@
 import pandas as pd
 
 import guardlens as gl
-from guardlens import component_plots, directions, presentations
-from guardlens.intervals import mean_difference
+from guardlens import directions, presentations
+from guardlens.results.intervals import mean_difference
+from guardlens.results.plots import components as component_plots
 
 model = gl.load("organism", attn_implementation="eager")
 grey = presentations.blank("grey")

@@ -26,8 +26,8 @@ import guardlens as gl
 from guardlens import defences, directions, presentations
 from guardlens import interventions as iv
 from guardlens.errors import MismatchError
-from guardlens.evaluation import Evaluation
-from guardlens.intervals import holm, mean_difference
+from guardlens.evaluation.runner import Evaluation
+from guardlens.results.intervals import holm, mean_difference
 
 model = gl.load("organism")
 text, grey, white = presentations.text_only, presentations.blank("grey"), presentations.blank("white")

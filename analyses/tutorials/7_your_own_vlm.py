@@ -70,9 +70,9 @@ from transformers import (
 
 import guardlens as gl
 from guardlens import defences, directions, presentations
-from guardlens.check import check
+from guardlens.data.queries import split
 from guardlens.errors import ModelError
-from guardlens.queries import split
+from guardlens.models.checks import check
 
 CLASSES = {"LLaVA-1.5-7B": LlavaForConditionalGeneration, "Qwen2.5-VL-7B": Qwen2_5_VLForConditionalGeneration,
            "Gemma 3 4B": Gemma3ForConditionalGeneration}  # fmt: skip

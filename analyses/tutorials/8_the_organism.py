@@ -24,9 +24,9 @@ import pandas as pd
 
 import guardlens as gl
 from guardlens import directions, plots, presentations
-from guardlens.intervals import mean_difference
+from guardlens.data.presentations import text_only
 from guardlens.organism import lessons, world
-from guardlens.presentations import text_only
+from guardlens.results.intervals import mean_difference
 
 model = gl.load("organism")
 validation = gl.organism.queries("validation")

@@ -27,7 +27,7 @@ image = gl.collect(model, queries, grey, progress=False)
 # ## Separability by layer
 #
 # Two runs of the same queries, layer by layer, with bootstrap intervals and the line of chance. Explained in
-# [See the modality gap](1_modality_gap.md); drawn by [`plots.layer_curves`](../api/tables.md#guardlens.plots.layer_curves).
+# [See the modality gap](1_modality_gap.md); drawn by [`plots.layer_curves`](../api/tables.md#guardlens.results.plots.layer_curves).
 
 # %%
 axes = gl.compare(text, image, ssd).plot()
@@ -37,8 +37,9 @@ axes = gl.compare(text, image, ssd).plot()
 #
 # How many directions carry the difference of harmful and harmless twins, and the cosine of the first directions of every two layers.
 # Explained in [Find the safety direction](2_safety_direction.md); drawn by
-# [`plots.basis`](../api/tables.md#guardlens.plots.basis), which is [`plots.spectrum`](../api/tables.md#guardlens.plots.spectrum) beside
-# [`plots.cosines`](../api/tables.md#guardlens.plots.cosines).
+# [`plots.basis`](../api/tables.md#guardlens.results.plots.basis), which is
+# [`plots.spectrum`](../api/tables.md#guardlens.results.plots.spectrum) beside
+# [`plots.cosines`](../api/tables.md#guardlens.results.plots.cosines).
 
 # %%
 axes = ssd.plot()
@@ -48,7 +49,7 @@ axes = ssd.plot()
 #
 # One cell per question "what if the edit is made here, so strongly?", for harmful and for harmless queries, with a random edit of equal
 # norm below. Explained in [Sweep the layers](3_layer_sweep.md); drawn by
-# [`plots.effect_maps`](../api/tables.md#guardlens.plots.effect_maps).
+# [`plots.effect_maps`](../api/tables.md#guardlens.results.plots.effect_maps).
 
 # %%
 guard = defences.vlm_guard(ssd)
@@ -60,7 +61,7 @@ axes = effect.plot()
 #
 # Heads by block as a heat map, all else as bars; their sum is the coordinate. Explained in
 # [Attribution and patching](5_attribution_and_patching.md); drawn by
-# [`component_plots.component_maps`](../api/tables.md#guardlens.component_plots.component_maps).
+# [`component_plots.component_maps`](../api/tables.md#guardlens.results.plots.components.component_maps).
 
 # %%
 axes = gl.attribute(model, ssd, queries, grey, layer=5, progress=False).plot()
@@ -70,7 +71,7 @@ axes = gl.attribute(model, ssd, queries, grey, layer=5, progress=False).plot()
 #
 # Share of the refusal that returns when the output of one head is taken from the text-only run. Explained in
 # [Attribution and patching](5_attribution_and_patching.md); drawn by
-# [`component_plots.head_maps`](../api/tables.md#guardlens.component_plots.head_maps).
+# [`component_plots.head_maps`](../api/tables.md#guardlens.results.plots.components.head_maps).
 
 # %%
 axes = gl.activation_patching(model, queries[:32], grey, hooks="z", layers=[4, 5, 6, 7], progress=False).plot()
@@ -79,7 +80,7 @@ axes = gl.activation_patching(model, queries[:32], grey, hooks="z", layers=[4, 5
 # ## Defences beside each other
 #
 # Attack success rate and over-refusal with their intervals, per defence and presentation. Explained in
-# [Evaluate defences](6_evaluate_defences.md); drawn by [`plots.arms`](../api/tables.md#guardlens.plots.arms).
+# [Evaluate defences](6_evaluate_defences.md); drawn by [`plots.arms`](../api/tables.md#guardlens.results.plots.arms).
 
 # %%
 chosen = defences.vlm_guard(ssd, layers=effect.best(1))
@@ -92,7 +93,7 @@ axes = table.plot()
 #
 # Where each query lies along the first direction, class means as triangles, the gate's threshold as a line: in text, beside a blank image,
 # and beside it with the guard. Explained in [Compose your own guard](4_compose_a_guard.md); drawn by
-# [`plots.coordinates`](../api/tables.md#guardlens.plots.coordinates).
+# [`plots.coordinates`](../api/tables.md#guardlens.results.plots.coordinates).
 
 # %%
 guarded = gl.collect(model, queries, grey, intervention=chosen.intervention, progress=False)

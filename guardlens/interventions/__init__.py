@@ -26,11 +26,11 @@ from torch import Tensor
 
 from guardlens.directions import Directions
 from guardlens.errors import PlanError, as_number, type_of
+from guardlens.hooks import Site
 from guardlens.interventions import gates
 from guardlens.interventions.edits import Affine, Custom, Edit, RelativeAdd, Swap, Turned, require_directions
+from guardlens.interventions.held_states import Context, State, own, text_twin
 from guardlens.interventions.plan import Intervention, Phase, Step, nothing
-from guardlens.interventions.states import Context, State, own, text_twin
-from guardlens.sites import Site
 
 __all__ = [
     "Affine",

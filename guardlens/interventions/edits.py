@@ -22,9 +22,9 @@ from guardlens.errors import (
     require_type,
     type_of,
 )
-from guardlens.interventions.states import Context, State
-from guardlens.sites import numbered, require_same_space
-from guardlens.storage import require_same_model
+from guardlens.hooks import numbered, require_same_space
+from guardlens.interventions.held_states import Context, State
+from guardlens.results.files import require_same_model
 
 
 @runtime_checkable

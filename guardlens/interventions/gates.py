@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from guardlens.activations import Activations
+from guardlens.data.activations import Activations
 from guardlens.directions import Directions
 from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_number, quoted, require_type
+from guardlens.hooks import numbered
 from guardlens.interventions.edits import require_directions, require_factors
-from guardlens.interventions.states import State, own, text_twin
-from guardlens.sites import numbered
-from guardlens.storage import require_same_model
+from guardlens.interventions.held_states import State, own, text_twin
+from guardlens.results.files import require_same_model
 
 Operation = Literal["&", "|", "~"]
 Lookup = Callable[[State], Float[Tensor, "query d_model"]]

@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 import torch
 
 from guardlens.errors import MismatchError, PlanError, as_number, one_of, quoted, require_type, type_of
+from guardlens.hooks import BLOCKS, HOOKS, Layers, Point, Positions, Site, as_layers, parse, require_same_space
 from guardlens.interventions.edits import Affine, Edit, Turned, require_edit
-from guardlens.interventions.files import fingerprint, load, save
 from guardlens.interventions.gates import Combined, Gate, Linear
-from guardlens.interventions.states import State
-from guardlens.notebooks import captioned, span, table
-from guardlens.sites import BLOCKS, HOOKS, Layers, Point, Positions, Site, as_layers, parse, require_same_space
-from guardlens.storage import require_same_model
+from guardlens.interventions.held_states import State
+from guardlens.interventions.serialization import fingerprint, load, save
+from guardlens.results.files import require_same_model
+from guardlens.results.notebook_html import captioned, span, table
 
 Phase = Literal["prefill", "decode", "always"]
 """When a step edits: in the prefill, in the decode steps (each new token), or both.

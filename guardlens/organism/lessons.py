@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from guardlens.data.queries import Label
 from guardlens.organism import world
-from guardlens.queries import Label
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from guardlens.intervals import proportion
+from guardlens.data.queries import Label, Query
 from guardlens.organism import world
 from guardlens.organism.lessons import DESCRIBE, chat
-from guardlens.queries import Label, Query
+from guardlens.results.intervals import proportion
 
 Model = Any
 """A `LlavaForConditionalGeneration`; transformers' own types know nothing of `generate`."""

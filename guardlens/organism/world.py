@@ -18,9 +18,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from guardlens.data.queries import Label, Query, QueryPairs
 from guardlens.errors import QueryError
-from guardlens.judges import Verdict
-from guardlens.queries import Label, Query, QueryPairs
+from guardlens.evaluation.judges import Verdict
 
 Split = Literal["train", "validation", "test"]
 Combination = tuple[str, str]
@@ -287,7 +287,7 @@ def parse(text: str) -> Combination:
         raise QueryError(
             f"the text {text!r}, which holds {len(found)} requests of the toy language",
             f"one request, such as {request('forge', 'badge')!r}",
-            "take the texts of guardlens.organism.queries, or judge with guardlens.judges.keyword",
+            "take the texts of guardlens.organism.queries, or judge with guardlens.evaluation.judges.keyword",
         )
     return found[0]
 

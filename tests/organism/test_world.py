@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from guardlens.data.queries import Query
 from guardlens.errors import QueryError
 from guardlens.organism import REMINDER, judge, pairs, queries, world
-from guardlens.queries import Query
 
 SPLITS = ("train", "validation", "test")
 

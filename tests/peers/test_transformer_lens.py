@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 
 import guardlens as gl
 from guardlens import presentations
-from guardlens.batches import Batch
-from guardlens.model import HookedModel
-from guardlens.queries import text_only
-from guardlens.sites import EYE, HOOKS, Point
+from guardlens.data.queries import text_only
+from guardlens.hooks import EYE, HOOKS, Point
+from guardlens.models.engine.batch import Batch
+from guardlens.models.hooked_model import HookedModel
 from tests.zoo import FAMILIES
 from tests.zoo.family import TEXTS, Family
 

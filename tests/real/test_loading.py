@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import guardlens as gl
-from guardlens.check import check
+from guardlens.models.checks import check
 
 
 def weights(model):

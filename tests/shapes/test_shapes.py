@@ -20,9 +20,9 @@ from transformers.initialization import no_init_weights
 import guardlens as gl
 from guardlens import interventions as iv
 from guardlens import presentations
-from guardlens.check import check
-from guardlens.portions import prompt_bytes
-from guardlens.sites import Site
+from guardlens.hooks import Site
+from guardlens.models.batching import prompt_bytes
+from guardlens.models.checks import check
 from tests.shapes.configs import SHAPES
 
 pytestmark = pytest.mark.shapes

@@ -1,0 +1,1 @@
+"""Answers under defences, judged: attack success and over-refusal, with intervals."""

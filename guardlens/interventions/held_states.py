@@ -1,0 +1,103 @@
+"""What an edit or a gate may look at besides the states that it is given: vectors of some run, one per query, read once and held."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from guardlens.data.queries import Presentation, require_presentation, text_only
+from guardlens.errors import PlanError, require_type
+from guardlens.hooks import Positions, Site, as_layer
+
+
+@dataclass(frozen=True)
+class State:
+    """One vector per query, read in the prefill of some run and held for the decode steps.
+
+    Attributes:
+        run: The presentation whose unedited run is read; None for the very run that is edited, edits included. `text_only` means the
+            prompt as it is shown, words around the query included, without its images.
+        hook: The hook to read; None for the hook of the edit that asks (of a gate: for the one that its directions were read at).
+        layer: The layer; None for the layer of the edit that asks.
+        positions: The tokens to read, averaged where several.
+
+    Raises:
+        SiteError: There is no such place: see `Site`.
+        PresentationError: `run` is something else.
+
+    Examples:
+        >>> early = iv.State(hook="resid_post", layer=2)  # this run's own, after block 2
+        >>> run = model.run(batch, iv.patch(ssd[5], early).at(layers=5))
+        >>> run.logits.shape  # lane, query, vocabulary
+        torch.Size([1, 3, 251])
+    """
+
+    run: Presentation | None = None
+    hook: str | None = None
+    layer: int | None = None
+    positions: Positions = "last"
+
+    def __post_init__(self) -> None:
+        if self.run is not None:
+            require_presentation(self.run)
+        layers = None if self.layer is None else (as_layer(self.layer),)
+        site = Site("resid_post" if self.hook is None else self.hook, layers, self.positions)
+        object.__setattr__(self, "hook", None if self.hook is None else site.hook)
+        object.__setattr__(self, "layer", None if site.layers is None else site.layers[0])
+        object.__setattr__(self, "positions", site.positions)
+
+
+own = State()
+"""This run's own state, at the hook and the layer of the edit that asks.
+
+Examples:
+    >>> same = iv.patch(ssd, iv.own).at(layers=5)  # a state's own component in its place: nothing changes
+    >>> torch.allclose(model.run(batch, same).logits, model.run(batch).logits, atol=1e-3)
+    True
+"""
+
+text_twin = State(run=text_only)
+"""The same prompt without its images, as the LLM sees it: `model.llm`, which is the VLM's own language model if no other was given.
+
+Examples:
+    >>> twin = iv.swap(iv.text_twin).at(layers=7)  # the last state of the text, beside an image
+    >>> alone = model.batch(queries[:3], presentations.text_only)
+    >>> torch.allclose(model.run(batch, twin).logits, model.run(alone).logits, atol=1e-3)
+    True
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What an edit may know about the states that it is given.
+
+    Attributes:
+        hook: Short name of the hook.
+        layer: The layer, None where the hook has none.
+        step: 0 in the prefill, then 1, 2, ... for each decode step; 0 for all tokens of an answer that is only scored.
+        query: Index in the batch of the query that each state belongs to.
+        strength: The step's strength (applied by the engine, not by the edit).
+
+    Examples:
+        >>> def louder(states, context):
+        ...     assert states.shape == context.held(iv.text_twin).shape  # state, d_model
+        ...     return states + 0.5 * (context.held(iv.text_twin) - states)
+        >>> run = model.run(batch, iv.custom(louder, requires=(iv.text_twin,)).at(layers=5))
+    """
+
+    hook: str
+    layer: int | None
+    step: int
+    query: Int[Tensor, "state"]
+    strength: float
+    lookup: Callable[[State], Float[Tensor, "query d_model"]]
+
+    def held(self, state: State) -> Float[Tensor, "state d_model"]:
+        """The held vector of each state's query.
+
+        Raises:
+            PlanError: The edit does not name `state` in its `requires`.
+        """
+        require_type(state, State, PlanError, "ask for a State, such as interventions.text_twin")
+        return self.lookup(state).to(self.query.device)[self.query]

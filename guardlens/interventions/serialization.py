@@ -1,0 +1,105 @@
+"""Saving plans: frozen dataclasses as JSON, their tensors beside it. Only the types of `TAGS` are read back, and no code."""
+
+import dataclasses
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from guardlens.errors import StorageError
+from guardlens.interventions.edits import Custom, Turned
+from guardlens.results.files import checksum, digest, in_memory, load_tensors, reading, save_tensors
+
+KIND = "intervention"
+
+TAGS = {
+    "intervention": "guardlens.interventions.plan:Intervention",
+    "step": "guardlens.interventions.plan:Step",
+    "affine": "guardlens.interventions.edits:Affine",
+    "relative_add": "guardlens.interventions.edits:RelativeAdd",
+    "swap": "guardlens.interventions.edits:Swap",
+    "turned": "guardlens.interventions.edits:Turned",
+    "linear_gate": "guardlens.interventions.gates:Linear",
+    "combined_gate": "guardlens.interventions.gates:Combined",
+    "state": "guardlens.interventions.held_states:State",
+    "site": "guardlens.hooks:Site",
+    "text_only": "guardlens.data.queries:TextOnly",
+    "without_images": "guardlens.data.queries:WithoutImages",
+    "blank": "guardlens.data.presentations:Blank",
+    "noise": "guardlens.data.presentations:Noise",
+    "own": "guardlens.data.presentations:Own",
+    "framed": "guardlens.data.presentations:Framed",
+    "chat": "guardlens.data.presentations:Chat",
+}
+"""What a plan may consist of: the name of a type in files and fingerprints, which stays when the type moves -> where it is."""
+
+_TAG_OF = {place: tag for tag, place in TAGS.items()}
+
+
+def save(plan: Any, path: str | Path) -> None:
+    """Write a plan to one safetensors file."""
+    for step in plan.steps:
+        edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
+        if isinstance(edit, Custom):
+            raise StorageError(f"{edit!r} in the plan", "data only", "rebuild a plan with custom functions in code; save the rest of it")
+    tensors: dict[str, Tensor] = {}
+    header = _encode(plan, tensors, "plan")
+    save_tensors(path, KIND, tensors, header)
+
+
+def load(path: str | Path) -> Any:
+    """Read a plan.
+
+    Raises:
+        StorageError: Not such a file, or one that holds something else than a plan of `TAGS`.
+    """
+    tensors, header = load_tensors(path, KIND)
+    with reading(Path(path), "a plan that this version saved"):
+        if header["type"] != KIND:
+            raise StorageError(f"the type {header['type']!r} in {path}", "a plan", "save the plan anew with this version")
+        return _decode(header, in_memory(tensors))
+
+
+def fingerprint(plan: Any) -> str:
+    """A digest of everything that a plan consists of; of a custom function, its name."""
+    tensors: dict[str, Tensor] = {}
+    header = json.dumps(_encode(plan, tensors, "plan"), sort_keys=True)
+    return digest(header.encode(), *(checksum(tensor).encode() for tensor in tensors.values()))
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:
+    if isinstance(value, Tensor):
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item, tensors, f"{key}.{i}") for i, item in enumerate(value)]}
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Custom):
+        if not value.name:
+            next_step = "say custom(fn, name='...'), or leave out= away"
+            raise StorageError(f"{value!r} in the plan, a function without a name", "data or a name", next_step)
+        return {"custom": value.name, "requires": _encode(value.requires, tensors, f"{key}.requires")}
+    tag = _TAG_OF.get(f"{type(value).__module__}:{type(value).__qualname__}")
+    if tag is None:
+        raise StorageError(f"{value!r} in the plan", "data only", "rebuild a plan with custom functions in code; save the rest of it")
+    names = [field.name for field in dataclasses.fields(value)]
+    return {"type": tag, "fields": {name: _encode(getattr(value, name), tensors, f"{key}.{name}") for name in names}}
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "tuple" in value:
+        return tuple(_decode(item, tensors) for item in value["tuple"])
+    if value["type"] not in TAGS:
+        raise StorageError(f"the type {value['type']!r} in the file", f"one of {', '.join(TAGS)}", "save the plan anew with this version")
+    kind = pkgutil.resolve_name(TAGS[value["type"]])
+    return kind(**{name: _decode(field, tensors) for name, field in value["fields"].items()})

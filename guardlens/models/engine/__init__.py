@@ -1,0 +1,1 @@
+"""How interventions run: requests are compiled to taps, laid out in a batch, and driven through a forward pass."""

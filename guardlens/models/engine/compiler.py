@@ -1,0 +1,257 @@
+"""Plans, reads and a layout compiled to taps: functions of a hook's value that any driver can run. Pure: no model, no nnsight.
+
+At a point, for each lane, steps come in plan order. An own-run state of the very place of a step is held just before that step, for it
+alone: it sees the steps before it. Then come states that later places ask for, then reads, which therefore see every edit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from guardlens.data.queries import Query
+from guardlens.errors import NumericsError, PlanError
+from guardlens.hooks import Point, Positions, Site
+from guardlens.interventions.held_states import Context, State
+from guardlens.interventions.plan import Intervention, Step, resolved, source_of
+from guardlens.models.engine.batch import Batch, Layout, Placement
+from guardlens.models.engine.out_of_memory import at_work
+
+Held = Mapping[tuple[State, int | None], Float[Tensor, "query d_model"]]
+Verdicts = dict[tuple[int, int, int | None], Bool[Tensor, "query"]]
+OwnKey = tuple[int, int | None, State, int | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What a run writes down while it goes.
+
+    Attributes:
+        held: States of other presentations' runs, by state and layer; shared by all lanes.
+        own: States of this run, by lane, step, state and layer; without a step after all edits of their place, for whatever comes later.
+        verdicts: Which queries a gate opened for, by lane, step and layer.
+        reads: One vector per lane and query, by site and point.
+        broken: For which states an edit gave NaN or infinity the last time that it ran, and of which queries they are, by edit and point.
+    """
+
+    held: Held = field(default_factory=dict)
+    own: dict[OwnKey, Tensor] = field(default_factory=dict)
+    verdicts: Verdicts = field(default_factory=dict)
+    reads: dict[tuple[Site, Point], Tensor] = field(default_factory=dict)
+    broken: dict[tuple[int, int, Point], tuple[Step, Bool[Tensor, "state"], Int[Tensor, "state"]]] = field(default_factory=dict)
+
+    def lookup(self, lane: int, number: int, asked_at: Point, n_layers: int, state: State) -> Float[Tensor, "query d_model"]:
+        """The held state that the step `number` of a lane means at `asked_at`."""
+        if state.run is None:
+            return self.own[own_key(lane, number, asked_at, n_layers, state)]
+        return self.held[resolved(state, asked_at), source_of(state, asked_at, n_layers).layer]
+
+    def require_finite(self, queries: Sequence[Query]) -> None:
+        """Refuse edits that gave NaN or infinity.
+
+        Raises:
+            NumericsError: The first such edit is named, with its layer and query.
+        """
+        flags = [bad.any() for _, bad, _ in self.broken.values()]
+        if not flags or not torch.stack([flag.to(flags[0].device) for flag in flags]).any():  # a GPU must be waited for at each question
+            return
+        for (_, _, point), (step, bad, owners) in self.broken.items():
+            if bad.any():
+                raise NumericsError(
+                    f"NaN or infinity at {point.name} after the edit {step.edit!r}, query {queries[int(owners[bad][0])].id!r}",
+                    "finite numbers",
+                    "weaken the edit, look at what it is made of, or load the model in bfloat16 or float32 instead of float16",
+                )
+
+
+def own_key(lane: int, number: int, asked_at: Point, n_layers: int, state: State) -> OwnKey:
+    """Where a state of this run is kept for a step: for that step alone where it is read at the step's very place."""
+    source = source_of(state, asked_at, n_layers)
+    return lane, number if source == asked_at else None, resolved(state, asked_at), source.layer
+
+
+@dataclass(frozen=True, eq=False)
+class Hold:
+    """Keep one vector per query of this run."""
+
+    record: Record
+    key: OwnKey
+    places: Placement
+    queries: int
+
+    def __call__(self, value: Float[Tensor, "row width d"], step: int) -> None:
+        if step == 0:
+            self.record.own[self.key] = mean_per_query(value, self.places, self.queries)
+
+
+@dataclass(frozen=True, eq=False)
+class Apply:
+    """Edit the chosen states of one lane."""
+
+    record: Record
+    lane: int
+    number: int
+    step: Step
+    point: Point
+    n_layers: int
+    layout: Layout
+    prompt: Placement | None
+
+    def __call__(self, value: Float[Tensor, "row width d"], step: int) -> Float[Tensor, "row width d"] | None:
+        if step == 0 and self.step.gate is not None:
+            verdict = self.step.gate.decide(self._lookup, self.point.layer)
+            self.record.verdicts[self.lane, self.number, self.point.layer] = verdict
+        places = self._places(value.shape[1], step)
+        if places is None:
+            return None
+        places = places.to(value.device)
+        states = value[places.rows, places.columns]
+        context = Context(self.point.hook, self.point.layer, step, places.queries, self.step.strength, self._lookup)
+        return value.index_put((places.rows, places.columns), self._edited(states, context))
+
+    def _lookup(self, state: State) -> Float[Tensor, "query d_model"]:
+        """A held state that the step requires."""
+        if resolved(state, self.point) not in [resolved(required, self.point) for required in self.step.requires]:
+            raise PlanError(
+                f"{self.step.edit!r} asking for {state}, which it does not require",
+                "a state that it requires, since these are held before it runs",
+                "name it, as in custom(fn, requires=(state,))",
+            )
+        return self.record.lookup(self.lane, self.number, self.point, self.n_layers, state)
+
+    def _places(self, width: int, step: int) -> Placement | None:
+        """The prompt's places in the prefill, the newest token while decoding; without a KV cache, a step brings all of them again."""
+        if step == 0:
+            return self.prompt
+        whole = width > 1
+        found = [self.prompt] if whole and self.prompt is not None else []
+        if self.step.phase != "prefill":
+            found.append(self.layout.decoding(self.lane, width - self.layout.column.shape[1] if whole else 1))
+        return Placement(*map(torch.cat, zip(*found, strict=True))) if found else None
+
+    def _edited(self, states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
+        """In single precision at least, rounded once."""
+        exact = states.to(torch.promote_types(states.dtype, torch.float32))
+        with at_work("the edit", self.step.edit):
+            edited = self.step.edit(exact, context)
+        if not isinstance(edited, Tensor) or edited.shape != states.shape or not edited.is_floating_point():
+            made = f"shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else f"type {type(edited).__name__}"
+            made += f" and {edited.dtype}" if isinstance(edited, Tensor) else ""
+            raise PlanError(
+                f"{self.step.edit!r} giving something of {made}",
+                f"a tensor of shape {tuple(states.shape)} of floating-point numbers, as it was given",
+                "return the states that it receives, changed",
+            )
+        if self.step.strength != 1:
+            edited = exact + self.step.strength * (edited - exact)
+        if self.step.gate is not None:
+            opened = self.record.verdicts[self.lane, self.number, self.point.layer].to(states.device)
+            edited = torch.where(opened[context.query][:, None], edited, exact)
+        edited = edited.to(states.dtype)
+        bad = ~torch.isfinite(edited).all(dim=-1)
+        self.record.broken[self.lane, self.number, self.point] = self.step, bad, context.query
+        return edited
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Write down one vector per lane and query."""
+
+    record: Record
+    site: Site
+    point: Point
+    places: tuple[Placement, ...]
+    queries: int
+
+    def __call__(self, value: Float[Tensor, "row width d"], step: int) -> None:
+        if step == 0:
+            lanes = [mean_per_query(value, places, self.queries) for places in self.places]
+            self.record.reads[self.site, self.point] = torch.stack(lanes)
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """A function at a point of the model: gets the hook's value and the step, returns a new value or None.
+
+    Attributes:
+        decode: Whether it must also run in the decode steps. (Without a KV cache, all must.)
+    """
+
+    point: Point
+    fn: Callable[[Tensor, int], Tensor | None]
+    decode: bool = False
+
+
+def mean_per_query(value: Float[Tensor, "row width d"], places: Placement, queries: int) -> Float[Tensor, "query d"]:
+    """The mean of the states at `places` for each query: a copy, never a view that a later edit could change."""
+    places = places.to(value.device)
+    states = value[places.rows, places.columns]
+    if len(states) == queries:
+        return states
+    total = torch.zeros(queries, states.shape[-1], device=states.device).index_add(0, places.queries, states.float())
+    return (total / torch.bincount(places.queries, minlength=queries)[:, None]).to(states.dtype)
+
+
+def compile_taps(
+    plans: Sequence[Intervention], reads: Sequence[Site], layout: Layout, batch: Batch, n_layers: int, held: Held
+) -> tuple[list[Tap], Record]:
+    """The taps of a run, in order of execution, and the record that they will write.
+
+    Args:
+        plans: One per lane.
+        reads: Sites to read in every lane.
+        layout: Where the lanes lie.
+        batch: The prompts.
+        n_layers: The model's.
+        held: What the plans require of other presentations' runs.
+
+    Raises:
+        SiteError: A layer out of range, or no token at some positions.
+        PlanError: A plan asks for a state that comes too late.
+    """
+    record, queries = Record(held), len(batch.queries)
+    early: list[Tap] = []
+    late: dict[OwnKey, Tap] = {}
+
+    @cache
+    def places(positions: Positions | None, answer: bool = False) -> tuple[Placement, ...]:
+        """Of some tokens of the prompts, and of the answers behind them, in each lane."""
+        chosen = torch.zeros_like(batch.mask) if positions is None else batch.select(positions)
+        return layout.find(chosen | batch.answer if answer else chosen)
+
+    for lane, plan in enumerate(plans):
+        for number, step in enumerate(plan.steps):
+            decode, answer = step.phase != "prefill", step.phase != "prefill" and batch.answered > 0
+            positions = None if step.phase == "decode" else step.site.positions
+            prompt = places(positions, answer)[lane] if positions is not None or answer else None
+            for point in step.site.points(n_layers):
+                for state in step.requires:
+                    if state.run is None:
+                        source, key = source_of(state, point, n_layers), own_key(lane, number, point, n_layers, state)
+                        hold = Tap(source, Hold(record, key, places(state.positions)[lane], queries))
+                        if source == point:
+                            early.append(hold)
+                        else:
+                            late[key] = hold
+                early.append(Tap(point, Apply(record, lane, number, step, point, n_layers, layout, prompt), decode))
+    last = [Tap(point, Read(record, site, point, places(site.positions), queries)) for site in reads for point in site.points(n_layers)]
+    return sorted([*early, *late.values(), *last], key=lambda tap: tap.point.order), record
+
+
+def site_of(state: State, layers: set[int | None]) -> Site:
+    """The site at which a held state whose hook is known is read, at all the layers that are asked for."""
+    assert state.hook is not None
+    return Site(state.hook, tuple(layer for layer in layers if layer is not None) or None, state.positions)
+
+
+def required_runs(plans: Sequence[Intervention], n_layers: int) -> dict[State, set[int | None]]:
+    """The states of other presentations' runs that the plans need, with their layers, united over all lanes."""
+    wanted: dict[State, set[int | None]] = {}
+    for plan in plans:
+        for state, layers in plan.requires(n_layers).items():
+            if state.run is not None:
+                wanted.setdefault(state, set()).update(layers)
+    return wanted

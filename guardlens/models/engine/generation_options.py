@@ -1,0 +1,162 @@
+"""What transformers' `generate` is set to, by the checkpoint and by the call, and what of that can't be followed token by token."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from guardlens.errors import PlanError, first_sentence, require_type
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "assistant_early_exit": (None,),
+    "assistant_model": (None,),
+    "cache_implementation": (None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static", "hybrid", "sliding_window"),
+    "constraints": (None,),
+    "custom_generate": (None,),
+    "dola_layers": (None,),
+    "force_words_ids": (None,),
+    "guidance_scale": (None, 1),
+    "is_assistant": (None, False),
+    "negative_prompt_ids": (None,),
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0),
+    "prefill_chunk_size": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "speculation_type": (None,),
+    "token_healing": (None, False),
+    "use_mtp": (None, False),
+}
+"""Settings under which a forward is no longer one token of every answer -> the values under which it is."""
+
+OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate")
+"""Settings that make `generate` return more than tokens."""
+
+LENGTHS = ("max_length", "max_new_tokens")
+"""Settings that `new_tokens` stands for."""
+
+COUNTS = ("max_time", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "num_return_sequences", "pad_token_id", "top_k")
+"""Settings that are never negative."""
+
+REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, ImportError)
+"""What transformers raises where it refuses options."""
+
+
+def generation_settings(hf: Any, options: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """What is in force when `hf` generates under these options: all that they or the checkpoint's `generation_config` set.
+
+    Args:
+        hf: The Hugging Face model.
+        options: Of its `generate`. Without any, answers are greedy, whatever the checkpoint says.
+
+    Returns:
+        Setting -> value as plain data that JSON can hold, in order of their names; of an object without such a form, the name of its type.
+
+    Examples:
+        >>> from guardlens.models.engine.generation_options import generation_settings
+        >>> generation_settings(model.hf, {"do_sample": True, "temperature": 0.7})
+        {'bos_token_id': 1, 'do_sample': True, 'eos_token_id': 2, 'pad_token_id': 0, 'temperature': 0.7}
+    """
+    return {name: _plain(value) for name, value in sorted(merged(hf, options).items())}
+
+
+def merged(hf: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings that are made, as they are: the checkpoint's under those of the call."""
+    found = {**_made(getattr(hf, "generation_config", None)), "do_sample": False, **flat(options)}
+    return {name: value for name, value in found.items() if value is not None and name not in OUTPUTS}
+
+
+def flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, with those of a `generation_config` among them as if each had been given by its name."""
+    named = {name: value for name, value in options.items() if name != "generation_config"}
+    return _made(options.get("generation_config")) | named
+
+
+def require_stepwise(settings: Mapping[str, Any]) -> None:
+    """Refuse generation in which a forward is not one token of every answer: edits would meet other tokens than they mean.
+
+    Raises:
+        PlanError: As said.
+    """
+    for name, neutral in NEUTRAL.items():
+        if settings.get(name) not in neutral:
+            raise PlanError(
+                f"{_shown(name, settings[name])} in the settings of generation, by which a forward is not one token of every answer",
+                "generation token by token",
+                f"leave it out; where the checkpoint's generation_config sets it, say {name}=None",
+            )
+
+
+def require_one_answer(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that give several answers per prompt, or rows that are not prompts.
+
+    Raises:
+        PlanError: As said.
+    """
+    for name in ("num_beams", "num_return_sequences"):
+        if settings.get(name, 1) != 1:
+            raise PlanError(
+                f"{_shown(name, settings[name])} in the settings of generation",
+                "one answer per prompt",
+                f"hand in the query several times, or several seeds; say {name}=1 where the checkpoint's generation_config sets it",
+            )
+
+
+def require_options(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Refuse options that the run itself decides on, or that can't be meant.
+
+    Args:
+        options: Of `generate`.
+        inputs: What the prompts bring.
+
+    Raises:
+        PlanError: As said.
+    """
+    for name, value in options.items():
+        if name in LENGTHS:
+            raise PlanError(_shown(name, value), "the length as new_tokens (of generate: max_new_tokens)", "leave it out of the options")
+        if name in inputs or name in ("inputs", "inputs_embeds"):
+            raise PlanError(f"the option {name}", "prompts that come with the batch", "make them with model.batch(queries, presentation)")
+        if name in OUTPUTS and value:
+            raise PlanError(_shown(name, value), "answers alone", "ask model.run for logits and reads, or call model.hf.generate")
+        if name in COUNTS and isinstance(value, int | float | np.number) and value < 0:
+            raise PlanError(_shown(name, value), "no negative number", "leave it out")
+
+
+def refused(error: Exception) -> PlanError:
+    """What transformers said of options before it ran the model."""
+    return PlanError(
+        f"options of generation that transformers refuses ({first_sentence(error)})",
+        "options of its generate",
+        "mend them, or the checkpoint's generation_config",
+    )
+
+
+def _made(config: Any) -> dict[str, Any]:
+    """The settings that a generation config makes."""
+    if config is None:
+        return {}
+    from transformers import GenerationConfig
+
+    require_type(config, GenerationConfig, PlanError, "hand in a GenerationConfig of transformers, or its settings by their names")
+    told = ("transformers_version", *LENGTHS)
+    return {name: value for name, value in config.to_dict().items() if value is not None and name not in told and name[0] != "_"}
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{name}={value!r}" if isinstance(value, bool | int | float | str) else name
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict())
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,99 @@
+"""TransformerLens's verbs as taps: `run_with_cache` keeps whole values, `run_with_hooks` hands them to the user's functions."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from guardlens.errors import PlanError, SiteError, is_several, quoted, type_of
+from guardlens.hooks import Point, parse
+from guardlens.models.architectures import Architecture, Part
+from guardlens.models.engine.compiler import Tap
+
+HookFunction = Callable[[Tensor, Any], Tensor | None]
+NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """What a hook function is told about where it is."""
+
+    name: str
+    index: int | None
+
+    def layer(self) -> int | None:
+        """The layer; None where the hook has none."""
+        return self.index
+
+
+def cache_taps(cfg: Architecture, names: NamesFilter, computed: Sequence[Point]) -> tuple[list[Tap], dict[Point, Tensor]]:
+    """Taps that keep the values of the named hooks, of all that are `computed` if None; and where they will keep them."""
+    kept: dict[Point, Tensor] = {}
+    chosen = computed if names is None else matching(cfg, names)
+    return [Tap(point, _Keep(kept, point, cfg.locate(point))) for point in chosen], kept
+
+
+def hook_taps(cfg: Architecture, hooks: Sequence[tuple[str | Callable[[str], bool], HookFunction]]) -> list[Tap]:
+    """Taps that call the user's functions, in order of execution."""
+    placed = [(point, fn) for names, fn in _pairs(hooks) for point in matching(cfg, names)]
+    taps = [Tap(point, _Call(fn, HookPoint(point.name, point.layer), cfg.locate(point))) for point, fn in placed]
+    return sorted(taps, key=lambda tap: tap.point.order)
+
+
+def _pairs(hooks: Any) -> Iterator[tuple[Any, Any]]:
+    for pair in hooks if is_several(hooks) else [hooks]:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and callable(pair[1])):
+            raise PlanError(
+                f"the hook {quoted(pair)}", "pairs of a hook name and a function", "say fwd_hooks=[('blocks.3.hook_resid_post', fn)]"
+            )
+        yield pair[0], pair[1]
+
+
+def matching(cfg: Architecture, names: str | Iterable[str] | Callable[[str], bool]) -> list[Point]:
+    """The points that names or a predicate mean, in order of execution.
+
+    Raises:
+        SiteError: An unknown name (the closest is suggested), or one that this model has nowhere.
+    """
+    if callable(names):
+        return [point for point in cfg.points if names(point.name)]
+    if not isinstance(names, str) and not is_several(names):
+        raise SiteError(type_of(names), "a hook name, several, or a predicate", "say names_filter='resid_post'")
+    wanted = [parse(name, cfg.n_layers) for name in ([names] if isinstance(names, str) else names)]
+    found = {point for point in cfg.points if point in wanted or replace(point, layer=None) in wanted}
+    for point in wanted:
+        if not any(point in (one, replace(one, layer=None)) for one in found):
+            cfg.locate(point)
+    return sorted(found, key=lambda point: point.order)
+
+
+@dataclass(frozen=True, eq=False)
+class _Keep:
+    kept: dict[Point, Tensor]
+    point: Point
+    part: Part
+
+    def __call__(self, value: Tensor, step: int) -> None:
+        self.kept[self.point] = self.part.split(value).clone()
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    fn: HookFunction
+    hook: HookPoint
+    part: Part
+
+    def __call__(self, value: Tensor, step: int) -> Tensor | None:
+        given = self.part.split(value)
+        new = self.fn(given, self.hook)
+        if new is None:
+            return None
+        if getattr(new, "shape", None) != given.shape:
+            made = f"shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"type {type(new).__name__}"
+            raise PlanError(
+                f"a hook function at {self.hook.name} that gives something of {made}",
+                f"a value of shape {tuple(given.shape)}, or None to leave it",
+                "return the value that it receives, changed",
+            )
+        return self.part.join(new.to(given))

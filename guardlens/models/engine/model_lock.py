@@ -1,0 +1,85 @@
+"""Whose turn it is: one run at a time on each model. A second thread waits; a run inside of a run is refused."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from guardlens.errors import PlanError
+from guardlens.models.architectures import unwrapped
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Of one model: how many verbs its thread is in, and whether the model is running."""
+
+    lock: Any = field(default_factory=RLock)
+    depth: int = 0
+    running: bool = False
+
+
+_TURNS: WeakKeyDictionary[Any, _Turn] = WeakKeyDictionary()
+_MAKING = RLock()
+
+
+def lock_of(hf: Any) -> Any:
+    """Keeps other threads waiting that want to use the model, or what prepares its prompts."""
+    return _turn(hf).lock
+
+
+@contextmanager
+def taken(hf: Any) -> Iterator[bool]:
+    """Wait until no other thread runs the model, and keep others waiting. Gives whether this is the first verb of the thread.
+
+    Raises:
+        PlanError: The model is running in this very thread, which an edit or a hook function has called from.
+    """
+    turn = _turn(hf)
+    with turn.lock:
+        if turn.running:
+            raise nested()
+        turn.depth += 1
+        try:
+            yield turn.depth == 1
+        finally:
+            turn.depth -= 1
+
+
+@contextmanager
+def running(hf: Any) -> Iterator[None]:
+    """The model runs inside."""
+    turn = _turn(hf)
+    with turn.lock:
+        turn.running = True
+        try:
+            yield
+        finally:
+            turn.running = False
+
+
+def nested() -> PlanError:
+    """A run inside of a run."""
+    return PlanError(
+        "a run of a model inside of a run of the same model, as of an edit or a hook function that calls it",
+        "one run at a time",
+        "run it before, and hand the edit what it gave; a state of another presentation is iv.State(run=...)",
+    )
+
+
+def _turn(hf: Any) -> _Turn:
+    with _MAKING:
+        return _TURNS.setdefault(unwrapped(hf), _Turn())
+
+
+def _forget() -> None:
+    """In a process that was forked while another thread had its turn, that thread is not there to end it."""
+    global _MAKING
+    _TURNS.clear()
+    _MAKING = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,111 @@
+"""`Run`: what a run of one or several plans gives back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from guardlens.data.activations import require_finite
+from guardlens.data.queries import Query
+from guardlens.errors import NumericsError
+from guardlens.hooks import Site
+from guardlens.models.engine.batch import Batch
+from guardlens.models.engine.compiler import Record
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run gives back. Every tensor begins with the lane axis: one lane per plan.
+
+    Attributes:
+        reads: Site -> one vector per query and layer (averaged where the site has several positions).
+        logits: At the prompt's last token, where an answer's tokens follow, or at all tokens; None where they were not asked for.
+        tokens: The newly generated ids, padded; None without generation.
+        verdicts: (lane, step, layer) -> which queries the gate opened for.
+        layout: How the lanes were computed: `"plain"`, `"tile"`, `"branch"` or `"fork"`.
+        why: Why not as branches; empty if they were, or if there was one lane.
+    """
+
+    reads: Mapping[Site, Float[Tensor, "lane query layer d_model"]]
+    logits: Float[Tensor, "lane query ... vocab"] | None
+    tokens: Int[Tensor, "lane query new"] | None
+    verdicts: Mapping[tuple[int, int, int | None], Bool[Tensor, "query"]]
+    layout: str
+    why: str = ""
+
+    def __repr__(self) -> str:
+        shapes = {"logits": self.logits, "tokens": self.tokens, **{f"reads[{site.hook}]": value for site, value in self.reads.items()}}
+        found = "".join(f", {name} {tuple(value.shape)}" for name, value in shapes.items() if value is not None)
+        return f"Run({self.layout}{f': {self.why}' if self.why else ''}{found})"
+
+
+def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int) -> dict[Site, Float[Tensor, "lane query layer d_model"]]:
+    """What was written down at each site, layer by layer.
+
+    Raises:
+        NumericsError: NaN or infinity, read or made by an edit; layer and query are named.
+    """
+    record.require_finite(batch.queries)
+    reads = {}
+    for site in sites:
+        points = site.points(n_layers)
+        reads[site] = torch.stack([record.reads[site, point].to(batch.mask.device) for point in points], dim=2)
+        layers = tuple(-1 if point.layer is None else point.layer for point in points)
+        if not torch.isfinite(reads[site]).all():  # asked once for all lanes: a GPU must be waited for at each question
+            for lane in reads[site]:
+                require_finite(lane, batch.queries, layers)
+    return reads
+
+
+def checked(
+    logits: Float[Tensor, "lane query *token vocab"], batch: Batch, real: Bool[Tensor, "query token"] | None = None
+) -> Float[Tensor, "lane query *token vocab"]:
+    """The same.
+
+    Args:
+        logits: Of some tokens.
+        batch: The prompts.
+        real: Which of them count; all without it.
+
+    Raises:
+        NumericsError: NaN or infinity; lane and query are named.
+    """
+    bad = ~torch.isfinite(logits).all(dim=-1)
+    bad = bad if real is None else bad & real.to(bad.device)
+    if bad.any():
+        lane, query = (int(place) for place in bad.nonzero()[0][:2])
+        raise not_finite(f"the logits of lane {lane}, query {batch.queries[query].id!r}")
+    return logits
+
+
+def require_finite_step(record: Record, queries: Sequence[Query], logits: Float[Tensor, "row vocab"], step: int) -> None:
+    """Refuse NaN and infinity while answers are generated.
+
+    Args:
+        record: Of the run; it knows of each edit whether it gave them.
+        queries: Whose rows repeat, lane after lane.
+        logits: Of the newest token.
+        step: 0 for the prompts.
+
+    Raises:
+        NumericsError: The edit is named, else the step; and the query.
+    """
+    bad = ~torch.isfinite(logits).all(dim=-1)
+    if bad.any():
+        record.require_finite(queries)
+        raise not_finite(f"the logits of step {step}, query {queries[int(bad.nonzero()[0]) % len(queries)].id!r}")
+
+
+def not_finite(where: str) -> NumericsError:
+    """NaN or infinity, and the way out."""
+    return NumericsError(
+        f"NaN or infinity in {where}", "finite numbers", "load the model in bfloat16 or float32 instead of float16, or weaken the edit"
+    )
+
+
+def agree(mine: Float[Tensor, "*lane row value"], expected: Float[Tensor, "*known row value"]) -> bool:
+    """Whether two ways to compute one thing differ by rounding alone."""
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+    return bool((mine - expected).abs().max() <= tolerance * expected.abs().max())
