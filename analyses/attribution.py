@@ -32,13 +32,13 @@ UNIT = refusal_logodds.unit
 
 def measure(subject: Subject, settings: Settings) -> Table:
     """One row per presentation, label and part: what it writes, how that changes from text, and what patching it does."""
-    model, show = subject.model, settings.progress
-    ssd = directions.ssd(gl.collect(model, subject.pairs, progress=show))
-    layer = guard_layer(subject, ssd, show)
+    model = subject.model
+    ssd = directions.ssd(gl.collect(model, subject.pairs))
+    layer = guard_layer(subject, ssd)
     images = [image for image in subject.images if image.name.startswith(("blank grey", "noise"))]
-    written = gl.attribute(model, ssd, subject.validation, images, layer=layer, progress=show)
+    written = gl.attribute(model, ssd, subject.validation, images, layer=layer)
     patched = {
-        image.name: gl.activation_patching(model, subject.validation, image, hooks=list(HOOKS), scores=(refusal_logodds,), progress=show)
+        image.name: gl.activation_patching(model, subject.validation, image, hooks=list(HOOKS), scores=(refusal_logodds,))
         for image in images
     }
     frame = pd.concat([_merged(written, name, found) for name, found in patched.items()], ignore_index=True)
@@ -93,9 +93,7 @@ def _agreement(
 def _sources(subject: Subject, ssd: Any, images: Sequence[Presentation], layer: int, settings: Settings) -> Any:
     """What changes from text among harmful requests, by kind of part and, for heads, by the tokens that they read."""
     try:
-        split = gl.attribute(
-            subject.model, ssd, subject.validation, images, layer=layer, by_source=True, batch_size=16, progress=settings.progress
-        )
+        split = gl.attribute(subject.model, ssd, subject.validation, images, layer=layer, by_source=True, batch_size=16)
     except (ModelError, SiteError) as error:
         return f"Not told apart by source: found {error.found}."
     rows = split.frame.query("direction == 1 and label == 'harmful'")

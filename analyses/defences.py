@@ -32,7 +32,7 @@ SPELT = {"asr": "ASR", "over_refusal": "over-refusal", "helpful": "helpful"}
 
 def measure(subject: Subject, settings: Settings) -> Table:
     """One row per defence and presentation: rates with intervals, paired changes against no defence, and exact tests."""
-    guards, layer = choice(subject, settings.progress)
+    guards, layer = choice(subject)
     chosen = mildest([guard for guard in guards if guard.reading != "project"])
     seeds = [settings.seed + draw for draw in range(2 if settings.quick else PLACEBOS)]
     arms: dict[str, Defence | list[Defence]] = {"none": defences.none, "self_reminder": subject.reminder}
@@ -47,7 +47,6 @@ def measure(subject: Subject, settings: Settings) -> Table:
         out=settings.out / "records",
         max_new_tokens=subject.new_tokens,
         batch_size=subject.batch_size,
-        progress=settings.progress,
     )
     blanks = [blank.name for blank in subject.blanks]
     rows = [*answers.arms(), *(_pooled(answers, defence, blanks) for defence in arms if len(blanks) > 1)]
@@ -60,11 +59,11 @@ def measure(subject: Subject, settings: Settings) -> Table:
     return Table.from_rows(_corrected(rows), facts=facts, provenance=answers.provenance)
 
 
-def choice(subject: Subject, progress: bool) -> tuple[list[Guard], int]:
+def choice(subject: Subject) -> tuple[list[Guard], int]:
     """The setting of each reading of VLM-Guard that the rule picks on validation, and the layer where they edit."""
-    fit = gl.collect(subject.model, subject.pairs, progress=progress)
+    fit = gl.collect(subject.model, subject.pairs)
     ssd = directions.ssd(fit, rank=max(RANKS))
-    layer = guard_layer(subject, ssd, progress)
+    layer = guard_layer(subject, ssd)
     return choose(subject.model, subject.validation, subject.blanks[0], ssd, fit, (layer,)), layer
 
 

@@ -30,11 +30,11 @@ ARMS = {(GUARD, "edit"): GUARD, (PROJECT, "edit"): PROJECT, (GUARD, "placebo"): 
 
 def measure(subject: Subject, settings: Settings) -> Table:
     """One row per presentation, plan, arm, layer, strength and label: the mean change with its interval over queries."""
-    model, show = subject.model, settings.progress
-    ssd = directions.ssd(gl.collect(model, subject.pairs, progress=show))
+    model = subject.model
+    ssd = directions.ssd(gl.collect(model, subject.pairs))
     plans = {GUARD: defences.vlm_guard(ssd).intervention, PROJECT: defences.vlm_guard(ssd, reading="project").intervention}
     strengths, placebos = ((1.0, 2.0), 1) if settings.quick else (STRENGTHS, PLACEBOS)
-    scored: dict[str, Any] = {"scores": (refusal_logodds,), "strengths": strengths, "placebos": placebos, "progress": show}
+    scored: dict[str, Any] = {"scores": (refusal_logodds,), "strengths": strengths, "placebos": placebos}
     shown = [text_only, *(image for image in subject.images if image.name.startswith(SHOWN))]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the plan .* changes no score")  # in text alone, where the guard's twin is the prompt itself

@@ -31,7 +31,6 @@ class Settings:
         out: Where the results go.
         quick: Few queries and images: does it run? Its numbers are for tests.
         seed: Of the noise image, of placebos and, with `queries`, of the split.
-        progress: Show bars.
     """
 
     model: str = "organism"
@@ -39,7 +38,6 @@ class Settings:
     out: Path = Path("out")
     quick: bool = False
     seed: int = 0
-    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -187,13 +185,13 @@ def picture(name: str, caption: str) -> str:
     return f"![{caption}]({name}.png)\n\n*{caption}*"
 
 
-def guard_layer(subject: Any, ssd: Any, progress: bool) -> int:
+def guard_layer(subject: Any, ssd: Any) -> int:
     """The layer that the rule of `guardlens.cli.guard_selection.RULE` picks, on validation beside the grey image."""
     import guardlens as gl
     from guardlens.cli.demo import STRENGTHS
 
     guard = gl.defences.vlm_guard(ssd.truncate(1)).intervention
-    options: dict[str, Any] = {"scores": (gl.scores.refusal_logodds,), "strengths": STRENGTHS, "placebos": 0, "progress": progress}
+    options: dict[str, Any] = {"scores": (gl.scores.refusal_logodds,), "strengths": STRENGTHS, "placebos": 0}
     (layer,) = gl.sweep(subject.model, guard, subject.validation, subject.blanks[0], **options).best(1)
     return layer
 

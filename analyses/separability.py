@@ -23,10 +23,10 @@ LEFT_OUT = ("blank black",)
 
 def measure(subject: Subject, settings: Settings) -> Comparison:
     """One row per metric, run and layer (see `Comparison`). Nothing is chosen here, so it is the test split that is read."""
-    model, show = subject.model, settings.progress
-    ssd = directions.ssd(gl.collect(model, subject.pairs, progress=show))
-    llm = gl.collect(model.llm, subject.test, progress=show)
-    seen = [gl.collect(model, subject.test, image, progress=show) for image in subject.images if image.name not in LEFT_OUT]
+    model = subject.model
+    ssd = directions.ssd(gl.collect(model, subject.pairs))
+    llm = gl.collect(model.llm, subject.test)
+    seen = [gl.collect(model, subject.test, image) for image in subject.images if image.name not in LEFT_OUT]
     gap = gl.compare(llm, seen, ssd, draws=200 if settings.quick else 2000)
     counted = {f"n_{label}": sum(query.label == label for query in subject.test) for label in ("harmful", "harmless")}
     return dataclasses.replace(gap, facts={**gap.facts, **counted})

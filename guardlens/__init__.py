@@ -6,7 +6,7 @@ Ask which parts write them:         `attribute`, `activation_patching`
 Change them:                        `interventions`, `gates`, `Intervention`
 Guard a model outside of guardlens: `attach`
 Measure what that does:             `scores`, `keep`, `sweep`, `judges`, `defences`, `evaluate`, `Table`
-Try it all on a tiny model:         `organism`
+Try it all on a tiny model:         `organism`, `progress_bars`
 
 Everything is loaded on first use, so importing guardlens costs next to nothing beyond torch.
 """
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from guardlens.models.loading import load
     from guardlens.models.prompt_cache import keep
     from guardlens.results import plots
+    from guardlens.results.progress import progress_bars
     from guardlens.results.tables import Table
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ _HOMES = {
     "organism": "organism",
     "plots": "results.plots",
     "presentations": "data.presentations",
+    "progress_bars": "results.progress",
     "read_queries": "data.queries",
     "scores": "experiments.scores",
     "sweep": "experiments.sweeps",

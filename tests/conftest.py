@@ -15,6 +15,15 @@ settings.load_profile("ci")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_bars():
+    """Bars are shown in the tests of bars alone."""
+    from guardlens.results.progress import progress_bars
+
+    with progress_bars(False):
+        yield
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the tests' type checks, as users run it: what is of the wrong type reaches the checks of guardlens."""

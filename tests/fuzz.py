@@ -35,7 +35,6 @@ SIGNATURE = ("missing", "unexpected keyword", "positional argument", "multiple v
 """What Python's own TypeErrors about a call say."""
 
 
-FLAGS = {"progress"}
 FUNCTIONS = {"names_filter", "fn"}
 """Arguments whose functions are called; what others' functions raise is theirs."""
 
@@ -123,18 +122,17 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     queries, grey = (*every[:6], *every[-6:]), presentations.blank("grey", 32)
     pairs = gl.QueryPairs(gl.organism.pairs().harmful[:6], gl.organism.pairs().harmless[:6])
     batch = model.batch(queries[:2], grey)
-    text = gl.collect(model.llm, pairs, progress=False)
-    asked, shown = (gl.collect(each, pairs, how, progress=False) for each, how in ((model.llm, presentations.text_only), (model, grey)))
+    text = gl.collect(model.llm, pairs)
+    asked, shown = (gl.collect(each, pairs, how) for each, how in ((model.llm, presentations.text_only), (model, grey)))
     ssd, plan = directions.ssd(text), iv.add(directions.ssd(text))
     placed, kept = plan.at(layers=[3]), model.prefill(batch)
     _, cache = model.run_with_cache(batch)
-    quiet: dict[str, Any] = {"progress": False}
-    effect = gl.sweep(model, plan, queries, grey, layers=[3, 5], **quiet)
-    parts = gl.attribute(model, ssd, queries, grey, layer=3, **quiet)
+    effect = gl.sweep(model, plan, queries, grey, layers=[3, 5])
+    parts = gl.attribute(model, ssd, queries, grey, layer=3)
     gap = gl.compare(asked, shown, ssd, draws=20)
     arms = {"none": defences.none, "guard": placed}
-    answered = gl.evaluate(model, arms, queries, [presentations.text_only, grey], judge=gl.organism.judge, max_new_tokens=1, **quiet)
-    patched = gl.activation_patching(model, queries, grey, layers=[3], **quiet)
+    answered = gl.evaluate(model, arms, queries, [presentations.text_only, grey], judge=gl.organism.judge, max_new_tokens=1)
+    patched = gl.activation_patching(model, queries, grey, layers=[3])
     saved = Path("saved")
     saved.mkdir()
     ssd.save(saved / "ssd.safetensors"), text.save(saved / "text.safetensors"), placed.save(saved / "plan.safetensors")
@@ -253,21 +251,20 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "collect": (
             gl.collect,
-            ask | {"intervention": placed, "site": gl.Site(), "out": None, "dtype": "float32", "batch_size": 2} | quiet,
+            ask | {"intervention": placed, "site": gl.Site(), "out": None, "dtype": "float32", "batch_size": 2},
         ),
-        "keep": (gl.keep, ask | {"batch_size": 2} | quiet),
+        "keep": (gl.keep, ask | {"batch_size": 2}),
         "compare": (gl.compare, {"llm": asked, "vlm": shown, "directions": ssd, "draws": 5}),
         "sweep": (
             gl.sweep,
-            ask | {"plans": plan, "scores": [scores.kl], "strengths": [1.0], "layers": [3], "placebos": 0, "batch_size": 2} | quiet,
+            ask | {"plans": plan, "scores": [scores.kl], "strengths": [1.0], "layers": [3], "placebos": 0, "batch_size": 2},
         ),
         "sweep.best": (effect.best, {"k": 1, "plan": "edit"}),
         "sweep.plot": (effect.plot, {"score": "kl"}),
         "evaluate": (
             gl.evaluate,
             {"model": model, "defences": {"none": defences.none}, "queries": (queries[0], queries[-1]), "presentations": grey}
-            | {"judge": gl.organism.judge, "out": None, "max_new_tokens": 1, "batch_size": 2}
-            | quiet,
+            | {"judge": gl.organism.judge, "out": None, "max_new_tokens": 1, "batch_size": 2},
         ),
         "rate": (lambda rate, defence, shown: answered.rate(rate, defence, shown), {"rate": "asr", "defence": "none", "shown": "text"}),
         "gap_closed": (lambda defence, shown: answered.gap_closed(defence, shown), {"defence": "guard", "shown": "blank grey"}),
@@ -278,14 +275,13 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "attribute": (
             gl.attribute,
             {"model": model, "directions": ssd, "queries": (queries[0], queries[-1]), "presentations": grey, "layer": 2}
-            | {"batch_size": 2}
-            | quiet,
+            | {"batch_size": 2},
         ),
         "top": (parts.top, {"k": 1, "presentation": "blank grey", "label": "harmful", "direction": 1}),
         "attribution.plot": (parts.plot, {"label": "harmful", "direction": 1, "source": None}),
         "activation_patching": (
             gl.activation_patching,
-            ask | {"source": presentations.text_only, "hooks": "resid_post", "layers": [3], "scores": [scores.kl], "batch_size": 2} | quiet,
+            ask | {"source": presentations.text_only, "hooks": "resid_post", "layers": [3], "scores": [scores.kl], "batch_size": 2},
         ),
         "patching.plot": (patched.plot, {"value": "change"}),
         "comparison.plot": (gap.plot, {"metrics": ["auroc"]}),
@@ -376,7 +372,7 @@ def whole(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, str]
 
 def tried(name: str, value: str) -> bool:
     """Whether a wrong value is one for an argument."""
-    return name not in FLAGS and not (name in FUNCTIONS and callable(WRONG[value]()))
+    return not (name in FUNCTIONS and callable(WRONG[value]()))
 
 
 def shown(changes: dict[str, str]) -> str:

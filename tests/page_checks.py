@@ -80,7 +80,7 @@ def hooks(page: SimpleNamespace) -> None:
     plain, moved = model.run(model.batch("how ?"), [iv.nothing, iv.add(page.mine, 4.0).at(layers=[5])], read=[site]).reads[site][:, 0, 0]
     near(moved - plain, page.mine.vectors[0, 0] * 4)
     shown = model.batch("how to mend the hat ?", page.grey)
-    text = gl.collect(model, "how to mend the hat ?", site=site, progress=False).states[0, 0]
+    text = gl.collect(model, "how to mend the hat ?", site=site).states[0, 0]
     plain, moved = model.run(shown, [iv.nothing, page.halfway], read=[site]).reads[site][:, 0, 0]
     near(moved, (plain + text) / 2)
 
@@ -118,7 +118,7 @@ def resume(page: SimpleNamespace) -> None:
     with mock.patch.object(type(page.options["judge"]), "__call__", counted):
         assert gl.evaluate(page.model, page.arms, page.queries, shown, **page.options).frame.equals(page.table.frame)
     assert len(asked) == 5 and json.loads(Path("runs/first/manifest.json").read_text())["configuration"]["max_new_tokens"] == 12
-    fresh = gl.collect(page.model, gl.organism.pairs(), progress=False).states
+    fresh = gl.collect(page.model, gl.organism.pairs()).states
     near(page.fit.states, fresh)
     assert torch.equal(page.fit.states, gl.Activations.load("runs/fit").states)
 
@@ -129,7 +129,7 @@ def several_gpus(page: SimpleNamespace) -> None:
     assert away == [False] * 4 + [True] * 4
     assert page.answers[0] == page.answers[1] and page.spread.id == page.whole.id
     shown = [presentations.text_only, page.grey]
-    options = {"judge": gl.organism.judge, "max_new_tokens": 12, "progress": False}
+    options = {"judge": gl.organism.judge, "max_new_tokens": 12}
     together = gl.evaluate(page.whole, page.arms, page.queries, shown, **options)
     assert page.rates.drop(columns="gap_closed", errors="ignore").equals(together.summary().drop(columns="gap_closed", errors="ignore"))
 

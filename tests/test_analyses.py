@@ -78,7 +78,7 @@ def test_a_run_writes_table_figures_page_and_provenance(made, name):
 @pytest.mark.parametrize("name", ["layer_sweep", "separability", "attribution"])
 def test_the_same_seed_gives_the_same_table(made, name, tmp_path):
     out, _ = made(name)
-    settings = publication.Settings(out=tmp_path, quick=True, seed=1, progress=False)
+    settings = publication.Settings(out=tmp_path, quick=True, seed=1)
     again = ALL[name].measure(publication.subject(settings, **ALL[name].options), settings)
     again.save(tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_bytes() == (out / f"{name}.csv").read_bytes()
@@ -205,7 +205,7 @@ class TestDefences:
             return run(self, *args, **options)
 
         monkeypatch.setattr(gl.HookedModel, "run", no_generation)
-        settings = publication.Settings(out=out, quick=True, seed=1, progress=False)
+        settings = publication.Settings(out=out, quick=True, seed=1)
         again = defences.measure(publication.subject(settings), settings)
         again.save(tmp_path / "again.csv")
         assert (tmp_path / "again.csv").read_bytes() == (out / "defences.csv").read_bytes()
@@ -285,7 +285,7 @@ class TestSubject:
             for query in pair
         ]
         (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        settings = publication.Settings(str(tmp_path / "model"), tmp_path / "mine.jsonl", tmp_path / "out", quick=True, progress=False)
+        settings = publication.Settings(str(tmp_path / "model"), tmp_path / "mine.jsonl", tmp_path / "out", quick=True)
         table = publication.run(separability.SEPARABILITY, settings)
         assert table.facts["n_harmful"] == table.facts["n_harmless"] == 8 and table.provenance.model.startswith("model@")
         other = publication.subject(publication.Settings(settings.model, settings.queries, quick=True, seed=5))

@@ -101,7 +101,7 @@ def test_heads_are_those_taken_apart_by_hand(name):
     out, transposed, norm, one = PARTS[name]
     layer, directions = model.cfg.n_layers - 1, bases(model)
     shown, presentation = asked(family)
-    table = gl.attribute(model, directions, shown, presentation, progress=False)
+    table = gl.attribute(model, directions, shown, presentation)
     scale = getattr(model.hf.config.get_text_config(), "residual_multiplier", 1.0)
     batch = model.batch(shown, presentation)
     paths = [f"{family.blocks}.{block}.{out}" for block in range(layer + 1)]
@@ -123,7 +123,7 @@ def test_heads_are_those_taken_apart_by_hand(name):
 def test_mlps_embedding_and_biases_are_the_modules_own():
     model = family_model("GPT-2")
     directions, (shown, _) = bases(model), asked(BY_NAME["GPT-2"])
-    table = gl.attribute(model, directions, shown, [], layer=1, progress=False)
+    table = gl.attribute(model, directions, shown, [], layer=1)
     batch = model.batch(shown)
     blocks = [f"transformer.h.{block}" for block in range(2)]
     into = reference.inputs_of(model.hf, batch.inputs, blocks)
@@ -144,9 +144,9 @@ def test_parts_sum_to_the_coordinate_in_every_family(name):
     directions = bases(model)
     if family.lacks("text alone"):
         with pytest.raises(errors.ModelError, match="without an image"):
-            gl.attribute(model, directions, shown, presentation, progress=False)
+            gl.attribute(model, directions, shown, presentation)
         return
-    table = gl.attribute(model, directions, shown, presentation, progress=False)
+    table = gl.attribute(model, directions, shown, presentation)
     runs = {run.name: model.batch(shown, run) for run in dict.fromkeys((text_only, presentation))}
     assert list(dict.fromkeys(table.columns["presentation"])) == list(runs)
     path = f"{family.blocks}.{model.cfg.n_layers - 1}"
@@ -165,10 +165,10 @@ def test_sources_sum_to_the_head_in_every_family(name):
     family = BY_NAME[name]
     if (family.lacks("values as mixed") or family.lacks("keys and values")) and name not in IN_PLACE:
         with pytest.raises(errors.ModelError, match="leave by_source out"):
-            gl.attribute(model, directions, shown, presentation, by_source=True, progress=False)
+            gl.attribute(model, directions, shown, presentation, by_source=True)
         return
-    whole = gl.attribute(model, directions, shown, presentation, progress=False).frame
-    split = gl.attribute(model, directions, shown, presentation, by_source=True, progress=False).frame
+    whole = gl.attribute(model, directions, shown, presentation).frame
+    split = gl.attribute(model, directions, shown, presentation, by_source=True).frame
     keys = ["presentation", "query", "component", "block", "head"]
     whole, both = (frame.set_index(keys)["value"] if frame is whole else frame.groupby(keys)["value"].sum() for frame in (whole, split))
     np.testing.assert_allclose(both.loc[whole.index], whole, atol=1e-5 * whole.abs().max())
@@ -183,7 +183,7 @@ def test_sources_are_patterns_times_values_by_hand(name):
     """Grouped queries: two heads of keys and values for four of queries."""
     model, family = family_model(name), BY_NAME[name]
     directions, (shown, presentation) = bases(model), asked(family)
-    table = gl.attribute(model, directions, shown, presentation, by_source=True, progress=False)
+    table = gl.attribute(model, directions, shown, presentation, by_source=True)
     batch = model.batch(shown, presentation)
     image = batch.inputs["input_ids"] == model.hf.config.image_token_id
     paths = [f"{family.blocks}.{block}.self_attn.v_proj" for block in range(3)]
@@ -204,7 +204,7 @@ def test_sources_are_patterns_times_values_by_hand(name):
 
 @pytest.fixture(scope="module")
 def table(vlm, basis):
-    return gl.attribute(vlm, basis, QUERIES, [GREY, presentations.noise(size=32)], layer=4, progress=False)
+    return gl.attribute(vlm, basis, QUERIES, [GREY, presentations.noise(size=32)], layer=4)
 
 
 class TestTheTable:
@@ -222,18 +222,18 @@ class TestTheTable:
 
     def test_coordinates_are_those_of_collect(self, table, vlm, basis):
         for presentation in (text_only, GREY):
-            states = gl.collect(vlm, QUERIES, presentation, progress=False)
+            states = gl.collect(vlm, QUERIES, presentation)
             np.testing.assert_allclose(total(table, presentation.name), basis.coordinates(states)[:, 4], atol=2e-4)
 
     def test_batches_and_a_text_that_is_asked_for_again_do_not_matter(self, table, vlm, basis):
-        again = gl.attribute(vlm, basis, QUERIES, (GREY, text_only, presentations.noise(size=32)), layer=4, batch_size=3, progress=False)
+        again = gl.attribute(vlm, basis, QUERIES, (GREY, text_only, presentations.noise(size=32)), layer=4, batch_size=3)
         assert again.frame.drop(columns="value").equals(table.frame.drop(columns="value"))
         np.testing.assert_allclose(again.columns["value"], table.columns["value"], atol=1e-4)
 
     def test_the_last_layer_of_the_directions_is_the_default(self, vlm, basis):
         one = Directions(basis.vectors[2:4], (2, 3), basis.harmful_mean[2:4], basis.harmless_mean[2:4], basis.spectrum[2:4], "two")
-        assert gl.attribute(vlm, one, QUERIES, [], progress=False).facts["layer"] == 3
-        assert gl.attribute(vlm, basis[3], QUERIES, [], progress=False).facts["layer"] == 7
+        assert gl.attribute(vlm, one, QUERIES, []).facts["layer"] == 3
+        assert gl.attribute(vlm, basis[3], QUERIES, []).facts["layer"] == 7
 
     def test_summary_is_means_contrasts_and_paired_changes(self, table):
         frame, summary = table.frame, table.summary()
@@ -296,7 +296,7 @@ class TestTheTable:
 def test_the_plot_shows_one_source_or_both_together(vlm):
     model, family = family_model("LLaVA-1.5"), BY_NAME["LLaVA-1.5"]
     shown, presentation = asked(family)
-    table = gl.attribute(model, bases(model, 1), shown, presentation, by_source=True, progress=False)
+    table = gl.attribute(model, bases(model, 1), shown, presentation, by_source=True)
     cells = {
         source: np.asarray(table.plot("harmful", source=source)[0, 1].collections[0].get_array()) for source in (None, "image", "text")
     }
@@ -308,7 +308,7 @@ def test_the_plot_shows_one_source_or_both_together(vlm):
 def test_the_interval_of_a_sum_is_not_the_sum_of_intervals(monkeypatch):
     model, family = family_model("LLaVA-1.5"), BY_NAME["LLaVA-1.5"]
     shown, presentation = asked(family)
-    table = gl.attribute(model, bases(model, 1), shown, presentation, by_source=True, progress=False)
+    table = gl.attribute(model, bases(model, 1), shown, presentation, by_source=True)
     drawn = []
     monkeypatch.setattr(
         "guardlens.results.plots.components.component_maps", lambda frame, axes: drawn.append(frame[frame["component"] == "head"])
@@ -329,11 +329,11 @@ def test_the_llm_beside_the_vlm_comes_first(hf_vlm, processor, basis):
         other = gl.load(LlamaForCausalLM(hf_vlm.config.text_config).eval(), processor=processor.tokenizer)
     both = gl.load(hf_vlm, processor=processor, llm=other)
     basis = replace(basis, provenance=both.provenance)
-    table = gl.attribute(both, basis, QUERIES, GREY, layer=3, progress=False)
+    table = gl.attribute(both, basis, QUERIES, GREY, layer=3)
     assert table.facts["models"] == [other.id, both.id]
-    states = gl.collect(other, QUERIES, progress=False)
+    states = gl.collect(other, QUERIES)
     np.testing.assert_allclose(total(table, "text"), basis.coordinates(states)[:, 3], atol=2e-4)
-    assert not np.allclose(total(table, "text"), basis.coordinates(gl.collect(both, QUERIES, progress=False))[:, 3], atol=1e-2)
+    assert not np.allclose(total(table, "text"), basis.coordinates(gl.collect(both, QUERIES))[:, 3], atol=1e-2)
 
 
 def test_gated_cross_attention_looks_at_the_image_alone():
@@ -341,7 +341,7 @@ def test_gated_cross_attention_looks_at_the_image_alone():
     name = "Llama 3.2 Vision"
     model, (shown, own) = family_model(name), asked(BY_NAME[name])
     directions = bases(model)
-    table = gl.attribute(model, directions, shown, own, by_source=True, progress=False)
+    table = gl.attribute(model, directions, shown, own, by_source=True)
     batch, path = model.batch(shown, own), f"{BY_NAME[name].blocks}.1"
     joined = reference.inputs_of(model.hf, batch.inputs, [f"{path}.cross_attn.o_proj"])[f"{path}.cross_attn.o_proj"]
     gate = model.hf.get_submodule(path).cross_attn_attn_gate.detach().double().tanh()
@@ -366,7 +366,7 @@ def test_adapted_and_half_precision_models():
     family = BY_NAME["LLaVA-1.5"]
     hf = peft.get_peft_model(family.model(), peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)).eval()
     model, (shown, own) = gl.load(hf, processor=family.processor()), asked(family)
-    table = gl.attribute(model, bases(model), shown, own, progress=False)
+    table = gl.attribute(model, bases(model), shown, own)
     path = f"base_model.model.{family.blocks}.1.self_attn.o_proj"
     joined = reference.last(reference.inputs_of(hf, model.batch(shown, own).inputs, [path])[path], model.batch(shown, own).mask)
     module = hf.get_submodule(path)
@@ -375,46 +375,46 @@ def test_adapted_and_half_precision_models():
         expected = joined[:, 8 * head : 8 * head + 8].double() @ weight[:, 8 * head : 8 * head + 8].T @ bases(model).at(2).double().T
         np.testing.assert_allclose(values(table, "own", component="head", block=1, head=head), expected, atol=2e-5)
     half = gl.load(family.model().bfloat16(), processor=family.processor())
-    table = gl.attribute(half, bases(half), shown, own, by_source=True, progress=False)
-    np.testing.assert_allclose(total(table, "own"), bases(half).coordinates(gl.collect(half, shown, own, progress=False))[:, 2], atol=2e-3)
+    table = gl.attribute(half, bases(half), shown, own, by_source=True)
+    np.testing.assert_allclose(total(table, "own"), bases(half).coordinates(gl.collect(half, shown, own))[:, 2], atol=2e-3)
 
 
 class TestRefusals:
     def test_sources_without_eager_attention(self, vlm, basis):
         assert vlm.hf.config.get_text_config()._attn_implementation != "eager"
         with pytest.raises(errors.SiteError, match='attn_implementation="eager"'):
-            gl.attribute(vlm, basis, QUERIES, GREY, by_source=True, progress=False)
+            gl.attribute(vlm, basis, QUERIES, GREY, by_source=True)
 
     def test_gated_heads(self):
         model, (shown, presentation) = family_model("Qwen3.5"), asked(BY_NAME["Qwen3.5"])
         with pytest.raises(errors.ModelError, match=r"heads in block 1 that differ from pattern times values by .* of the largest"):
-            gl.attribute(model, bases(model), shown, presentation, by_source=True, progress=False)
+            gl.attribute(model, bases(model), shown, presentation, by_source=True)
 
     def test_directions_of_another_hook_width_or_model(self, vlm, llm, basis):
         elsewhere = Directions(basis.vectors, basis.layers, basis.harmful_mean, basis.harmless_mean, basis.spectrum, "test", hook="mlp_out")
         with pytest.raises(errors.MismatchError, match="of width 128 at mlp_out"):
-            gl.attribute(vlm, elsewhere, QUERIES, GREY, progress=False)
+            gl.attribute(vlm, elsewhere, QUERIES, GREY)
         with pytest.raises(errors.MismatchError, match="of the model"):
-            gl.attribute(llm, basis, QUERIES, [], progress=False)
+            gl.attribute(llm, basis, QUERIES, [])
 
     def test_layers_without_directions(self, vlm, basis):
         with pytest.raises(errors.SiteError, match="layer 12"):
-            gl.attribute(vlm, basis, QUERIES, GREY, layer=12, progress=False)
+            gl.attribute(vlm, basis, QUERIES, GREY, layer=12)
         with pytest.raises(errors.SiteError, match="layer 12"):
-            gl.attribute(vlm, basis[3], QUERIES, GREY, layer=12, progress=False)
+            gl.attribute(vlm, basis[3], QUERIES, GREY, layer=12)
 
     def test_queries_without_labels_or_names_of_their_own(self, vlm, basis):
         with pytest.raises(errors.QueryError, match="without a label"):
-            gl.attribute(vlm, basis, ["How to fold a paper boat?"], GREY, progress=False)
+            gl.attribute(vlm, basis, ["How to fold a paper boat?"], GREY)
         with pytest.raises(errors.QueryError, match="two queries with one id"):
-            gl.attribute(vlm, basis, [*QUERIES, QUERIES[0]], GREY, progress=False)
+            gl.attribute(vlm, basis, [*QUERIES, QUERIES[0]], GREY)
         with pytest.raises(errors.PresentationError, match="two presentations of one name"):
-            gl.attribute(vlm, basis, QUERIES, [GREY, presentations.blank("grey", 16)], progress=False)
+            gl.attribute(vlm, basis, QUERIES, [GREY, presentations.blank("grey", 16)])
 
 
 @pytest.fixture(scope="module")
 def parts(vlm, basis):
-    return gl.attribute(vlm, basis, QUERIES, GREY, layer=2, progress=False)
+    return gl.attribute(vlm, basis, QUERIES, GREY, layer=2)
 
 
 class TestRowsThatAreLacking:
@@ -465,7 +465,7 @@ class TestRowsThatAreLacking:
     ],
 )
 def test_met_at_the_door(vlm, basis, unchecked, change, kind, said):
-    given = {"model": vlm, "directions": basis, "queries": QUERIES, "presentations": GREY, "progress": False}
+    given = {"model": vlm, "directions": basis, "queries": QUERIES, "presentations": GREY}
     with pytest.raises(kind, match=said):
         gl.attribute(**{**given, **change})
 
@@ -482,13 +482,13 @@ def test_a_direction_that_is_not_there(vlm, basis):
     vectors = basis.vectors.clone()
     vectors[2] = 0
     with pytest.raises(errors.NumericsError, match=r"zero at the layers \[2\]"):
-        gl.attribute(vlm, replace(basis, vectors=vectors), QUERIES, GREY, layer=2, progress=False)
+        gl.attribute(vlm, replace(basis, vectors=vectors), QUERIES, GREY, layer=2)
 
 
 def test_the_queries_that_made_the_directions(vlm):
-    ssd = gl.directions.ssd(gl.collect(vlm, gl.QueryPairs(QUERIES[:3], gl.organism.pairs().harmless[:3]), progress=False))
+    ssd = gl.directions.ssd(gl.collect(vlm, gl.QueryPairs(QUERIES[:3], gl.organism.pairs().harmless[:3])))
     with pytest.warns(UserWarning, match=r"3 of the 7 queries made the directions 'ssd\(rank=1\)'"):
-        gl.attribute(vlm, ssd, QUERIES, GREY, layer=2, progress=False)
+        gl.attribute(vlm, ssd, QUERIES, GREY, layer=2)
 
 
 def test_blocks_that_add_something_else_are_said(hf_vlm, processor, basis, monkeypatch):
@@ -498,8 +498,8 @@ def test_blocks_that_add_something_else_are_said(hf_vlm, processor, basis, monke
     monkeypatch.setattr("guardlens.models.checks._residual", lambda model: (False, "up to 0.3"))
     said = r"a family that is new to guardlens, has attn_out or mlp_out that are not what its blocks add \(up to 0\.3\)"
     with pytest.warns(UserWarning, match=said):
-        gl.attribute(model, basis, QUERIES, [], layer=2, progress=False)
+        gl.attribute(model, basis, QUERIES, [], layer=2)
     for hooks in ("mlp_out", "attn_out", "z", ["resid_post", "mlp_out"]):
         with pytest.warns(UserWarning, match=said):
-            gl.activation_patching(model, QUERIES, GREY, hooks=hooks, layers=[2], progress=False)
-    gl.activation_patching(model, QUERIES, GREY, layers=[2], progress=False)
+            gl.activation_patching(model, QUERIES, GREY, hooks=hooks, layers=[2])
+    gl.activation_patching(model, QUERIES, GREY, layers=[2])

@@ -85,7 +85,7 @@ def test_all_ways_to_collect_read_the_same():
     close(states, ways.raw_collect(subject, batch))
     close(states[:, :-1], ways.hidden_states(subject, batch)[:, :-1])
     pool = subjects.queries(5)
-    mine = gl.collect(subject, pool, subjects.blank(TINY.size), progress=False).states
+    mine = gl.collect(subject, pool, subjects.blank(TINY.size)).states
     close(mine, ways.raw_pool(subject, pool, subjects.blank(TINY.size), 2))
 
 

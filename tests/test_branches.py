@@ -303,22 +303,22 @@ class TestKept:
         assert len(runs) == 1
 
     def test_sweeps_of_kept_prompts_are_sweeps(self, organism):
-        ssd = directions.ssd(gl.collect(organism, gl.organism.pairs(), progress=False))
+        ssd = directions.ssd(gl.collect(organism, gl.organism.pairs()))
         queries, guard = gl.organism.queries("validation")[:10], iv.replace(ssd, iv.text_twin)
-        prompts = gl.keep(organism, queries, GREY, batch_size=4, progress=False)
+        prompts = gl.keep(organism, queries, GREY, batch_size=4)
         assert (len(prompts), len(prompts.parts), prompts.bytes > 0) == (10, 3, True)
-        options = {"scores": [refusal_logodds, kl], "strengths": [0.5, 1.0], "progress": False}
+        options = {"scores": [refusal_logodds, kl], "strengths": [0.5, 1.0]}
         again = gl.sweep(organism, guard, prompts, **options)
         once = gl.sweep(organism, guard, queries, GREY, **options)
         assert again.facts["layout"] == once.facts["layout"] == ["branch"]
         assert again.facts["presentation"] == "blank grey"
         torch.testing.assert_close(torch.tensor(again.columns["value"]), torch.tensor(once.columns["value"]), atol=1e-4, rtol=0)
-        everywhere = gl.sweep(organism, guard.at(positions="all"), prompts, layers=[2], progress=False)
+        everywhere = gl.sweep(organism, guard.at(positions="all"), prompts, layers=[2])
         assert everywhere.facts["layout"] == ["tile: the positions 'all' are edited or read"]
 
     def test_those_of_another_model_or_presentation_are_refused(self, vlm, organism):
-        prompts = gl.keep(vlm, TEXTS, GREY, progress=False)
+        prompts = gl.keep(vlm, TEXTS, GREY)
         with pytest.raises(errors.MismatchError, match="prompts kept by"):
-            gl.sweep(organism, iv.custom(lambda states, context: states), prompts, progress=False)
+            gl.sweep(organism, iv.custom(lambda states, context: states), prompts)
         with pytest.raises(errors.MismatchError, match="those of 'noise'"):
-            gl.sweep(vlm, iv.custom(lambda states, context: states), prompts, presentations.noise(), progress=False)
+            gl.sweep(vlm, iv.custom(lambda states, context: states), prompts, presentations.noise())

@@ -30,19 +30,19 @@ def raw(model, queries, presentation):
 
 @pytest.mark.parametrize("presentation", [text_only, GREY, presentations.noise(size=32), presentations.own], ids=lambda p: p.name)
 def test_states_equal_raw_hooks(vlm, presentation):
-    found = gl.collect(vlm, PAIRS, presentation, progress=False)
+    found = gl.collect(vlm, PAIRS, presentation)
     close(found.states, raw(vlm, PAIRS.queries, presentation))
     assert found.layers == tuple(range(8)) and found.presentation == presentation.name
     assert found.states.dtype == torch.float32 and not found.states.requires_grad
 
 
 def test_image_changes_the_states(vlm):
-    text, grey = (gl.collect(vlm, PAIRS, presentation, progress=False).states for presentation in (text_only, GREY))
+    text, grey = (gl.collect(vlm, PAIRS, presentation).states for presentation in (text_only, GREY))
     assert (text - grey).abs().amax(dim=(1, 2)).min() > 1e-2
 
 
 def test_pairs_come_harmful_first(vlm):
-    found = gl.collect(vlm, PAIRS, progress=False)
+    found = gl.collect(vlm, PAIRS)
     assert [query.id for query in found.queries] == [query.id for query in (*PAIRS.harmful, *PAIRS.harmless)]
     assert found.harmful.tolist() == [True] * 3 + [False] * 3
     harmful, harmless = found.pairs()
@@ -50,10 +50,11 @@ def test_pairs_come_harmful_first(vlm):
 
 
 def test_batch_size_and_progress_do_not_matter(vlm, capsys):
-    whole = gl.collect(vlm, PAIRS, GREY, progress=False)
+    whole = gl.collect(vlm, PAIRS, GREY)
     assert capsys.readouterr() == ("", "")
     for size in (1, 4):
-        parts = gl.collect(vlm, PAIRS, GREY, batch_size=size, progress=True)
+        with gl.progress_bars(True):
+            parts = gl.collect(vlm, PAIRS, GREY, batch_size=size)
         close(parts.states, whole.states)
         assert parts.queries == whole.queries
     assert "collect, blank grey" in capsys.readouterr().err
@@ -67,26 +68,26 @@ def test_batches_are_no_larger_than_asked(vlm, monkeypatch):
         return run(self, batch, *args, **options)
 
     monkeypatch.setattr(type(vlm), "run", note)
-    gl.collect(vlm, PAIRS, batch_size=4, progress=False)
+    gl.collect(vlm, PAIRS, batch_size=4)
     assert sizes == [4, 2]
 
 
 def test_other_sites(vlm):
     batch = vlm.batch(PAIRS.queries, GREY)
     _, cache = vlm.run_with_cache(batch)
-    found = gl.collect(vlm, PAIRS, GREY, site=Site("attn_out", (5, 2), "image"), progress=False)
+    found = gl.collect(vlm, PAIRS, GREY, site=Site("attn_out", (5, 2), "image"))
     for layer in (2, 5):
         expected = torch.stack([row[mask].mean(0) for row, mask in zip(cache["attn_out", layer], batch.image, strict=True)])
         close(found.at(layer), expected)
     assert set(found.layers) == {2, 5} and (found.hook, found.positions) == ("attn_out", "image")
-    final = gl.collect(vlm, PAIRS, GREY, site=Site("ln_final.hook_out"), progress=False)
+    final = gl.collect(vlm, PAIRS, GREY, site=Site("ln_final.hook_out"))
     assert final.layers == (-1,)
     close(final.states[:, 0], cache["ln_final.hook_out"][:, -1])
 
 
 def test_states_are_read_after_the_edits(vlm):
     plan = iv.custom(lambda states, context: states * 2).at(layers=[2])
-    plain, edited = (gl.collect(vlm, PAIRS, GREY, *plans, batch_size=4, progress=False).states for plans in ((), (plan,)))
+    plain, edited = (gl.collect(vlm, PAIRS, GREY, *plans, batch_size=4).states for plans in ((), (plan,)))
     close(edited[:, :2], plain[:, :2])
     close(edited[:, 2], 2 * plain[:, 2])
     kept = {}
@@ -101,15 +102,15 @@ def test_states_are_read_after_the_edits(vlm):
 
 
 def test_text_only_llm(llm):
-    found = gl.collect(llm, PAIRS, progress=False)
+    found = gl.collect(llm, PAIRS)
     assert found.states.shape == (6, 3, 32)
     close(found.states, raw(llm, PAIRS.queries, text_only))
     with pytest.raises(errors.PresentationError, match="'blank grey', which shows an image, for a text-only model"):
-        gl.collect(llm, PAIRS, GREY, progress=False)
+        gl.collect(llm, PAIRS, GREY)
 
 
 def test_knows_where_it_comes_from(vlm, llm):
-    mine, other = (gl.collect(model, ["how to mend the hat ?"], progress=False) for model in (vlm, llm))
+    mine, other = (gl.collect(model, ["how to mend the hat ?"]) for model in (vlm, llm))
     assert mine.provenance.model == vlm.id != other.provenance.model == llm.id
     assert mine.queries[0].text == "how to mend the hat ?" and mine.queries[0].label is None
     assert mine.provenance.versions["torch"] == torch.__version__
@@ -117,7 +118,7 @@ def test_knows_where_it_comes_from(vlm, llm):
 
 def test_no_queries(vlm):
     with pytest.raises(errors.QueryError, match=r"Found no queries.\nExpected at least one"):
-        gl.collect(vlm, [], progress=False)
+        gl.collect(vlm, [])
 
 
 class Border:
@@ -131,10 +132,10 @@ class Border:
 
 def test_says_what_was_edited_and_whether_an_image_was_shown(vlm, basis, tmp_path):
     plan = iv.add(basis.truncate(1), 30.0).at(layers=[3])
-    text, border, edited = (gl.collect(vlm, PAIRS, *shown, progress=False) for shown in ((text_only,), (Border(),), (text_only, plan)))
+    text, border, edited = (gl.collect(vlm, PAIRS, *shown) for shown in ((text_only,), (Border(),), (text_only, plan)))
     assert (text.plan, text.shows_images) == ("", False) and (border.plan, border.shows_images) == ("", True)
     assert (edited.plan, edited.shows_images) == (repr(plan), False)
-    streamed = gl.collect(vlm, PAIRS, GREY, plan, out=tmp_path / "states", progress=False)
+    streamed = gl.collect(vlm, PAIRS, GREY, plan, out=tmp_path / "states")
     loaded = gl.Activations.load(tmp_path / "states")
     assert (streamed.plan, streamed.shows_images) == (loaded.plan, loaded.shows_images) == (repr(plan), True)
 
@@ -155,9 +156,9 @@ def test_says_what_was_edited_and_whether_an_image_was_shown(vlm, basis, tmp_pat
 )
 def test_met_at_the_door(vlm, unchecked, change, kind, said):
     with pytest.raises(kind, match=said):
-        gl.collect(**{"model": vlm, "queries": PAIRS, "progress": False, **change})
+        gl.collect(**{"model": vlm, "queries": PAIRS, **change})
 
 
 def test_a_module_of_transformers_is_no_model(vlm, unchecked):
     with pytest.raises(errors.ModelError, match=r"LlavaForConditionalGeneration[\s\S]*gl\.load\(model, processor=processor\)"):
-        gl.collect(vlm.hf, PAIRS, progress=False)
+        gl.collect(vlm.hf, PAIRS)

@@ -27,7 +27,7 @@ VERBS = {
     "kept": lambda model, batch: model.prefill(batch),
     "cache": lambda model, batch: model.run_with_cache(batch),
     "hooks": lambda model, batch: model.run_with_hooks(batch),
-    "collect": lambda model, batch: gl.collect(model, batch.queries, progress=False),
+    "collect": lambda model, batch: gl.collect(model, batch.queries),
 }
 
 
@@ -83,7 +83,7 @@ class TestAdaptersThatWorkInTheirOwnForward:
         adapted.add_adapter("other", self.CONFIGS["activated LoRA"]())
         adapted.set_adapter("other")
         with pytest.raises(errors.ModelError, match="an invocation phrase"):
-            gl.collect(model, TEXTS, progress=False)
+            gl.collect(model, TEXTS)
 
 
 def test_a_guard_is_found_without_its_handle(vlm, batch):
@@ -128,7 +128,7 @@ def test_a_hook_is_said_once_while_it_is_there(vlm, batch):
     for _ in range(2):
         handle = layer.register_forward_hook(hook)
         with pytest.warns(UserWarning, match="includes the hook") as said:
-            gl.collect(vlm, TEXTS, batch_size=1, progress=False)
+            gl.collect(vlm, TEXTS, batch_size=1)
             vlm.run(batch)
         assert len(said) == 1
         handle.remove()

@@ -29,7 +29,7 @@ def batch(vlm):
 def ssd(vlm):
     """Directions of rank 2 from a few pairs, as the method has it."""
     pairs = gl.QueryPairs(gl.organism.pairs().harmful[:8], gl.organism.pairs().harmless[:8])
-    return directions.ssd(gl.collect(vlm, pairs, progress=False), rank=2)
+    return directions.ssd(gl.collect(vlm, pairs), rank=2)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def made(subject, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(demo, "STRENGTHS", (1.0,))
         patched.setattr(demo, "choose", remembered)
-        return out, demo.run(subject, out, progress=False)
+        return out, demo.run(subject, out)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_running_again_generates_nothing(made, subject, quick, monkeypatch):
 
     monkeypatch.setattr(HookedModel, "run", no_generation)
     records = (out / "records" / "records.jsonl").read_bytes()
-    again = demo.run(subject, out, progress=False)
+    again = demo.run(subject, out)
     assert calls
     pd.testing.assert_frame_equal(pd.DataFrame(again["arms"]), pd.DataFrame(first["arms"]))
     assert again["chosen"] == first["chosen"]
@@ -231,14 +231,14 @@ def test_running_again_generates_nothing(made, subject, quick, monkeypatch):
 def test_another_configuration_is_refused(made, subject, quick, monkeypatch):
     out, _ = made
     monkeypatch.setattr(demo, "choose", lambda *args: list(GUARDS))
-    monkeypatch.setattr(demo, "collect", lambda model, queries, *args, **options: gl.collect(model, subject.pairs, progress=False))
+    monkeypatch.setattr(demo, "collect", lambda model, queries, *args, **options: gl.collect(model, subject.pairs))
     before = (out / "summary.json").read_bytes()
     with pytest.raises(
         errors.MismatchError, match=r"made with max_new_tokens = 10.\nExpected max_new_tokens = 11.\nNext: give another directory"
     ):
-        demo.run(dataclasses.replace(subject, new_tokens=11), out, progress=False)
+        demo.run(dataclasses.replace(subject, new_tokens=11), out)
     with pytest.raises(errors.MismatchError, match=r"made with queries = "):
-        demo.run(dataclasses.replace(subject, test=subject.test[1:]), out, progress=False)
+        demo.run(dataclasses.replace(subject, test=subject.test[1:]), out)
     assert (out / "summary.json").read_bytes() == before
 
 
@@ -265,11 +265,11 @@ def test_mildest_follows_the_rule(guards, chosen):
 @pytest.fixture(scope="module")
 def claims(whole):
     model, last = whole.model, whole.model.cfg.n_layers - 1
-    ssd = directions.ssd(gl.collect(model, whole.pairs, progress=False))
+    ssd = directions.ssd(gl.collect(model, whole.pairs))
     shielded = defences.vlm_guard(ssd, [last])
     placebo = [defences.Defence("placebo", shielded.intervention.placebo(seed)) for seed in range(4)]
     arms, grey = {"none": defences.none}, whole.blanks[0]
-    options = {"judge": whole.judge, "max_new_tokens": 12, "batch_size": 300, "progress": False}
+    options = {"judge": whole.judge, "max_new_tokens": 12, "batch_size": 300}
     text = evaluate(model, arms, whole.test, [text_only], **options)
     image = evaluate(model, arms | {"guard": shielded, "placebo": placebo}, whole.test, [grey], **options)
     columns = {name: np.concatenate([text.columns[name], image.columns[name]]) for name in text.columns}

@@ -48,7 +48,7 @@ def some(each):
 
 
 QUERIES = some(4)
-OPTIONS = {"max_new_tokens": 3, "batch_size": 4, "progress": False}
+OPTIONS = {"max_new_tokens": 3, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -559,7 +559,7 @@ def test_met_at_the_door(vlm, unchecked, change, kind, said):
 
 
 def test_whole_numbers_of_numpy_and_one_presentation_alone(vlm, unchecked, tmp_path):
-    options = {"max_new_tokens": np.int64(3), "batch_size": np.int64(4), "progress": False}
+    options = {"max_new_tokens": np.int64(3), "batch_size": np.int64(4)}
     found = evaluate(vlm, {"none": defences.none}, QUERIES, text_only, judge=FakeJudge(), out=tmp_path, **options)
     again = evaluate(vlm, {"none": defences.none}, QUERIES, iter([text_only]), judge=FakeJudge(last=0), out=tmp_path, **OPTIONS)
     pd.testing.assert_frame_equal(found.frame, again.frame)

@@ -201,4 +201,4 @@ class TestNumbersThatAreNone:
         queries = [gl.Query("how to mend the hat ?", "harmless"), gl.Query("how to push the radio ?", "harmful")]
         nan, judge = iv.custom(lambda states, context: states * float("nan")).at(layers=[5]), gl.organism.judge
         with pytest.raises(errors.NumericsError, match=r"blocks.5"):
-            gl.evaluate(vlm, {"nan": nan}, queries, presentations.text_only, judge=judge, max_new_tokens=2, progress=False)
+            gl.evaluate(vlm, {"nan": nan}, queries, presentations.text_only, judge=judge, max_new_tokens=2)

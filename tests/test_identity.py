@@ -147,10 +147,10 @@ def leftover_hook(model):
 @pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook")
 @pytest.mark.parametrize("change", [epsilon, activation, causal, leftover_hook], ids=lambda change: change.__name__)
 def test_prompts_kept_before_a_change_are_refused(model, change):
-    kept, prompts = model.prefill(model.batch(QUERIES, GREY)), gl.keep(model, QUERIES, GREY, progress=False)
+    kept, prompts = model.prefill(model.batch(QUERIES, GREY)), gl.keep(model, QUERIES, GREY)
     change(model)
     plan = gl.interventions.custom(lambda states, context: states)
-    for ask in (lambda: model.run(kept), lambda: gl.sweep(model, plan, prompts, layers=[2], progress=False)):
+    for ask in (lambda: model.run(kept), lambda: gl.sweep(model, plan, prompts, layers=[2])):
         with pytest.raises(errors.MismatchError, match="before an attribute or a hook of its modules was changed"):
             ask()
 
@@ -158,7 +158,7 @@ def test_prompts_kept_before_a_change_are_refused(model, change):
 def test_running_leaves_the_identity_alone(model):
     before, name = whole(model), model.id
     model.generate(QUERIES, GREY, max_new_tokens=3)
-    gl.sweep(model, gl.interventions.custom(lambda states, context: states + 1), QUERIES, GREY, layers=[2], progress=False)
+    gl.sweep(model, gl.interventions.custom(lambda states, context: states + 1), QUERIES, GREY, layers=[2])
     model.run_with_cache(QUERIES, GREY)
     assert whole(model) == before and model.id == name
 
@@ -320,7 +320,7 @@ def test_queries_count_with_all_that_they_say(model, change):
     assert first_difference(whole(model, text_only), whole(model, text_only, changed))[0] == "queries"
 
 
-ASKED = {"judge": gl.organism.judge, "max_new_tokens": 3, "progress": False}
+ASKED = {"judge": gl.organism.judge, "max_new_tokens": 3}
 
 
 class TestEvaluate:
@@ -373,7 +373,7 @@ class TestEvaluate:
         def ask(factor):
             plan = gl.interventions.custom(lambda states, context: states * factor, name="scale").at(layers=3)
             gl.evaluate(model, {"scaled": plan}, QUERIES, text_only, out=tmp_path / "answers", **ASKED)
-            gl.collect(model, QUERIES, text_only, plan, out=tmp_path / "states", progress=False)
+            gl.collect(model, QUERIES, text_only, plan, out=tmp_path / "states")
 
         ask(2)
         ask(2)
@@ -395,14 +395,14 @@ class Drawn:
 
 def test_what_is_shown_otherwise_every_time_is_refused(model, tmp_path):
     with pytest.raises(errors.PresentationError, match=r"'drawn', which shows query '\w+' otherwise every time"):
-        gl.collect(model, QUERIES, Drawn(), out=tmp_path, progress=False)
+        gl.collect(model, QUERIES, Drawn(), out=tmp_path)
 
 
 def test_collect_refuses_another_processor(model, tmp_path):
-    gl.collect(model, QUERIES, GREY, out=tmp_path, progress=False)
+    gl.collect(model, QUERIES, GREY, out=tmp_path)
     picture_mean(model)
     with pytest.raises(errors.MismatchError, match=r"made with model\.processor\.images\.image_processor\.image_mean"):
-        gl.collect(model, QUERIES, GREY, out=tmp_path, progress=False)
+        gl.collect(model, QUERIES, GREY, out=tmp_path)
 
 
 SIZES = st.sampled_from([1, 7, WORDS - 1, WORDS + 1, 2 * WORDS + 3, 5 * WORDS])

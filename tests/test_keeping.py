@@ -18,7 +18,7 @@ TEXTS = [f"how to {verb} the {noun} ?" for verb in ("wash", "mend", "push") for 
 )
 @pytest.mark.parametrize("presentation", [text_only, presentations.blank("grey", 32)], ids=["text", "grey"])
 def test_a_batch_that_does_not_fit_is_halved(vlm, monkeypatch, error, presentation):
-    expected = gl.collect(vlm, TEXTS, presentation, batch_size=3, progress=False)
+    expected = gl.collect(vlm, TEXTS, presentation, batch_size=3)
     run, sizes = type(vlm).run, []
 
     def cramped(self, batch, *rest, **options):
@@ -28,7 +28,7 @@ def test_a_batch_that_does_not_fit_is_halved(vlm, monkeypatch, error, presentati
         return run(self, batch, *rest, **options)
 
     monkeypatch.setattr(type(vlm), "run", cramped)
-    found = gl.collect(vlm, TEXTS, presentation, batch_size=9, progress=False)
+    found = gl.collect(vlm, TEXTS, presentation, batch_size=9)
     assert sizes == [9, 4, 2, 2, 2, 2, 1]
     assert [query.text for query in found.queries] == TEXTS
     torch.testing.assert_close(found.states, expected.states, atol=1e-4, rtol=0)
@@ -40,7 +40,7 @@ def test_one_prompt_that_does_not_fit_is_named(vlm, monkeypatch):
 
     monkeypatch.setattr(type(vlm), "run", full)
     with pytest.raises(errors.ModelError, match="the prompt of query 'q1', which alone does not fit in memory"):
-        gl.collect(vlm, [TEXTS[0], gl.Query(TEXTS[1], id="q1")], progress=False)
+        gl.collect(vlm, [TEXTS[0], gl.Query(TEXTS[1], id="q1")])
 
 
 def test_other_errors_are_not_taken_for_it(vlm, monkeypatch):
@@ -49,7 +49,7 @@ def test_other_errors_are_not_taken_for_it(vlm, monkeypatch):
 
     monkeypatch.setattr(type(vlm), "run", broken)
     with pytest.raises(RuntimeError, match="mine"):
-        gl.collect(vlm, TEXTS, progress=False)
+        gl.collect(vlm, TEXTS)
 
 
 PUSH = iv.custom(lambda states, context: states * 1.5)
@@ -59,14 +59,14 @@ class TestShownAsKept:
     """What is asked of kept prompts is how they are kept, said or unsaid; text alone is a presentation like any other."""
 
     VERBS: ClassVar = {
-        "sweep": lambda model, *asked: gl.sweep(model, PUSH, *asked, layers=[5], placebos=0, progress=False),
-        "patching": lambda model, *asked: gl.activation_patching(model, *asked, source=presentations.noise(size=32), progress=False),
+        "sweep": lambda model, *asked: gl.sweep(model, PUSH, *asked, layers=[5], placebos=0),
+        "patching": lambda model, *asked: gl.activation_patching(model, *asked, source=presentations.noise(size=32)),
     }
 
     @pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
     @pytest.mark.parametrize("kept", [presentations.blank("grey", 32), text_only], ids=["grey", "text"])
     def test_of_kept_prompts(self, vlm, verb, kept):
-        prompts, other = gl.keep(vlm, TEXTS, kept, progress=False), presentations.blank("white", 32)
+        prompts, other = gl.keep(vlm, TEXTS, kept), presentations.blank("white", 32)
         unsaid, said = verb(vlm, prompts), verb(vlm, prompts, kept)
         assert unsaid.facts["presentation"] == said.facts["presentation"] == kept.name
         for name in (other, text_only) if kept != text_only else (other,):

@@ -127,10 +127,10 @@ def both(llm):
 
 class TestAnotherLLM:
     def test_the_text_side_is_the_other_llm(self, both, llm):
-        text, image = gl.collect(both.llm, TEXTS, progress=False), gl.collect(both, TEXTS, GREY, progress=False)
+        text, image = gl.collect(both.llm, TEXTS), gl.collect(both, TEXTS, GREY)
         assert both.llm is llm and repr(both).endswith(f"beside {llm.name!r})")
         assert text.provenance.model == llm.id and image.provenance.model == both.id
-        own = gl.collect(both, TEXTS, progress=False)
+        own = gl.collect(both, TEXTS)
         assert own.provenance.model == both.id and (own.states - text.states).abs().max() > 0.1
 
     def test_the_text_twin_is_read_from_it(self, both, llm, words):
@@ -142,8 +142,8 @@ class TestAnotherLLM:
 
     def test_directions_of_either_fit_and_a_third_models_are_refused(self, both, llm, vlm):
         pairs = gl.QueryPairs((gl.Query("How to paint?", "harmful"),), (gl.Query("How to fold?", "harmless"),))
-        of_llm = gl.directions.ssd(gl.collect(both.llm, pairs, progress=False))
-        of_vlm = gl.directions.ssd(gl.collect(both, pairs, GREY, progress=False))
+        of_llm = gl.directions.ssd(gl.collect(both.llm, pairs))
+        of_vlm = gl.directions.ssd(gl.collect(both, pairs, GREY))
         batch = both.batch(TEXTS, GREY)
         for ssd in (of_llm, of_vlm):
             both.run(batch, iv.project_out(ssd).at(layers=[1]))
@@ -189,7 +189,7 @@ class TestProcessors:
 
 def test_the_own_llm_says_so(directory):
     model = gl.load(directory)
-    text = gl.collect(model, TEXTS, text_only, progress=False)
+    text = gl.collect(model, TEXTS, text_only)
     assert text.provenance.model == model.id and model.llm is model
 
 

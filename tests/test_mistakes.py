@@ -28,7 +28,7 @@ class Shouting:
         return "Refused"
 
 def evaluated(arms, shown):
-    return gl.evaluate(model, arms, queries, shown, judge=gl.organism.judge, max_new_tokens=1, progress=False)
+    return gl.evaluate(model, arms, queries, shown, judge=gl.organism.judge, max_new_tokens=1)
 
 def outcome(code):
     try:
@@ -47,13 +47,13 @@ MISTAKES = {
     "gl.attach(guard, model.hf, model.processor)": ("PlanError", "something of type Defence", "a defence's .intervention"),
     "gl.attach(plan, model, model.processor)": ("ModelError", "something of type HookedModel", "its .hf and .processor"),
     "model.generate(q, grey, [plan, plan])": ("PlanError", "something of type list", "something of type Intervention"),
-    "gl.sweep(model, iv.add(ssd), queries, 'grey', progress=False)": ("PresentationError", "something of type str", "as a presentation"),
-    "gl.collect(model, queries, 'grey', progress=False)": ("PresentationError", "something of type str", "as a presentation"),
+    "gl.sweep(model, iv.add(ssd), queries, 'grey')": ("PresentationError", "something of type str", "as a presentation"),
+    "gl.collect(model, queries, 'grey')": ("PresentationError", "something of type str", "as a presentation"),
     "model.generate(q, grey, max_new_tokens=0)": ("PlanError", "max_new_tokens=0", "1 or more"),
     "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Shouting(), max_new_tokens=0)": ("PlanError", "=0", "1 or more"),
     "model.run(batch, [plan, plan], layout='Branch')": ("PlanError", "the layout 'Branch'", "auto, branch, fork, tile"),
-    "gl.sweep(model, iv.add(ssd), queries, scores=['kl'], progress=False)": ("PlanError", "something of type str", "scores.AnswerKL()"),
-    "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Shouting(), max_new_tokens=1, progress=False)":
+    "gl.sweep(model, iv.add(ssd), queries, scores=['kl'])": ("PlanError", "something of type str", "scores.AnswerKL()"),
+    "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Shouting(), max_new_tokens=1)":
         ("PlanError", "the verdict 'Refused' of 'shouting'", "'refused', 'answered', 'other'"),
     "model.generate(q, Image.new('RGB', (8, 8)))": ("PresentationError", "something of type Image", "Query(text, images=(image,))"),
     "model.generate(q, 'grey')": ("PresentationError", "something of type str", "presentations.blank('grey')"),

@@ -66,7 +66,7 @@ def facts(value):
 
 @pytest.fixture(scope="module")
 def collected(vlm):
-    return gl.collect(vlm, PAIRS, progress=False)
+    return gl.collect(vlm, PAIRS)
 
 
 def test_text_of_users_is_escaped():
@@ -127,7 +127,7 @@ def test_a_table_shows_its_first_rows_and_counts_them():
 
 
 def test_kept_prompts_say_how_many_and_how_large(vlm):
-    kept = gl.keep(vlm, PAIRS, GREY, progress=False)
+    kept = gl.keep(vlm, PAIRS, GREY)
     assert facts(kept) == {"prompts": "12 harmful, 12 harmless", "presentation": repr(GREY), "keys and values": f"{kept.bytes:,} bytes"}
 
 

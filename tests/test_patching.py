@@ -61,7 +61,7 @@ class TestAgainstRawHooks:
     @pytest.mark.parametrize("source", [text_only, NOISE], ids=["text", "noise"])
     def test_whole_states(self, vlm, hf_vlm, source):
         hooks = {"resid_post": "", "attn_out": ".self_attn", "mlp_out": ".mlp"}
-        table = gl.activation_patching(vlm, QUERIES, GREY, source=source, hooks=list(hooks), layers=[1, 6], progress=False)
+        table = gl.activation_patching(vlm, QUERIES, GREY, source=source, hooks=list(hooks), layers=[1, 6])
         given, taken = vlm.batch(QUERIES, source).inputs, vlm.batch(QUERIES, GREY).inputs
         with torch.no_grad():
             expected = odds(hf_vlm(**given, use_cache=False).logits[:, -1], vlm.tokenizer)
@@ -78,7 +78,7 @@ class TestAgainstRawHooks:
                 assert np.abs(patched - base).max() > 1e-2
 
     def test_single_heads(self, vlm, hf_vlm):
-        table = gl.activation_patching(vlm, QUERIES, GREY, hooks="z", layers=[5], progress=False)
+        table = gl.activation_patching(vlm, QUERIES, GREY, hooks="z", layers=[5])
         heads, path = vlm.cfg.n_heads, "model.language_model.layers.5.self_attn.o_proj"
         given, taken = vlm.batch(QUERIES).inputs, vlm.batch(QUERIES, GREY).inputs
         states = reference.inputs_of(hf_vlm, given, [path])[path][:, -1]
@@ -102,7 +102,7 @@ class TestAgainstRawHooks:
     )
     def test_other_families(self, name, hook, inside, side):
         model, (shown, own) = loaded(name), asked(BY_NAME[name])
-        table = gl.activation_patching(model, shown, own, hooks=hook, layers=[1], scores=[WORDS], progress=False)
+        table = gl.activation_patching(model, shown, own, hooks=hook, layers=[1], scores=[WORDS])
         path = f"{BY_NAME[name].blocks}.1.{inside}"
         kept = (reference.outputs_of if side == "output" else reference.inputs_of)(model.hf, model.batch(shown).inputs, [path])
         states = kept[path][:, -1]
@@ -117,36 +117,36 @@ class TestAgainstRawHooks:
 class TestLaws:
     @pytest.mark.parametrize("hooks", ["resid_post", "attn_out", "z"])
     def test_a_patch_from_the_same_run_changes_nothing(self, vlm, hooks):
-        table = gl.activation_patching(vlm, QUERIES, GREY, source=GREY, hooks=hooks, layers=[0, 4], scores=[refusal_logodds, kl],
-                                       progress=False)  # fmt: skip
+        scores = [refusal_logodds, kl]
+        table = gl.activation_patching(vlm, QUERIES, GREY, source=GREY, hooks=hooks, layers=[0, 4], scores=scores)
         np.testing.assert_allclose(table.columns["value"], table.columns["base"], atol=2e-5)
         np.testing.assert_array_equal(table.columns["source"], table.columns["base"])
         assert table.summary()["recovered"].isna().all(), "without a gap there is nothing to recover"
 
     def test_the_whole_of_the_last_layer_is_the_source_itself(self, vlm):
-        table = gl.activation_patching(vlm, QUERIES, GREY, layers=[7], progress=False)
+        table = gl.activation_patching(vlm, QUERIES, GREY, layers=[7])
         np.testing.assert_allclose(table.columns["value"], table.columns["source"], atol=1e-4)
         assert np.abs(table.columns["source"] - table.columns["base"]).min() > 1e-3
         np.testing.assert_allclose(table.summary()["recovered"].dropna(), 1, atol=1e-3)
 
     def test_batches_and_lanes_do_not_matter(self, vlm, monkeypatch):
-        whole = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2], progress=False)
+        whole = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2])
         monkeypatch.setattr("guardlens.models.engine.request.TOKENS", 6)
-        parts = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2], batch_size=2, progress=False)
+        parts = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2], batch_size=2)
         assert parts.frame.drop(columns=["value", "base", "source"]).equals(whole.frame.drop(columns=["value", "base", "source"]))
         for column in ("value", "base", "source"):
             np.testing.assert_allclose(parts.columns[column], whole.columns[column], atol=1e-4)
 
     def test_the_text_twin_keeps_the_words_around_the_query(self, vlm):
         framed = presentations.framed(GREY, after=" please")
-        table = gl.activation_patching(vlm, QUERIES, framed, layers=[7], progress=False)
+        table = gl.activation_patching(vlm, QUERIES, framed, layers=[7])
         twin = vlm.run(vlm.batch(QUERIES, presentations.framed(text_only, after=" please"))).logits
         np.testing.assert_allclose(table.columns["source"], odds(twin[0], vlm.tokenizer), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def table(vlm):
-    return gl.activation_patching(vlm, QUERIES, GREY, hooks=["resid_post", "z"], layers=[3, 7], progress=False)
+    return gl.activation_patching(vlm, QUERIES, GREY, hooks=["resid_post", "z"], layers=[3, 7])
 
 
 def test_states_may_come_from_the_llm_beside_the_vlm(hf_vlm, processor):
@@ -156,7 +156,7 @@ def test_states_may_come_from_the_llm_beside_the_vlm(hf_vlm, processor):
         torch.manual_seed(9)
         hf = LlamaForCausalLM(hf_vlm.config.text_config).eval()
     model = gl.load(hf_vlm, processor=processor, llm=gl.load(hf, processor=processor.tokenizer))
-    table = gl.activation_patching(model, QUERIES, GREY, hooks="attn_out", layers=[5], progress=False)
+    table = gl.activation_patching(model, QUERIES, GREY, hooks="attn_out", layers=[5])
     states = reference.outputs_of(hf, model.llm.batch(QUERIES).inputs, ["model.layers.5.self_attn"])["model.layers.5.self_attn"][:, -1]
     patched = overwritten(hf_vlm, model.batch(QUERIES, GREY).inputs, "model.language_model.layers.5.self_attn", states)
     np.testing.assert_allclose(table.columns["value"], odds(patched, model.tokenizer), atol=1e-4)
@@ -173,7 +173,7 @@ class TestTheTable:
         assert repr(table) == f"Patching(resid_post, z: {2 + 2 * vlm.cfg.n_heads} cells, {len(table)} rows)"
 
     def test_every_layer_is_the_default(self, vlm):
-        assert set(gl.activation_patching(vlm, QUERIES[:1], GREY, progress=False).columns["layer"]) == set(range(8))
+        assert set(gl.activation_patching(vlm, QUERIES[:1], GREY).columns["layer"]) == set(range(8))
 
     def test_saved_and_loaded_it_says_the_same(self, table, tmp_path):
         table.save(tmp_path / "patching")
@@ -235,17 +235,17 @@ class TestRefusals:
     @pytest.mark.parametrize("hook", ["resid_mid", "embed", "unembed"])
     def test_hooks_that_are_not_in_the_blocks_or_only_read(self, vlm, hook):
         with pytest.raises(errors.PlanError, match=f"patching at '{hook}'"):
-            gl.activation_patching(vlm, QUERIES, GREY, hooks=hook, progress=False)
+            gl.activation_patching(vlm, QUERIES, GREY, hooks=hook)
 
     def test_unknown_hooks_and_layers(self, vlm):
         with pytest.raises(errors.SiteError, match="did you mean"):
-            gl.activation_patching(vlm, QUERIES, GREY, hooks="resid_pots", progress=False)
+            gl.activation_patching(vlm, QUERIES, GREY, hooks="resid_pots")
         with pytest.raises(errors.SiteError, match=r"blocks\.8\.hook_resid_post, which this model does not have"):
-            gl.activation_patching(vlm, QUERIES, GREY, layers=[8], progress=False)
+            gl.activation_patching(vlm, QUERIES, GREY, layers=[8])
 
     def test_queries_of_one_name(self, vlm):
         with pytest.raises(errors.QueryError, match="two queries with one id"):
-            gl.activation_patching(vlm, [QUERIES[0], QUERIES[0]], GREY, progress=False)
+            gl.activation_patching(vlm, [QUERIES[0], QUERIES[0]], GREY)
 
 
 class TestSwap:
@@ -306,7 +306,7 @@ class TestSwap:
 
 @pytest.fixture(scope="module")
 def patched(vlm):
-    return gl.activation_patching(vlm, QUERIES, GREY, layers=[2, 5], progress=False)
+    return gl.activation_patching(vlm, QUERIES, GREY, layers=[2, 5])
 
 
 class TestRowsThatAreLacking:
@@ -339,12 +339,12 @@ class TestRowsThatAreLacking:
 )
 def test_met_at_the_door(vlm, unchecked, change, kind, said):
     with pytest.raises(kind, match=said):
-        gl.activation_patching(**{"model": vlm, "queries": QUERIES, "presentation": GREY, "progress": False, **change})
+        gl.activation_patching(**{"model": vlm, "queries": QUERIES, "presentation": GREY, **change})
 
 
 def test_one_layer_and_layers_of_numpy(vlm, patched, unchecked):
     for layers in (5, np.int64(5), np.array([5, 5])):
-        found = gl.activation_patching(vlm, QUERIES, GREY, hooks=["resid_post"] * 2, layers=layers, progress=False)
+        found = gl.activation_patching(vlm, QUERIES, GREY, hooks=["resid_post"] * 2, layers=layers)
         assert set(found.columns["layer"]) == {5} and len(found) == len(QUERIES)
 
 
@@ -358,5 +358,5 @@ def test_a_source_that_is_the_run_itself(llm):
     """A text model's framed prompt without its images is that prompt."""
     framed = presentations.framed(text_only, before="please . ")
     with pytest.warns(UserWarning, match=r"the source 'text' gives what 'text \| framed' gives: no patch can change anything"):
-        gl.activation_patching(llm, QUERIES, framed, layers=[1], progress=False)
-    gl.activation_patching(llm, QUERIES, framed, source=framed, layers=[1], progress=False)  # the placebo, asked for
+        gl.activation_patching(llm, QUERIES, framed, layers=[1])
+    gl.activation_patching(llm, QUERIES, framed, source=framed, layers=[1])  # the placebo, asked for

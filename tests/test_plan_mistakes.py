@@ -32,7 +32,7 @@ def swept(plans=plan, **more):
     "Up to where the model is needed."
     stand_in = object.__new__(gl.HookedModel)
     stand_in.__dict__["cfg"] = SimpleNamespace(n_layers=3)
-    return gl.sweep(stand_in, plans, ["how ?"], progress=False, **more)
+    return gl.sweep(stand_in, plans, ["how ?"], **more)
 
 def table(*values, **more):
     rows = [{"plan": "edit", "arm": "edit", "layers": str(layer), "layer": layer, "strength": 1.0, "query": label, "label": label,

@@ -101,16 +101,16 @@ class TestRoom:
         assert room(vlm, batch) == len(TEXTS)
 
     def test_sets_the_batch_size_where_none_is_given(self, vlm, monkeypatch):
-        whole = gl.collect(vlm, TEXTS, GREY, progress=False)
+        whole = gl.collect(vlm, TEXTS, GREY)
         sizes, run = [], type(vlm).run
         monkeypatch.setattr(type(vlm), "run", lambda self, batch, *a, **o: sizes.append(len(batch.queries)) or run(self, batch, *a, **o))
         wide = vlm.batch([max(TEXTS, key=len)], GREY).mask.shape[1]
         monkeypatch.setattr(portions, "free_memory", lambda device: 8 * prompt_bytes(vlm.cfg, wide, 4))
-        found = gl.collect(vlm, TEXTS, GREY, progress=False)
+        found = gl.collect(vlm, TEXTS, GREY)
         assert sizes == [4, 4, 1]
         torch.testing.assert_close(found.states, whole.states, atol=1e-4, rtol=0)
         sizes.clear()
-        gl.collect(vlm, TEXTS, GREY, batch_size=9, progress=False)
+        gl.collect(vlm, TEXTS, GREY, batch_size=9)
         assert sizes == [9]
 
     def test_memory_of_the_machine(self):
@@ -162,7 +162,7 @@ QUERIES = [Query(text, "harmful" if place % 2 else "harmless") for place, text i
 
 def test_evaluate_halves_too(vlm, monkeypatch):
     judge = SimpleJudge()
-    options = {"judge": judge, "max_new_tokens": 2, "progress": False}
+    options = {"judge": judge, "max_new_tokens": 2}
     whole = evaluate(vlm, {"none": gl.defences.none}, QUERIES, [text_only, GREY], **options)
     sizes = cramped(vlm, monkeypatch, 4)
     halved = evaluate(vlm, {"none": gl.defences.none}, QUERIES, [text_only, GREY], **options)
@@ -175,7 +175,7 @@ def test_evaluate_continues_from_what_prompts_begin_with(vlm, basis, monkeypatch
     """Longer words around the query make a beginning that is worth it; the answers are those of each query alone."""
     framed = presentations.framed(GREY, before="please tell me how to mend the hat and the fern and the radio . " * 2)
     arms = {"none": gl.defences.none, "guard": gl.defences.Defence("guard", gl.interventions.project_out(basis).at(layers=3))}
-    options = {"judge": SimpleJudge(), "max_new_tokens": 4, "progress": False}
+    options = {"judge": SimpleJudge(), "max_new_tokens": 4}
     begun, run = [], type(vlm).run
 
     def note(self, batch, *rest, **options):
@@ -199,9 +199,9 @@ class SimpleJudge:
 
 
 def test_attribute_halves_too(vlm, basis, monkeypatch):
-    whole = gl.attribute(vlm, basis, QUERIES, GREY, layer=1, progress=False)
+    whole = gl.attribute(vlm, basis, QUERIES, GREY, layer=1)
     sizes = cramped(vlm, monkeypatch, 4)
-    halved = gl.attribute(vlm, basis, QUERIES, GREY, layer=1, progress=False)
+    halved = gl.attribute(vlm, basis, QUERIES, GREY, layer=1)
     assert set(sizes) == {9, 4, 1}
     assert halved.columns["query"].tolist() == whole.columns["query"].tolist()
     np.testing.assert_allclose(halved.columns["value"], whole.columns["value"], atol=1e-4)
@@ -226,7 +226,7 @@ class TestWhoseMemoryItWas:
             name, __call__ = "mine", self.full
 
         with pytest.raises(errors.ModelError, match="the judge mine, which ran out of memory"):
-            gl.evaluate(vlm, {"none": iv.nothing}, self.QUERIES, presentations.text_only, judge=Judge(), max_new_tokens=2, progress=False)
+            gl.evaluate(vlm, {"none": iv.nothing}, self.QUERIES, presentations.text_only, judge=Judge(), max_new_tokens=2)
 
     def test_a_score(self, unchecked, vlm):
         class Mine:
@@ -234,16 +234,16 @@ class TestWhoseMemoryItWas:
 
         plan = iv.custom(lambda states, context: states + 1)
         with pytest.raises(errors.ModelError, match="the score mine, which ran out of memory"):
-            gl.sweep(vlm, plan, self.QUERIES, presentations.text_only, layers=[3], scores=[Mine()], placebos=0, progress=False)
+            gl.sweep(vlm, plan, self.QUERIES, presentations.text_only, layers=[3], scores=[Mine()], placebos=0)
 
     def test_an_edit(self, vlm):
         plan = iv.custom(self.full)
         with pytest.raises(errors.ModelError, match=r"the edit custom\(.*full\), which ran out of memory"):
-            gl.sweep(vlm, plan, self.QUERIES, presentations.text_only, layers=[3], placebos=0, progress=False)
+            gl.sweep(vlm, plan, self.QUERIES, presentations.text_only, layers=[3], placebos=0)
 
     def test_a_presentation(self, vlm):
         class Mine:
             name, __call__ = "mine", self.full
 
         with pytest.raises(errors.ModelError, match="the presentation mine, which ran out of memory"):
-            gl.keep(vlm, self.QUERIES, Mine(), progress=False)
+            gl.keep(vlm, self.QUERIES, Mine())

@@ -133,7 +133,7 @@ class TestWhenItIsUsed:
         whole = vlm.batch(WORDS, GREY).mask.shape[1]
         vlm.share(vlm.batch(WORDS, GREY))
         widths.clear()
-        found = gl.collect(vlm, WORDS, GREY, batch_size=2, progress=False)
+        found = gl.collect(vlm, WORDS, GREY, batch_size=2)
         close(found.states, plain)
         (first, *rest) = widths
         assert first[0] == 1 and [rows for rows, _ in rest] == [1, 1]

@@ -31,22 +31,39 @@ def notebook(monkeypatch):
     return display
 
 
+@pytest.fixture
+def bars():
+    with progress.progress_bars(True):
+        yield
+
+
 def test_without_a_bar_nothing_is_written_anywhere(notebook, capsys):
     parts = [[1, 2], [3]]
-    assert list(progress.track(parts, 3, "sweep", show=False)) == parts
+    assert list(progress.track(parts, 3, "sweep")) == parts
     assert capsys.readouterr() == ("", "") and not notebook.shown
 
 
-def test_there_is_no_bar_where_nothing_is_left_to_do(notebook, capsys):
-    assert list(progress.track(iter(()), 0, "collect", show=True)) == []
+def test_there_is_no_bar_where_nothing_is_left_to_do(notebook, capsys, bars):
+    assert list(progress.track(iter(()), 0, "collect")) == []
     assert capsys.readouterr() == ("", "") and not notebook.shown
 
 
-def test_a_terminal_gets_its_bar_on_stderr(capsys, monkeypatch):
+def test_a_terminal_gets_its_bar_on_stderr(capsys, monkeypatch, bars):
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
-    assert list(progress.track([[1, 2], [3]], 3, "sweep [bold]", show=True)) == [[1, 2], [3]]
+    assert list(progress.track([[1, 2], [3]], 3, "sweep [bold]")) == [[1, 2], [3]]
     out, err = capsys.readouterr()
     assert out == "" and "sweep [bold]" in err and "3/3" in err
+
+
+def test_bars_are_as_before_behind_a_with(capsys):
+    with progress.progress_bars(True), progress.progress_bars(False):
+        assert list(progress.track([[1]], 1, "sweep")) == [[1]]
+    assert capsys.readouterr() == ("", "")
+    with progress.progress_bars(True):
+        with pytest.raises(ValueError), progress.progress_bars(False):
+            raise ValueError
+        assert list(progress.track([[1]], 1, "sweep")) == [[1]]
+    assert "1/1" in capsys.readouterr().err
 
 
 def test_ipython_in_a_terminal_is_no_notebook(monkeypatch):
@@ -56,9 +73,9 @@ def test_ipython_in_a_terminal_is_no_notebook(monkeypatch):
     assert not progress._in_notebook()
 
 
-def test_a_notebook_gets_one_bar_that_moves(notebook, capsys):
+def test_a_notebook_gets_one_bar_that_moves(notebook, capsys, bars):
     seen = []
-    for _ in progress.track([[1, 2], [3], [4]], 4, "keep <grey>", show=True):
+    for _ in progress.track([[1, 2], [3], [4]], 4, "keep <grey>"):
         seen.append(notebook.shown[-1].done)
     assert seen == [0, 2, 3] and notebook.updates == 3 and len(notebook.shown) == 1
     (bar,) = notebook.shown

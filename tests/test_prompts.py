@@ -384,8 +384,8 @@ class TestCrossAttention:
     def test_collect_parts_them(self):
         model = loaded("Llama 3.2 Vision")
         queries = self.queries(model)
-        found = gl.collect(model, queries, presentations.own, progress=False)
-        alone = [gl.collect(model, [query], presentations.own, progress=False).states for query in queries]
+        found = gl.collect(model, queries, presentations.own)
+        alone = [gl.collect(model, [query], presentations.own).states for query in queries]
         torch.testing.assert_close(found.states, torch.cat(alone), atol=1e-5, rtol=1e-5)
         assert [query.id for query in found.queries] == ["one", "two", "one more"]
 

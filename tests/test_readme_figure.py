@@ -14,7 +14,7 @@ README = Path(__file__).parents[1] / "docs" / "figures" / "coordinates.png"
 
 def test_it_is_what_the_demo_draws(tmp_path):
     subject = demo.organism_subject()
-    model, grey, seen, options = subject.model, subject.blanks[0], subject.validation, {"progress": False}
+    model, grey, seen, options = subject.model, subject.blanks[0], subject.validation, {}
     fit = collect(model, subject.pairs, **options)
     ssd = directions.ssd(fit, rank=max(demo.RANKS))
     guards = choose(model, seen, grey, ssd, fit, (7,))

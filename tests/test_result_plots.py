@@ -24,15 +24,15 @@ PANELS = {"Comparison": 3, "Sweep": 4, "Evaluation": 2, "Attribution": 6, "Patch
 
 @pytest.fixture(scope="module")
 def results(vlm, basis):
-    one, quiet = basis.truncate(1), {"progress": False}
-    text, grey = gl.collect(vlm, QUERIES, **quiet), gl.collect(vlm, QUERIES, GREY, **quiet)
+    one = basis.truncate(1)
+    text, grey = gl.collect(vlm, QUERIES), gl.collect(vlm, QUERIES, GREY)
     found = (
         gl.compare(text, grey, one, draws=100),
-        gl.sweep(vlm, iv.add(one), QUERIES, GREY, strengths=[0.5, 1.0], layers=[2, 5], **quiet),
-        gl.evaluate(vlm, {"none": iv.nothing}, QUERIES, GREY, judge=judges.keyword, max_new_tokens=2, **quiet),
-        gl.attribute(vlm, one, QUERIES, GREY, layer=3, **quiet),
-        gl.activation_patching(vlm, QUERIES, GREY, layers=[2, 5], **quiet),
-        gl.activation_patching(vlm, QUERIES, GREY, hooks="z", layers=[2, 5], **quiet),
+        gl.sweep(vlm, iv.add(one), QUERIES, GREY, strengths=[0.5, 1.0], layers=[2, 5]),
+        gl.evaluate(vlm, {"none": iv.nothing}, QUERIES, GREY, judge=judges.keyword, max_new_tokens=2),
+        gl.attribute(vlm, one, QUERIES, GREY, layer=3),
+        gl.activation_patching(vlm, QUERIES, GREY, layers=[2, 5]),
+        gl.activation_patching(vlm, QUERIES, GREY, hooks="z", layers=[2, 5]),
         directions.diff_in_means(text),
     )
     return dict(zip(PANELS, found, strict=True))
@@ -84,7 +84,7 @@ def test_a_single_axes_will_do_for_a_single_panel(results):
 
 def test_directions_show_a_spectrum_and_cosines_where_there_are(results, vlm):
     pairs = gl.QueryPairs(QUERIES[:5], QUERIES[5:])
-    ssd = directions.ssd(gl.collect(vlm, pairs, progress=False), rank=2)
+    ssd = directions.ssd(gl.collect(vlm, pairs), rank=2)
     spectrum, cosines = ssd.plot()
     assert [bar.get_height() for bar in spectrum.containers[0]] == pytest.approx((100 * ssd.shares[:, 0]).tolist(), abs=1e-4)
     drawn = np.asarray(cosines.collections[0].get_array())
@@ -94,11 +94,11 @@ def test_directions_show_a_spectrum_and_cosines_where_there_are(results, vlm):
     (only,) = ssd[3].plot()
     assert only.get_ylabel().startswith("share of squared")
     with pytest.raises(NumericsError, match="without a spectrum and of a single layer"):
-        directions.diff_in_means(gl.collect(vlm, pairs, progress=False))[3].plot()
+        directions.diff_in_means(gl.collect(vlm, pairs))[3].plot()
 
 
 def test_shares_are_those_of_the_squared_singular_values(vlm):
-    collected = gl.collect(vlm, gl.QueryPairs(QUERIES[:5], QUERIES[5:]), progress=False)
+    collected = gl.collect(vlm, gl.QueryPairs(QUERIES[:5], QUERIES[5:]))
     shares = directions.ssd(collected).shares.numpy()
     values = np.linalg.svd((collected.at(4)[:5] - collected.at(4)[5:]).numpy().astype(float), compute_uv=False) ** 2
     assert shares[4] == pytest.approx(values / values.sum(), abs=1e-5) and shares.sum(axis=1) == pytest.approx(np.ones(8), abs=1e-5)

@@ -28,12 +28,12 @@ TEXTS = PAIRS.queries
 
 
 def ask(model, out, queries=PAIRS, presentation=GREY, *plan, **options):
-    return gl.collect(model, queries, presentation, *plan, out=out, **{"batch_size": 3, "progress": False, **options})
+    return gl.collect(model, queries, presentation, *plan, out=out, **{"batch_size": 3, **options})
 
 
 @pytest.fixture(scope="module")
 def whole(vlm):
-    return gl.collect(vlm, PAIRS, GREY, batch_size=3, progress=False)
+    return gl.collect(vlm, PAIRS, GREY, batch_size=3)
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ class TestStreaming:
         assert torch.equal(Activations.load(tmp_path / "states.safetensors").states, whole.states)
 
     def test_directions_and_comparison_take_it(self, vlm, whole, tmp_path):
-        text = gl.collect(vlm, PAIRS, progress=False)
+        text = gl.collect(vlm, PAIRS)
         ask(vlm, tmp_path / "text", presentation=text_only)
         ask(vlm, tmp_path / "grey", dtype="float32")
         mapped = [Activations.load(tmp_path / name) for name in ("text", "grey")]
@@ -204,7 +204,7 @@ class TestStreaming:
         assert mapped_file(streamed.states.clone()) != str(tmp_path / "states.safetensors")
 
     def test_bfloat16(self, vlm, whole, tmp_path):
-        streamed, kept = ask(vlm, tmp_path, dtype="bfloat16"), gl.collect(vlm, PAIRS, GREY, batch_size=3, dtype="bfloat16", progress=False)
+        streamed, kept = ask(vlm, tmp_path, dtype="bfloat16"), gl.collect(vlm, PAIRS, GREY, batch_size=3, dtype="bfloat16")
         assert streamed.states.dtype == torch.bfloat16
         assert torch.equal(streamed.states, whole.states.bfloat16()) and torch.equal(streamed.states, kept.states)
         assert (tmp_path / "states.safetensors").stat().st_size < 10 * 8 * 128 * 2 + 5000
@@ -214,7 +214,7 @@ class TestStreaming:
     def test_heads_and_sites_without_layers(self, vlm, tmp_path):
         for name, site in (("z", Site("z", (5, 2), "all")), ("final", Site("ln_final.hook_out"))):
             streamed = ask(vlm, tmp_path / name, site=site)
-            expected = gl.collect(vlm, PAIRS, GREY, site=site, batch_size=3, progress=False)
+            expected = gl.collect(vlm, PAIRS, GREY, site=site, batch_size=3)
             assert torch.equal(Activations.load(tmp_path / name).states, expected.states)
             assert (streamed.layers, streamed.positions) == (expected.layers, expected.positions)
 
@@ -361,7 +361,7 @@ class Stub(HookedModel):
 
 
 def peak(n, out):
-    states = collect(Stub(), [Query("x", id=str(i)) for i in range(n)], out=out, batch_size=20, progress=False).states
+    states = collect(Stub(), [Query("x", id=str(i)) for i in range(n)], out=out, batch_size=20).states
     grown = int(re.search("VmHWM: *([0-9]+) kB", Path("/proc/self/status").read_text().replace("\t", " "))[1]) / 1024
     assert states.shape == (n, LAYERS, WIDTH) and [int(states[i, 3, 7]) for i in (0, n // 2, n - 1)] == [0, n // 2, n - 1]
     return grown
@@ -384,5 +384,5 @@ def test_queries_with_paths_of_images(vlm, tmp_path):
     TEXTS[0].images[0].save(tmp_path / "a.png")
     queries = [Query("how to mend the hat ?", images=(str(tmp_path / "a.png"),))]
     streamed = ask(vlm, tmp_path / "s", queries, presentations.own)
-    assert torch.equal(streamed.states, gl.collect(vlm, queries, presentations.own, progress=False).states)
+    assert torch.equal(streamed.states, gl.collect(vlm, queries, presentations.own).states)
     assert streamed.queries == tuple(queries) and Activations.load(tmp_path / "s").queries[0].images == ()

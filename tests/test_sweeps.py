@@ -32,7 +32,7 @@ def plan(basis):
 
 @pytest.fixture(scope="module")
 def swept(vlm, plan):
-    return gl.sweep(vlm, plan, QUERIES, GREY, strengths=STRENGTHS, placebos=2, batch_size=3, progress=False)
+    return gl.sweep(vlm, plan, QUERIES, GREY, strengths=STRENGTHS, placebos=2, batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,8 @@ def test_columns_name_every_cell(swept):
 
 def test_batch_size_lanes_and_progress_do_not_matter(vlm, plan, swept, capsys, monkeypatch):
     monkeypatch.setattr("guardlens.models.engine.request.TOKENS", 12)
-    again = gl.sweep(vlm, plan, QUERIES, GREY, layers=[2, 6], strengths=STRENGTHS, batch_size=5, progress=True)
+    with gl.progress_bars(True):
+        again = gl.sweep(vlm, plan, QUERIES, GREY, layers=[2, 6], strengths=STRENGTHS, batch_size=5)
     assert "sweep, 8 cells, blank grey" in capsys.readouterr().err
     for layer in (2, 6):
         for score in ("kl", "refusal_logodds"):
@@ -119,7 +120,7 @@ def test_scores_of_an_answer_are_those_of_raw_hooks_on_prompts_and_answers(vlm, 
     """Log-probability of a text, and KL along the model's own answer: each token after the hooked ones before it."""
     text, (V,) = "sorry , i can not", (basis.at(5).T @ basis.at(5),)
     scores, plan = [AnswerLogProb(text), kl, AnswerKL(tokens=4)], iv.amplify(basis, 8.0).during(phase)
-    found = gl.sweep(vlm, plan, QUERIES, GREY, scores=scores, layers=[5], placebos=0, progress=False)
+    found = gl.sweep(vlm, plan, QUERIES, GREY, scores=scores, layers=[5], placebos=0)
     assert found.facts["layout"] == ["branch"] and found.facts["units"]["answer_logprob"] == "log p('sorry , i can not') (nats)"
     own = reference.generate(vlm.hf, batch.inputs, 5, lambda h: h, "always", 4)
     given = torch.tensor(vlm.tokenizer(text, add_special_tokens=False)["input_ids"]).expand(len(QUERIES), -1)
@@ -149,11 +150,11 @@ def test_scores_of_an_answer_are_those_of_raw_hooks_on_prompts_and_answers(vlm, 
 def test_an_answer_that_the_tokenizer_does_not_know_is_refused(vlm, plan):
     for text in ("", "flibbertigibbet"):
         with pytest.raises(errors.ModelError, match="that the tokenizer does not know"):
-            gl.sweep(vlm, plan, QUERIES, scores=[AnswerLogProb(text)], layers=[4], progress=False)
+            gl.sweep(vlm, plan, QUERIES, scores=[AnswerLogProb(text)], layers=[4])
 
 
 def test_groups_of_layers_are_edited_together(vlm, plan, batch):
-    found = gl.sweep(vlm, plan, QUERIES, GREY, scores=[kl], layers=[(2, 5), 3, [6]], placebos=0, progress=False)
+    found = gl.sweep(vlm, plan, QUERIES, GREY, scores=[kl], layers=[(2, 5), 3, [6]], placebos=0)
     assert list(dict.fromkeys(zip(found.columns["layers"], found.columns["layer"], strict=True))) == [("2+5", 2), ("3", 3), ("6", 6)]
     base = vlm.run(batch).logits[0]
     together = by_hand(vlm.run(batch, plan.at(layers=[2, 5])).logits[0], base, vlm.tokenizer)["kl"]
@@ -162,12 +163,12 @@ def test_groups_of_layers_are_edited_together(vlm, plan, batch):
 
 
 def test_strength_zero_is_left_out(vlm, plan):
-    found = gl.sweep(vlm, plan, QUERIES, scores=[kl], strengths=(0.0, 1.0, 0.0), layers=[4], placebos=0, progress=False)
+    found = gl.sweep(vlm, plan, QUERIES, scores=[kl], strengths=(0.0, 1.0, 0.0), layers=[4], placebos=0)
     assert found.columns["strength"].tolist() == [1.0] * len(QUERIES)
 
 
 def test_cells_are_named_once_whatever_names_their_layers_and_strengths(vlm, plan):
-    options = {"scores": [kl], "placebos": 1, "progress": False}
+    options = {"scores": [kl], "placebos": 1}
     strengths = (strength for strength in (1.0, np.float32(2), 1))
     found = gl.sweep(vlm, plan, QUERIES, layers=np.array([5, 5]), strengths=strengths, **options)
     assert len(found) == 2 * 2 * len(QUERIES) and set(found.columns["strength"]) == {1.0, 2.0}  # both for the placebo, too
@@ -178,7 +179,7 @@ def test_cells_are_named_once_whatever_names_their_layers_and_strengths(vlm, pla
 
 def test_only_free_steps_move_and_scale(vlm, basis, batch):
     fixed, free = iv.add(basis.truncate(1), 9.0).at(layers=[1]), iv.amplify(basis, 4.0)
-    found = gl.sweep(vlm, fixed >> free, QUERIES, GREY, scores=[kl], layers=[6], strengths=[0.25], placebos=0, progress=False)
+    found = gl.sweep(vlm, fixed >> free, QUERIES, GREY, scores=[kl], layers=[6], strengths=[0.25], placebos=0)
     base = vlm.run(batch).logits[0]
     expected = by_hand(vlm.run(batch, fixed >> iv.amplify(basis, 1.0).at(layers=[6])).logits[0], base, vlm.tokenizer)["kl"]
     np.testing.assert_allclose(cell(found), expected, atol=2e-4, rtol=1e-4)
@@ -186,7 +187,7 @@ def test_only_free_steps_move_and_scale(vlm, basis, batch):
 
 def test_several_plans_by_name(vlm, basis, batch):
     plans = {"weak": iv.amplify(basis, 1.0), "strong": iv.amplify(basis, 9.0)}
-    found = gl.sweep(vlm, plans, QUERIES, GREY, scores=[refusal_logodds], layers=[4], progress=False)
+    found = gl.sweep(vlm, plans, QUERIES, GREY, scores=[refusal_logodds], layers=[4])
     base = vlm.run(batch).logits[0]
     for name, plan in plans.items():
         expected = by_hand(vlm.run(batch, plan.at(layers=[4])).logits[0], base, vlm.tokenizer)["refusal_logodds"]
@@ -319,15 +320,15 @@ class OddAnswer(AnswerLogProb):
 class TestErrors:
     def test_a_plan_without_a_free_step(self, vlm, basis):
         with pytest.raises(errors.PlanError, match=r"Found the plan 'set', whose layers are all set.\nExpected a step without layers"):
-            gl.sweep(vlm, {"free": iv.project_out(basis), "set": iv.project_out(basis).at(layers=[2])}, QUERIES, progress=False)
+            gl.sweep(vlm, {"free": iv.project_out(basis), "set": iv.project_out(basis).at(layers=[2])}, QUERIES)
 
     def test_no_queries(self, vlm, basis):
         with pytest.raises(errors.QueryError, match="Found no queries"):
-            gl.sweep(vlm, iv.project_out(basis), [], progress=False)
+            gl.sweep(vlm, iv.project_out(basis), [])
 
     def test_a_layer_that_is_not_there(self, vlm, basis):
         with pytest.raises(errors.SiteError, match=r"Found layer 8.\nExpected a layer from 0 to 7"):
-            gl.sweep(vlm, iv.project_out(basis[0]), QUERIES, layers=[8], progress=False)
+            gl.sweep(vlm, iv.project_out(basis[0]), QUERIES, layers=[8])
 
     @pytest.mark.parametrize(
         ("make", "found"),
@@ -342,22 +343,22 @@ class TestErrors:
     )
     def test_a_score_gives_one_number_per_query(self, vlm, plan, make, found):
         with pytest.raises(errors.PlanError, match=rf"Found {found}[\s\S]*\nExpected a tensor of one number per query, of shape \(5,\)"):
-            gl.sweep(vlm, plan, QUERIES, scores=[Odd(make)], layers=[4], placebos=0, progress=False)
+            gl.sweep(vlm, plan, QUERIES, scores=[Odd(make)], layers=[4], placebos=0)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_a_score_that_is_not_finite_is_refused_and_named(self, vlm, plan, value):
         odd = Odd(lambda logits: torch.where(torch.arange(len(logits)) == 1, value, logits[:, 0]))
         with pytest.raises(errors.NumericsError, match=rf"Found {value} as the score 'odd' of query '.*' under amplify\(.*layers=\[4\]"):
-            gl.sweep(vlm, plan, QUERIES, scores=[kl, odd], layers=[4], placebos=0, progress=False)
+            gl.sweep(vlm, plan, QUERIES, scores=[kl, odd], layers=[4], placebos=0)
 
     def test_whole_numbers_and_truths_are_scores(self, vlm, plan):
         for make in (lambda logits: logits.argmax(1), lambda logits: logits[:, 0] > 0):
-            found = gl.sweep(vlm, plan, QUERIES, scores=[Odd(make)], layers=[4], placebos=0, progress=False)
+            found = gl.sweep(vlm, plan, QUERIES, scores=[Odd(make)], layers=[4], placebos=0)
             expected = make(vlm.run(vlm.batch(QUERIES)).logits[0])
             assert found.columns["base"].tolist() == expected.double().tolist()
 
     def test_a_score_can_not_change_what_others_see(self, vlm, plan):
-        odd, options = OddAnswer("sorry , i can not", name="odd"), {"layers": [4, 5], "placebos": 0, "progress": False}
+        odd, options = OddAnswer("sorry , i can not", name="odd"), {"layers": [4, 5], "placebos": 0}
         with pytest.warns(UserWarning, match="changes no score"):  # it answers the same to everything
             alone = gl.sweep(vlm, plan, QUERIES, scores=[odd], **options)
         both = gl.sweep(vlm, plan, QUERIES, scores=[odd, AnswerLogProb("sorry , i can not")], **options).where(score="answer_logprob")
@@ -367,7 +368,7 @@ class TestErrors:
 
     def test_refusals_in_an_unknown_language(self, vlm, basis):
         with pytest.raises(errors.ModelError, match="a tokenizer that knows none of the openings of a refusal"):
-            gl.sweep(vlm, iv.project_out(basis), QUERIES, scores=[RefusalLogOdds(("Entschuldigung",))], layers=[1], progress=False)
+            gl.sweep(vlm, iv.project_out(basis), QUERIES, scores=[RefusalLogOdds(("Entschuldigung",))], layers=[1])
 
 
 def test_saved_and_loaded(swept, tmp_path):
@@ -380,7 +381,7 @@ def test_saved_and_loaded(swept, tmp_path):
 
 def test_unlabelled_queries_are_kept_in_their_order(vlm, plan):
     unlabelled = [dataclasses.replace(query, label=None) for query in QUERIES]
-    found = gl.sweep(vlm, plan, unlabelled, scores=[kl], layers=[4], placebos=0, progress=False)
+    found = gl.sweep(vlm, plan, unlabelled, scores=[kl], layers=[4], placebos=0)
     assert found.columns["query"].tolist() == [query.id for query in QUERIES] and set(found.columns["label"]) == {""}
     assert len(found.summary()) == 1
 
@@ -408,4 +409,4 @@ def test_plot_is_a_heat_map_per_arm_and_label(swept):
 )
 def test_a_plan_that_changes_no_score_is_said_to(vlm, basis, idle):
     with pytest.warns(UserWarning, match="the plan 'idle' changes no score in any cell"):
-        gl.sweep(vlm, {"idle": idle(basis), "busy": iv.amplify(basis, 8.0)}, QUERIES, layers=[2, 5], progress=False)
+        gl.sweep(vlm, {"idle": idle(basis), "busy": iv.amplify(basis, 8.0)}, QUERIES, layers=[2, 5])

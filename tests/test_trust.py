@@ -50,7 +50,7 @@ def test_no_prefix_where_positions_depend_on_the_length_of_the_prompt(rope, monk
     assert (model.share(model.batch(TEXTS)) is None) == (rope["rope_type"] == "dynamic")
     asked = [*TEXTS, *(f"{text} {text} {text} {text}" for text in TEXTS)]
     alone = torch.cat([model.run(model.batch(text), read=[Site()]).reads[Site()][0] for text in asked])
-    close(gl.collect(model, asked, batch_size=4, progress=False).states, alone, 1e-4)
+    close(gl.collect(model, asked, batch_size=4).states, alone, 1e-4)
 
 
 class TestInPlace:
@@ -78,10 +78,10 @@ class TestInPlace:
                 base.mul_(0.5)
                 return logits.mul_(0.5).amax(-1)
 
-        kept, plan = gl.keep(vlm, WORDS, GREY, progress=False), pushing(a_push(vlm))
-        before = gl.sweep(vlm, plan, kept, scores=[kl], progress=False).columns["value"]
-        gl.sweep(vlm, plan, kept, scores=[Halving(), refusal_logodds], progress=False)
-        after = gl.sweep(vlm, plan, kept, scores=[kl], progress=False).columns["value"]
+        kept, plan = gl.keep(vlm, WORDS, GREY), pushing(a_push(vlm))
+        before = gl.sweep(vlm, plan, kept, scores=[kl]).columns["value"]
+        gl.sweep(vlm, plan, kept, scores=[Halving(), refusal_logodds])
+        after = gl.sweep(vlm, plan, kept, scores=[kl]).columns["value"]
         assert (before == after).all()
 
 
@@ -93,9 +93,9 @@ class TestWhoseItIs:
             torch.manual_seed(3)
             llm = gl.load(LlamaForCausalLM(LlamaConfig(**SMALL)).eval(), processor=tokenizer(TEMPLATE))
         both = gl.load(alone.hf, processor=alone.processor, llm=llm)
-        kept = gl.keep(alone, TEXTS, GREY, progress=False)
+        kept = gl.keep(alone, TEXTS, GREY)
         with pytest.raises(errors.MismatchError, match="prompts kept by"):
-            gl.sweep(both, iv.swap(iv.text_twin), kept, progress=False)
+            gl.sweep(both, iv.swap(iv.text_twin), kept)
 
     def test_a_prefill_of_other_weights_is_refused(self, vlm, processor):
         other = copy.deepcopy(vlm.hf)
@@ -176,7 +176,7 @@ class TestFoundByTheSecondReader:
         shown = [Query(f"how to mend the hat {row} ?", id=f"t{row}") for row in range(12)]
         shown += [Query(f"mend hat {row} ?", id=f"i{row}", images=(picture(1, size),)) for row in range(8)]
         alone = torch.cat([model.run(model.batch([query], Mixed()), read=[Site()]).reads[Site()][0] for query in shown])
-        close(gl.collect(model, shown, Mixed(), progress=False).states, alone, 1e-4)
+        close(gl.collect(model, shown, Mixed()).states, alone, 1e-4)
 
     def test_prompts_padded_on_the_right_are_not_kept(self, vlm, basis):
         left, right = (vlm.batch(WORDS, GREY, padding_side=side) for side in ("left", "right"))
@@ -249,7 +249,7 @@ class TestFoundByTheSecondReader:
             if rows[-1] > 9:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-        plan, options = iv.amplify(basis).at(positions="all"), {"layers": [0], "placebos": 0, "progress": False, "scores": [kl]}
+        plan, options = iv.amplify(basis).at(positions="all"), {"layers": [0], "placebos": 0, "scores": [kl]}
         expected = gl.sweep(vlm, plan, WORDS, GREY, strengths=[0.1 * step for step in range(1, 20)], **options).columns["value"]
         handle = decoder.register_forward_pre_hook(cramped, with_kwargs=True)
         try:
@@ -384,15 +384,15 @@ class TestWhatIsTakenForSomethingElse:
             vlm.run(vlm.batch(WORDS), [iv.nothing] * 2, layout="fork", new_tokens=2)
 
     def test_scores_and_queries_that_a_table_would_take_for_one(self, vlm, basis):
-        plan, options = iv.amplify(basis), {"layers": 4, "placebos": 0, "progress": False}
+        plan, options = iv.amplify(basis), {"layers": 4, "placebos": 0}
         with pytest.raises(errors.PlanError, match="two scores of one name"):
             gl.sweep(vlm, plan, WORDS, scores=[AnswerLogProb("sorry"), AnswerLogProb("sure")], **options)
         with pytest.raises(errors.QueryError, match="two queries with one id"):
             gl.sweep(vlm, plan, [Query("how ?", id="a"), Query("why ?", id="a")], **options)
         with pytest.raises(errors.PlanError, match="0 layers"):
-            gl.sweep(vlm, plan, WORDS, layers=[], progress=False)
+            gl.sweep(vlm, plan, WORDS, layers=[])
         with pytest.raises(errors.PlanError, match="strength 0 is none"):
-            gl.sweep(vlm, plan, WORDS, strengths=[0.0], progress=False)
+            gl.sweep(vlm, plan, WORDS, strengths=[0.0])
         with pytest.raises(errors.MismatchError, match="several plans"):
             gl.sweep(vlm, {"a": plan, "b": plan}, gl.organism.queries("test")[:4], **options).best()
 

@@ -56,7 +56,7 @@ CALLS = {
     "generate": lambda model, batch: model.generate(batch, max_new_tokens=2),
     "cache": lambda model, batch: model.run_with_cache(batch),
     "prefill": lambda model, batch: model.prefill(batch),
-    "collect": lambda model, batch: gl.collect(model, batch.queries, progress=False),
+    "collect": lambda model, batch: gl.collect(model, batch.queries),
     "transformers": lambda model, batch: model.hf(**batch.inputs),
     "its generate": lambda model, batch: model.hf.generate(**batch.inputs, max_new_tokens=2),
 }

@@ -107,7 +107,7 @@ def _pool(plan: Plan) -> Iterator[Row]:
     texts, beside = (_batches(subject, pool, presentation) for presentation in (text_only, grey))
     prefix = subject.share(beside[0])
     parts: dict[str, Way] = {
-        UNIT: lambda: gl.collect(subject, pool, text_only, progress=False),
+        UNIT: lambda: gl.collect(subject, pool, text_only),
         "one prefix: a plain forward of one prompt": lambda: ways.plain(subject, one),
         "prompts to tensors, text alone": lambda: _batches(subject, pool, text_only),
         "prompts to tensors, beside the blank image": lambda: _batches(subject, pool, grey),

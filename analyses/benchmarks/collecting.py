@@ -45,8 +45,8 @@ def pools(plan: Plan) -> Iterator[Row]:
     one = subject.batch(pool[:1], grey)
     seconds = timing.alternate(
         {
-            "blank": lambda: gl.collect(subject, pool, grey, progress=False),
-            "text": lambda: gl.collect(subject, pool, text_only, progress=False),
+            "blank": lambda: gl.collect(subject, pool, grey),
+            "text": lambda: gl.collect(subject, pool, text_only),
             "prefix": lambda: ways.plain(subject, one),
         },
         plan.few,
@@ -60,10 +60,10 @@ def comparison(plan: Plan) -> Iterator[Row]:
     """LLM against VLM on one pool: both collections and what `compare` makes of them."""
     subject, grey = plan.model(), subjects.blank(plan.size)
     pool, ssd = subjects.queries(max(12, plan.pool // 4)), subjects.directions(subject)
-    llm, vlm = (gl.collect(subject, pool, presentation, progress=False) for presentation in (text_only, grey))
+    llm, vlm = (gl.collect(subject, pool, presentation) for presentation in (text_only, grey))
     seconds = timing.alternate(
         {
-            "guardlens": lambda: [gl.collect(subject, pool, presentation, progress=False) for presentation in (text_only, grey)],
+            "guardlens": lambda: [gl.collect(subject, pool, presentation) for presentation in (text_only, grey)],
             "naive": lambda: [ways.raw_pool(subject, pool, presentation, plan.queries) for presentation in (text_only, grey)],
             "compare": lambda: gl.compare(llm, vlm, ssd),
         },

@@ -105,9 +105,7 @@ def answers(plan: Plan) -> Iterator[Row]:
     seconds = timing.alternate(
         {
             "plain": lambda: ways.plain(subject, batch),
-            "sweep": lambda: gl.sweep(
-                subject, iv.add(ssd, 2.0), batch.queries, batch.presentation, scores=[score], placebos=0, progress=False
-            ),
+            "sweep": lambda: gl.sweep(subject, iv.add(ssd, 2.0), batch.queries, batch.presentation, scores=[score], placebos=0),
             "branches": lambda: subject.run(forced, cells, logits="answer"),
             "naive": lambda: ways.raw_hooks(subject, whole, vectors, some, before, ways.plain_answer),
         },

@@ -41,6 +41,7 @@ from guardlens.results import intervals
 # from nothing on a toy language. Look at its size, and remember it when you read the numbers below.
 
 # %%
+gl.progress_bars(False)
 model = gl.load("organism")
 print(model, f"{sum(p.numel() for p in model.hf.parameters()) / 1e6:.1f} million parameters")
 
@@ -75,7 +76,7 @@ for query in harmful[:4]:
 # %%
 caption = presentations.framed(text, before="a red circle on grey . ", label="caption")
 shown = [text, caption, grey]
-answers = gl.evaluate(model, {"none": defences.none}, queries, shown, judge=gl.organism.judge, max_new_tokens=16, progress=False)
+answers = gl.evaluate(model, {"none": defences.none}, queries, shown, judge=gl.organism.judge, max_new_tokens=16)
 for name in ("text", "text | caption", "blank grey"):
     print(f"{name:15} ASR {answers.rate('asr', 'none', name)}   over-refusal {answers.rate('over_refusal', 'none', name)}")
 
@@ -90,7 +91,7 @@ for name in ("text", "text | caption", "blank grey"):
 # `gl.collect` reads the residual stream after every block at the last token of the prompt, one vector per query and layer.
 
 # %%
-in_text, after_caption, beside_grey = (gl.collect(model, queries, way, progress=False) for way in shown)
+in_text, after_caption, beside_grey = (gl.collect(model, queries, way) for way in shown)
 print(in_text)
 
 # %% [markdown]
@@ -100,7 +101,7 @@ print(in_text)
 
 # %%
 pairs = gl.organism.pairs()
-ssd = directions.ssd(gl.collect(model.llm, pairs, progress=False))
+ssd = directions.ssd(gl.collect(model.llm, pairs))
 print(ssd, "from", len(pairs), "pairs;", len({q.text for q in pairs.queries} & {q.text for q in queries}), "of their texts are asked below")
 
 # %% [markdown]

@@ -19,6 +19,7 @@ from guardlens import directions, plots
 from guardlens import interventions as iv
 from guardlens.experiments import separability
 
+gl.progress_bars(False)
 model = gl.load("organism")
 
 # %% [markdown]
@@ -29,7 +30,7 @@ model = gl.load("organism")
 
 # %%
 pairs = gl.organism.pairs()
-fit = gl.collect(model.llm, pairs, progress=False)
+fit = gl.collect(model.llm, pairs)
 print(len(pairs), "pairs, such as", [query.text for query in next(iter(pairs))])
 print(fit)
 
@@ -62,7 +63,7 @@ used = {query.text for query in pairs.queries}
 harmless = [query.text for query in gl.organism.queries("train") if query.label == "harmless" and query.text not in used]
 drawn = np.random.default_rng(0).permutation(len(harmless))[:200]
 mock = gl.QueryPairs(*(tuple(harmless[i] for i in half) for half in (drawn[:100], drawn[100:])))
-placebo_fit = gl.collect(model.llm, mock, progress=False)
+placebo_fit = gl.collect(model.llm, mock)
 placebo = directions.ssd(placebo_fit)
 
 # %% [markdown]
@@ -85,7 +86,7 @@ table.rename_axis("layer").round(2)
 
 # %%
 texts = [(b.text, a.text) if i % 2 else (a.text, b.text) for i, (a, b) in enumerate(pairs)]
-mixed = gl.collect(model.llm, gl.QueryPairs(*zip(*texts, strict=True)), progress=False)
+mixed = gl.collect(model.llm, gl.QueryPairs(*zip(*texts, strict=True)))
 mean = directions.diff_in_means(fit)
 agree = {"ssd, half swapped": ssd.cosine(directions.ssd(mixed)), "mean, half swapped": mean.cosine(directions.diff_in_means(mixed))}
 agree |= {"ssd and mean": ssd.cosine(mean), "placebo, ssd and mean": placebo.cosine(directions.diff_in_means(placebo_fit))}
@@ -166,7 +167,7 @@ pd.DataFrame({f"layer {layer}": ssd.cosine(ssd[layer]) for layer in fit.layers})
 
 # %%
 queries, grey = gl.organism.queries("validation"), gl.presentations.blank("grey")
-in_text, beside_grey = gl.collect(model.llm, queries, progress=False), gl.collect(model, queries, grey, progress=False)
+in_text, beside_grey = gl.collect(model.llm, queries), gl.collect(model, queries, grey)
 
 
 def measured(measure, found, run):
@@ -216,8 +217,8 @@ axes = plots.layer_curves(pd.concat([found, chance]), titles={"d_prime": "d′ o
 # second plan.
 
 # %%
-prompts = gl.keep(model, queries, grey, progress=False)
-options = {"scores": [gl.scores.refusal_logodds], "strengths": [4.0], "progress": False}
+prompts = gl.keep(model, queries, grey)
+options = {"scores": [gl.scores.refusal_logodds], "strengths": [4.0]}
 effect = gl.sweep(model, {"safety direction": iv.add(ssd), "of placebo pairs": iv.add(placebo)}, prompts, placebos=0, **options)
 control = gl.sweep(model, iv.add(ssd), prompts, placebos=20, **options)
 

@@ -19,8 +19,9 @@ from guardlens import defences, directions, gates, plots, presentations, scores
 from guardlens import interventions as iv
 from guardlens.results import intervals
 
+gl.progress_bars(False)
 model, grey = gl.load("organism"), presentations.blank("grey")
-ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs(), progress=False))
+ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
 
 # %% [markdown]
 # ## A plan that can move
@@ -42,7 +43,7 @@ print("free:", guard.free)
 
 # %%
 queries = gl.organism.queries("validation")
-effect = gl.sweep(model, guard, queries, grey, scores=[scores.refusal_logodds], placebos=4, progress=False)
+effect = gl.sweep(model, guard, queries, grey, scores=[scores.refusal_logodds], placebos=4)
 print(effect)
 
 # %% [markdown]
@@ -80,7 +81,7 @@ print(effect.facts["layout"], "for", len(effect.frame[["arm", "layers", "strengt
 # edit of *all* tokens can't: it is computed as copies of the batch, and the fact says why. The result would be the same either way.
 
 # %%
-everywhere = gl.sweep(model, iv.add(ssd).at(positions="all"), queries[60:84], grey, layers=[5], placebos=0, progress=False)
+everywhere = gl.sweep(model, iv.add(ssd).at(positions="all"), queries[60:84], grey, layers=[5], placebos=0)
 print(everywhere.facts["layout"])
 
 # %% [markdown]
@@ -113,7 +114,7 @@ print("share of draws that choose a layer:", {layer: round(share, 2) for layer, 
 # differently.) Groups of layers are swept like single ones. Is editing several at once better than one?
 
 # %%
-grouped = gl.sweep(model, guard, queries, grey, scores=[scores.refusal_logodds], layers=[7, (6, 7), (5, 6, 7)], placebos=0, progress=False)
+grouped = gl.sweep(model, guard, queries, grey, scores=[scores.refusal_logodds], layers=[7, (6, 7), (5, 6, 7)], placebos=0)
 grouped.summary()[["layers", "label", "change", "low", "high", "n"]].round(2)
 
 # %% [markdown]
@@ -128,7 +129,7 @@ grouped.summary()[["layers", "label", "change", "low", "high", "n"]].round(2)
 # %%
 white, chosen = presentations.blank("white"), guard.at(layers=effect.best(1))
 arms = {"none": iv.nothing, "guard": chosen, "placebo": [chosen.placebo(seed) for seed in range(4)]}
-answers = gl.evaluate(model, arms, queries, [grey, white], judge=gl.organism.judge, max_new_tokens=10, batch_size=256, progress=False)
+answers = gl.evaluate(model, arms, queries, [grey, white], judge=gl.organism.judge, max_new_tokens=10, batch_size=256)
 rates = [(rate, way.name) for rate in ("asr", "non_refusal", "over_refusal") for way in (grey, white)]
 pd.DataFrame({(rate, way): {arm: str(answers.rate(rate, arm, way)) for arm in arms} for rate, way in rates}).T
 
@@ -154,7 +155,7 @@ for draw in range(4):
 # prompt runs again.
 
 # %%
-prompts = gl.keep(model, queries, grey, progress=False)
+prompts = gl.keep(model, queries, grey)
 print(prompts)
 
 # %% [markdown]
@@ -165,7 +166,7 @@ print(prompts)
 edit = iv.replace(ssd, iv.text_twin)
 plans = {"midpoint": edit.when(gates.harmful(ssd)), "no gate": edit, "threshold 0": edit.when(gates.harmful(ssd, 0.0))}
 began = time.perf_counter()
-gated = gl.sweep(model, plans, prompts, scores=[scores.refusal_logodds], layers=[3, 5, 7], placebos=0, progress=False)
+gated = gl.sweep(model, plans, prompts, scores=[scores.refusal_logodds], layers=[3, 5, 7], placebos=0)
 print(f"{time.perf_counter() - began:.2f} s,", gated.facts["layout"])
 gated.summary().pivot_table(index=["plan", "label"], columns="layer", values=["change", "low", "high"], sort=False).round(2)
 
@@ -179,9 +180,9 @@ gated.summary().pivot_table(index=["plan", "label"], columns="layer", values=["c
 # %%
 print(model.batch(queries[0], grey).mask.shape[1], "tokens per prompt")
 began = time.perf_counter()
-gl.sweep(model, guard, queries, grey, layers=[7], placebos=0, progress=False)
+gl.sweep(model, guard, queries, grey, layers=[7], placebos=0)
 middle = time.perf_counter()
-gl.sweep(model, guard, prompts, layers=[7], placebos=0, progress=False)
+gl.sweep(model, guard, prompts, layers=[7], placebos=0)
 print(f"fresh {middle - began:.2f} s, kept {time.perf_counter() - middle:.2f} s")
 
 # %% [markdown]
@@ -194,7 +195,7 @@ print(f"fresh {middle - began:.2f} s, kept {time.perf_counter() - middle:.2f} s"
 # beyond it.
 
 # %%
-strong = gl.sweep(model, guard, prompts, scores=[scores.refusal_logodds], strengths=[0.5, 1.0, 2.0, 4.0], placebos=2, progress=False)
+strong = gl.sweep(model, guard, prompts, scores=[scores.refusal_logodds], strengths=[0.5, 1.0, 2.0, 4.0], placebos=2)
 axes = strong.plot()
 
 # %% [markdown]

@@ -20,9 +20,10 @@ import guardlens as gl
 from guardlens import directions, gates, presentations
 from guardlens import interventions as iv
 
+gl.progress_bars(False)
 model, grey = gl.load("organism"), presentations.blank("grey")
 queries = gl.organism.queries("validation")
-ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs(), progress=False))
+ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
 
 # %% [markdown]
 # Every step is measured by the same function: answers beside the grey image, judged. ASR is the share of harmful requests that are
@@ -31,7 +32,7 @@ ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs(), progress=False))
 
 # %%
 def measure(**plans):
-    table = gl.evaluate(model, plans, queries, grey, judge=gl.organism.judge, max_new_tokens=10, batch_size=256, progress=False)
+    table = gl.evaluate(model, plans, queries, grey, judge=gl.organism.judge, max_new_tokens=10, batch_size=256)
     return pd.DataFrame(
         {rate: {name: str(table.rate(rate, name, grey.name)) for name in plans} for rate in ("asr", "over_refusal", "helpful")}
     )
@@ -222,7 +223,7 @@ steps = {
     "placebo of mine": [mine.placebo(0), mine.placebo(1)],
 }
 white = presentations.blank("white")
-table = gl.evaluate(model, steps, queries, [grey, white], judge=gl.organism.judge, max_new_tokens=10, batch_size=256, progress=False)
+table = gl.evaluate(model, steps, queries, [grey, white], judge=gl.organism.judge, max_new_tokens=10, batch_size=256)
 axes = table.plot()
 
 # %%

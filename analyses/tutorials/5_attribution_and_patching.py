@@ -23,10 +23,11 @@ from guardlens import directions, presentations
 from guardlens.results.intervals import mean_difference
 from guardlens.results.plots import components as component_plots
 
+gl.progress_bars(False)
 model = gl.load("organism", attn_implementation="eager")
 grey = presentations.blank("grey")
 queries = gl.organism.queries("validation")
-ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs(), progress=False))
+ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
 print(model, f"{model.cfg.n_heads} heads in each layer", ssd, f"{len(queries)} validation requests", sep="\n")
 
 # %% [markdown]
@@ -35,7 +36,7 @@ print(model, f"{model.cfg.n_heads} heads in each layer", ssd, f"{len(queries)} v
 
 # %%
 layer = model.cfg.n_layers - 1
-parts = gl.attribute(model, ssd, queries, grey, layer=layer, by_source=True, progress=False)
+parts = gl.attribute(model, ssd, queries, grey, layer=layer, by_source=True)
 print(parts)
 
 # %% [markdown]
@@ -45,8 +46,8 @@ print(parts)
 # %%
 per_query = parts.frame.pivot_table(index=["label", "cluster", "query"], columns="presentation", values="value", aggfunc="sum")
 for name, run in {
-    "text": gl.collect(model.llm, queries, progress=False),
-    grey.name: gl.collect(model, queries, grey, progress=False),
+    "text": gl.collect(model.llm, queries),
+    grey.name: gl.collect(model, queries, grey),
 }.items():
     read = pd.Series(ssd.coordinates(run)[:, layer, 0].numpy(), index=[query.id for query in queries])
     summed = per_query[name].droplevel(["label", "cluster"])[read.index]
@@ -99,7 +100,7 @@ for source in ("text", "image"):
 # and we see how far the refusal log-odds return. First whole states by layer: from where on does the text's state bring refusal back?
 
 # %%
-gl.activation_patching(model, queries, grey, hooks=["resid_post", "attn_out", "mlp_out"], progress=False).plot()
+gl.activation_patching(model, queries, grey, hooks=["resid_post", "attn_out", "mlp_out"]).plot()
 
 # %% [markdown]
 # The last token's state of the early layers brings nothing back: the difference is not there yet, it is still in the tokens before. It
@@ -107,7 +108,7 @@ gl.activation_patching(model, queries, grey, hooks=["resid_post", "attn_out", "m
 # for both classes, so that a patch that pushes everything towards refusal would show.
 
 # %%
-patched = gl.activation_patching(model, queries, grey, hooks="z", progress=False)
+patched = gl.activation_patching(model, queries, grey, hooks="z")
 patched.plot("change")
 
 # %% [markdown]
@@ -115,7 +116,7 @@ patched.plot("change")
 # with its own state, which must change nothing.
 
 # %%
-placebo = gl.activation_patching(model, queries, grey, source=grey, hooks="z", progress=False)
+placebo = gl.activation_patching(model, queries, grey, source=grey, hooks="z")
 print(f"largest change of any request by any placebo: {(placebo.frame['value'] - placebo.frame['base']).abs().max():.0e} nats")
 
 # %% [markdown]
@@ -148,7 +149,7 @@ print(
 # text run: is a head that *suffices* to bring something back also *needed*?
 
 # %%
-damaged = gl.activation_patching(model, queries, presentations.text_only, source=grey, hooks="z", progress=False)
+damaged = gl.activation_patching(model, queries, presentations.text_only, source=grey, hooks="z")
 needed = damaged.summary().query("label == 'harmful'").rename(columns={"layer": "block", "recovered": "lost by damage"})
 ways = both[["block", "head", "recovered"]].merge(needed[["block", "head", "lost by damage"]])
 print(ways.sort_values("recovered", ascending=False).head(5).round(2).to_string(index=False))

@@ -29,10 +29,11 @@ from guardlens.errors import MismatchError
 from guardlens.evaluation.runner import Evaluation
 from guardlens.results.intervals import holm, mean_difference
 
+gl.progress_bars(False)
 model = gl.load("organism")
 text, grey, white = presentations.text_only, presentations.blank("grey"), presentations.blank("white")
 pairs, validation, test = gl.organism.pairs(), gl.organism.queries("validation"), gl.organism.queries("test")
-ssd = directions.ssd(gl.collect(model.llm, pairs, progress=False))
+ssd = directions.ssd(gl.collect(model.llm, pairs))
 print(f"{len(pairs)} pairs, {len(validation)} validation and {len(test)} test requests")
 
 # %% [markdown]
@@ -41,7 +42,7 @@ print(f"{len(pairs)} pairs, {len(validation)} validation and {len(test)} test re
 
 # %%
 readings = {name: defences.vlm_guard(ssd, reading=name).intervention for name in ("replace", "add", "amplify")}
-effect = gl.sweep(model, readings, validation, grey, scores=[gl.scores.refusal_logodds], progress=False)
+effect = gl.sweep(model, readings, validation, grey, scores=[gl.scores.refusal_logodds])
 opens = effect.frame.assign(refused=effect.frame["value"] > 0)
 opens = opens[opens["arm"] == "edit"].groupby(["plan", "layer", "label"], sort=False)["refused"].mean().unstack()
 print((100 * opens.unstack("plan")).round(0).to_string())
@@ -83,7 +84,7 @@ arms: dict = {
 
 # %%
 out = Path(tempfile.mkdtemp()) / "records"
-options = {"judge": gl.organism.judge, "max_new_tokens": 16, "batch_size": 256, "out": out, "progress": False}
+options = {"judge": gl.organism.judge, "max_new_tokens": 16, "batch_size": 256, "out": out}
 table = gl.evaluate(model, arms, test, [text, grey, white], **options)
 print(table)
 

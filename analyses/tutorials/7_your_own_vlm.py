@@ -224,6 +224,7 @@ models = {
 # Saved as any checkpoint is, and loaded by directory. Qwen's processor is handed in, as you would where torchvision is missing.
 
 # %%
+gl.progress_bars(False)
 folder = Path(tempfile.mkdtemp())
 for name, hf in models.items():
     hf.save_pretrained(folder / name)
@@ -293,9 +294,9 @@ print(model, f"{len(pairs)} pairs to fit, {len(held_out)} queries held out", sep
 # `presentations.blank("grey", model.cfg.image_size or 336)`.
 
 # %%
-ssd = directions.ssd(gl.collect(model.llm, pairs, progress=False))
-llm = gl.collect(model.llm, held_out, progress=False)
-vlm = gl.collect(model, held_out, presentations.own, progress=False)
+ssd = directions.ssd(gl.collect(model.llm, pairs))
+llm = gl.collect(model.llm, held_out)
+vlm = gl.collect(model, held_out, presentations.own)
 gap = gl.compare(llm, vlm, ssd)
 gap.plot()
 
@@ -305,7 +306,7 @@ gap.plot()
 
 # %%
 guard = defences.vlm_guard(ssd)
-effect = gl.sweep(model, guard.intervention, held_out, presentations.own, strengths=[0.5, 1.0], progress=False)
+effect = gl.sweep(model, guard.intervention, held_out, presentations.own, strengths=[0.5, 1.0])
 best = effect.best(1)
 summary = effect.summary().query("score == 'refusal_logodds' and strength == 1 and layer == @best[0]")
 print(f"bag of words: AUROC {gap.facts['bag_of_words'][0]:.2f}; layout: {effect.facts['layout']}; best layer: {best}")

@@ -28,6 +28,7 @@ from guardlens.data.presentations import text_only
 from guardlens.organism import lessons, world
 from guardlens.results.intervals import mean_difference
 
+gl.progress_bars(False)
 model = gl.load("organism")
 validation = gl.organism.queries("validation")
 for query in (validation[0], validation[30], validation[-30], validation[-1]):
@@ -125,8 +126,8 @@ for query, asked, beside in zip(few, model.generate(few, text_only), model.gener
 # of the LLM's threshold.
 
 # %%
-ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs(), progress=False))
-gap = gl.compare(gl.collect(model.llm, validation, progress=False), gl.collect(model, validation, grey, progress=False), ssd)
+ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
+gap = gl.compare(gl.collect(model.llm, validation), gl.collect(model, validation, grey), ssd)
 gap.plot()
 
 # %% [markdown]
@@ -157,7 +158,6 @@ table = gl.evaluate(
     judge=gl.organism.judge,
     max_new_tokens=16,
     batch_size=256,
-    progress=False,
 )
 for name in (each.name for each in (text_only, *pictures)):
     asr, refused = (table.rate(rate, "none", name).percent() for rate in ("asr", "over_refusal"))

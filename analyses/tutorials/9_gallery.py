@@ -16,12 +16,13 @@
 import guardlens as gl
 from guardlens import defences, directions, presentations, scores
 
+gl.progress_bars(False)
 model = gl.load("organism")
 grey = presentations.blank("grey")
 queries = gl.organism.queries("validation")
-ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs(), progress=False), rank=2)
-text = gl.collect(model.llm, queries, progress=False)
-image = gl.collect(model, queries, grey, progress=False)
+ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()), rank=2)
+text = gl.collect(model.llm, queries)
+image = gl.collect(model, queries, grey)
 
 # %% [markdown]
 # ## Separability by layer
@@ -53,7 +54,7 @@ axes = ssd.plot()
 
 # %%
 guard = defences.vlm_guard(ssd)
-effect = gl.sweep(model, guard.intervention, queries, grey, scores=[scores.refusal_logodds], strengths=[0.25, 0.5, 1], progress=False)
+effect = gl.sweep(model, guard.intervention, queries, grey, scores=[scores.refusal_logodds], strengths=[0.25, 0.5, 1])
 axes = effect.plot()
 
 # %% [markdown]
@@ -64,7 +65,7 @@ axes = effect.plot()
 # [`component_plots.component_maps`](../api/tables.md#guardlens.results.plots.components.component_maps).
 
 # %%
-axes = gl.attribute(model, ssd, queries, grey, layer=5, progress=False).plot()
+axes = gl.attribute(model, ssd, queries, grey, layer=5).plot()
 
 # %% [markdown]
 # ## Heads that bring refusal back
@@ -74,7 +75,7 @@ axes = gl.attribute(model, ssd, queries, grey, layer=5, progress=False).plot()
 # [`component_plots.head_maps`](../api/tables.md#guardlens.results.plots.components.head_maps).
 
 # %%
-axes = gl.activation_patching(model, queries[:32], grey, hooks="z", layers=[4, 5, 6, 7], progress=False).plot()
+axes = gl.activation_patching(model, queries[:32], grey, hooks="z", layers=[4, 5, 6, 7]).plot()
 
 # %% [markdown]
 # ## Defences beside each other
@@ -85,7 +86,7 @@ axes = gl.activation_patching(model, queries[:32], grey, hooks="z", layers=[4, 5
 # %%
 chosen = defences.vlm_guard(ssd, layers=effect.best(1))
 arms = {"none": defences.none, "VLM-Guard": chosen}
-table = gl.evaluate(model, arms, queries, [presentations.text_only, grey], judge=gl.organism.judge, progress=False)
+table = gl.evaluate(model, arms, queries, [presentations.text_only, grey], judge=gl.organism.judge)
 axes = table.plot()
 
 # %% [markdown]
@@ -96,6 +97,6 @@ axes = table.plot()
 # [`plots.coordinates`](../api/tables.md#guardlens.results.plots.coordinates).
 
 # %%
-guarded = gl.collect(model, queries, grey, intervention=chosen.intervention, progress=False)
+guarded = gl.collect(model, queries, grey, intervention=chosen.intervention)
 runs = {"LLM, text only": text, "VLM, blank image": image, "VLM, blank image, VLM-Guard": guarded}
 axes = ssd.plot_coordinates(runs, layer=effect.best(1)[0])

@@ -105,13 +105,12 @@ def _images(model: HookedModel, own: bool) -> tuple[Presentation, ...]:
     return (*blanks, presentations.noise(size=size), *((presentations.own,) if own else ()))
 
 
-def run(subject: Subject, out: str | Path, *, progress: bool = True) -> dict[str, Any]:
+def run(subject: Subject, out: str | Path) -> dict[str, Any]:
     """Do it all, write `out`, and return what `out/summary.json` holds.
 
     Args:
         subject: The model and its queries.
         out: The directory. An interrupted run resumes there; another configuration is refused.
-        progress: Show bars.
 
     Raises:
         MismatchError: `out` holds records of another configuration.
@@ -120,7 +119,7 @@ def run(subject: Subject, out: str | Path, *, progress: bool = True) -> dict[str
     """
     _require_enough(subject.validation)
     with locked(require_path(out)):
-        return _run(subject, Path(out), progress)
+        return _run(subject, Path(out))
 
 
 def _require_enough(queries: Sequence[Query]) -> None:
@@ -133,20 +132,20 @@ def _require_enough(queries: Sequence[Query]) -> None:
         raise QueryError(found, error.expected, f"{error.next_step}; a quarter of the data is for validation") from None
 
 
-def _run(subject: Subject, out: Path, progress: bool) -> dict[str, Any]:
+def _run(subject: Subject, out: Path) -> dict[str, Any]:
     model, grey = subject.model, subject.blanks[0]
-    fit = collect(model, subject.pairs, progress=progress)
+    fit = collect(model, subject.pairs)
     ssd = directions.ssd(fit, rank=max(RANKS))
-    llm = collect(model, subject.validation, progress=progress)
+    llm = collect(model, subject.validation)
     shown = [image for image in subject.images if image not in subject.blanks[1:]]
-    seen = [collect(model, subject.validation, image, progress=progress) for image in shown]
+    seen = [collect(model, subject.validation, image) for image in shown]
     gap = compare(llm, seen, ssd)
     guard = {"vlm_guard[replace]": vlm_guard(ssd.truncate(1)).intervention}
-    effect = sweep(model, guard, subject.validation, grey, scores=(refusal_logodds,), strengths=STRENGTHS, progress=progress)
+    effect = sweep(model, guard, subject.validation, grey, scores=(refusal_logodds,), strengths=STRENGTHS)
     layers = effect.best(1)
     guards = choose(model, subject.validation, grey, ssd, fit, layers)
     chosen = mildest([guard for guard in guards if guard.reading != "project"])
-    guarded = collect(model, subject.validation, grey, chosen.defence.intervention, progress=progress)
+    guarded = collect(model, subject.validation, grey, chosen.defence.intervention)
 
     arms: dict[str, Defence | list[Defence]] = {"none": defences.none, "self_reminder": subject.reminder}
     arms |= {guard.defence.name: guard.defence for guard in guards}
@@ -160,7 +159,6 @@ def _run(subject: Subject, out: Path, progress: bool) -> dict[str, Any]:
         out=out / "records",
         max_new_tokens=subject.new_tokens,
         batch_size=subject.batch_size,
-        progress=progress,
     )
     runs = {"LLM, text": llm, f"VLM, {grey.name}": seen[0], f"VLM, {grey.name}, {chosen.defence.name}": guarded}
     blanks = tuple(blank.name for blank in subject.blanks)

@@ -205,7 +205,6 @@ def evaluate(
     out: str | Path | None = None,
     max_new_tokens: int = 128,
     batch_size: int | None = None,
-    progress: bool = True,
 ) -> Evaluation:
     """Ask every query under every defence in every presentation, and judge the greedy answers.
 
@@ -219,7 +218,6 @@ def evaluate(
         out: A directory for the records. They are appended as they come; the same call again resumes, another configuration is refused.
         max_new_tokens: The longest answer; the same for all arms.
         batch_size: Queries per generation; by default as many as free memory holds, at most 64. Halved where memory runs out.
-        progress: Show a bar.
 
     Raises:
         QueryError: A query without label, one class only, two queries of one id, or a query without an own image where one is shown.
@@ -267,7 +265,7 @@ def evaluate(
         records = directory.records(_asked_for(arms, items)) if directory else []
         done = {(record["defence"], record["draw"], record["presentation"], record["query"]) for record in records}
         todo = [(arm, [q for q in items if (arm.name, arm.draw, arm.presentation.name, q.id) not in done]) for arm in arms]
-        for portion in track(answered(todo), sum(len(waiting) for _, waiting in todo), "evaluate", progress):
+        for portion in track(answered(todo), sum(len(waiting) for _, waiting in todo), "evaluate"):
             records += portion.result
             if directory:
                 directory.append(portion.result)

@@ -174,7 +174,6 @@ def attribute(
     layer: int | None = None,
     by_source: bool = False,
     batch_size: int | None = None,
-    progress: bool = True,
 ) -> Attribution:
     """Split each query's coordinate on the directions of a layer exactly into what wrote it, in the LLM and in the VLM.
 
@@ -190,7 +189,6 @@ def attribute(
         by_source: Split each head by the tokens whose values it mixes: image or text. Needs eager attention.
         batch_size: Queries per forward; by default as many as free memory holds, at most 32. With `by_source`, attention patterns of one
             block and logits of all tokens are in memory at once.
-        progress: Show a bar.
 
     Raises:
         QueryError: A label is missing, there is only one class, or two queries (or presentations) have one name.
@@ -225,7 +223,7 @@ def attribute(
     for hooked, presentation in runs:
         work = partial(_split, hooked, layer, vectors, by_source)
         portions = over_batches(hooked, items, presentation, work, batch_size, most=LARGEST)
-        each = [*track(portions, len(items), f"attribute, {presentation.name}", progress)]
+        each = [*track(portions, len(items), f"attribute, {presentation.name}")]
         found[presentation.name] = {
             component: joined([Portion(part.places, part.result[component]) for part in each], len(items)) for component in each[0].result
         }

@@ -35,7 +35,6 @@ def collect(
     out: str | Path | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     batch_size: int | None = None,
-    progress: bool = True,
 ) -> Activations:
     """Read one state per query and layer.
 
@@ -54,7 +53,6 @@ def collect(
             positions are averaged.
         batch_size: Queries per forward; by default as many as free memory holds, at most 32. Halved where memory runs out. Queries of like
             length share a forward; the result is in their own order.
-        progress: Show a bar.
 
     Returns:
         Activations of shape `query layer d_model` on the CPU. A hook without layers counts as layer -1.
@@ -94,7 +92,7 @@ def collect(
 
     def portions(todo: Sequence[int]) -> Iterator[Portion[Tensor]]:
         found = over_batches(model, [items[place] for place in todo], presentation, states, batch_size, most=LARGEST)
-        return track(found, len(todo), f"collect, {presentation.name}", progress)
+        return track(found, len(todo), f"collect, {presentation.name}")
 
     if out is None:
         return Activations(joined(portions(range(len(items))), len(items)), *about, **ran, checked=True)

@@ -132,7 +132,6 @@ def activation_patching(
     layers: Sequence[int] | None = None,
     scores: Sequence[AnyScore] = (refusal_logodds,),
     batch_size: int | None = None,
-    progress: bool = True,
 ) -> Patching:
     """Run the queries with one state at a time taken from another run of them, at the prompt's last token.
 
@@ -146,7 +145,6 @@ def activation_patching(
         layers: Which layers; None for all that have the hook.
         scores: What to measure: at the prompt's last token, or along an answer.
         batch_size: Queries per forward, chosen from free memory without it; as many cells as fit ride along, as in `gl.sweep`.
-        progress: Show a bar.
 
     Raises:
         QueryError: No queries, or two of one id.
@@ -179,7 +177,7 @@ def activation_patching(
     prompts = queries if isinstance(queries, Kept) else items
     work = partial(_score_part, model, source, plans, scores, ran)
     parts = over_prompts(model, prompts, presentation, work, batch_size)
-    values = joined(track(parts, len(items), title, progress), len(items), axis=2).numpy()
+    values = joined(track(parts, len(items), title), len(items), axis=2).numpy()
     if source != presentation and np.allclose(values[:, -1], values[:, -2], rtol=1e-4, atol=1e-4):
         warn(
             f"the source {source.name!r} gives what {presentation.name!r} gives: no patch can change anything, and 'recovered' is nan",

@@ -198,7 +198,6 @@ def sweep(
     layers: Layers | Iterable[Layers] | None = None,
     placebos: int = 1,
     batch_size: int | None = None,
-    progress: bool = True,
 ) -> Sweep:
     """Score plans at every layer and strength.
 
@@ -215,7 +214,6 @@ def sweep(
         placebos: How many placebos of equal norm ride along each cell (`Intervention.placebo`); 0 for none.
         batch_size: Queries per forward; chosen from free memory without it. Plans for the ends of the prompts ride beside each other as
             branches, others as forks or as copies of the batch; `facts["layout"]` says what ran, and why not as branches.
-        progress: Show a bar.
 
     Raises:
         PlanError: A plan has no free layer, or plans, scores, strengths or placebos are none, or scores don't give one number per query.
@@ -249,7 +247,7 @@ def sweep(
     prompts = queries if isinstance(queries, Kept) else items
     work = partial(scored, model, plans=list(grid.values()), scores=scores, ran=ran)
     parts = over_prompts(model, prompts, presentation, work, batch_size)
-    values = joined(track(parts, len(items), title, progress), len(items), axis=2).numpy()
+    values = joined(track(parts, len(items), title), len(items), axis=2).numpy()
     _warn_of_no_change(list(grid), values)
     facts = {
         "plans": {name: repr(plan) for name, plan in named.items()},

@@ -59,7 +59,6 @@ def keep(
     presentation: Presentation = text_only,
     *,
     batch_size: int | None = None,
-    progress: bool = True,
 ) -> Kept:
     """Run prompts once, unedited, and keep their keys and values.
 
@@ -68,7 +67,6 @@ def keep(
         queries: What to ask.
         presentation: How to show it.
         batch_size: Prompts per forward; chosen from free memory without it.
-        progress: Show a bar.
 
     Raises:
         QueryError: No queries.
@@ -83,7 +81,7 @@ def keep(
     require_presentation(presentation)
     items = as_queries(queries)
     parts = over_prompts(model, items, presentation, lambda kept: kept, batch_size)
-    parts = track(parts, len(items), f"keep, {presentation.name}", progress)
+    parts = track(parts, len(items), f"keep, {presentation.name}")
     return Kept(items, presentation, tuple(parts))
 
 

@@ -12,16 +12,39 @@ Item = TypeVar("Item", bound=Sized)
 Advance = Callable[[int], object]
 
 
-def track(parts: Iterable[Item], total: int, what: str, show: bool) -> Iterator[Item]:
-    """Yield the parts of a work under a bar that counts what is in them, with the time left.
+_shown = True
+
+
+class progress_bars:
+    """Show progress bars, or none, from here on. As a context manager, it restores at its end what held before.
+
+    Examples:
+        >>> with gl.progress_bars(False):
+        ...     text = gl.collect(model.llm, pairs)
+    """
+
+    def __init__(self, show: bool) -> None:
+        global _shown
+        self._before = _shown
+        _shown = bool(show)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        global _shown
+        _shown = self._before
+
+
+def track(parts: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Iterate over `parts` with a progress bar that counts items and shows the time left, unless `progress_bars(False)` was said.
 
     Args:
         parts: Sized pieces of work (batches of queries, groups of cells).
-        total: How many things all parts hold together.
-        what: Name of the work.
-        show: Without a bar, and without a character of output, if false. There is none either where there is nothing to do.
+        total: The number of items in all parts together. Without any, there is no bar.
+        what: The name of the work.
     """
-    if not show or not total:
+    if not _shown or not total:
         yield from parts
         return
     with _bar(what, total) as advance:

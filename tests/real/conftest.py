@@ -102,7 +102,7 @@ def batch(model, shown):
 
 @pytest.fixture(scope="session")
 def text(model, pairs):
-    return gl.collect(model.llm, pairs, progress=False)
+    return gl.collect(model.llm, pairs)
 
 
 @pytest.fixture(scope="session")

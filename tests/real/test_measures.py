@@ -52,7 +52,7 @@ def test_compare(model, text, ssd, states, shown):
     other = shown if model.sees_images else presentations.framed(shown, after=" Please answer in one sentence.")
     rest = np.r_[6:12, 18:24]
     asked, alone = text.select(rest), states[rest]
-    run = gl.collect(model, asked.queries, other, progress=False)
+    run = gl.collect(model, asked.queries, other)
     table = gl.compare(asked, run, ssd, draws=50).frame
     for layer in text.layers[:: max(1, len(text.layers) // 6)]:
         along = alone[:, layer] @ ssd.at(layer)[0]
@@ -74,7 +74,7 @@ def refusal(model, logits):
 def test_sweep(model, hf, ssd, held_out, middle, shown):
     layers, strengths = [1, middle, len(reference.blocks(hf)) - 1], [0.5, 1.0]
     size = 0.2 * float(ssd.harmless_mean[middle].norm())
-    effect = gl.sweep(model, iv.add(ssd, size), held_out, shown, layers=layers, strengths=strengths, progress=False)
+    effect = gl.sweep(model, iv.add(ssd, size), held_out, shown, layers=layers, strengths=strengths)
     inputs = inputs_of(model, held_out, shown)
     base = reference.with_hooks(hf, inputs)[:, -1]
     ids = [query.id for query in held_out]
@@ -93,7 +93,7 @@ def test_sweep(model, hf, ssd, held_out, middle, shown):
 
 def test_activation_patching(model, hf, held_out, middle, shown):
     source = presentations.text_only if model.sees_images else presentations.framed(shown, before="Please be kind. ")
-    table = gl.activation_patching(model, held_out, shown, source=source, hooks="resid_post", layers=[middle], progress=False)
+    table = gl.activation_patching(model, held_out, shown, source=source, hooks="resid_post", layers=[middle])
     kept = {}
     given = reference.with_hooks(hf, inputs_of(model, held_out, source), keep=kept)[:, -1]
     inputs = inputs_of(model, held_out, shown)
@@ -104,7 +104,7 @@ def test_activation_patching(model, hf, held_out, middle, shown):
 
 
 def test_attribution_sums_to_the_coordinate(model, ssd, held_out, middle, states, pairs):
-    parts = gl.attribute(model, ssd, held_out, presentations.text_only, layer=middle, progress=False)
+    parts = gl.attribute(model, ssd, held_out, presentations.text_only, layer=middle)
     whole = parts.frame.groupby("query")["value"].sum()
     places = [pairs.queries.index(query) for query in held_out]
     expected = states[places, middle] @ ssd.at(middle)[0]
@@ -114,7 +114,7 @@ def test_attribution_sums_to_the_coordinate(model, ssd, held_out, middle, states
 
 
 def asked(model, arms, queries, shown, judge=judges.keyword, **more):
-    return gl.evaluate(model, arms, queries, shown, judge=judge, max_new_tokens=NEW, progress=False, **more)
+    return gl.evaluate(model, arms, queries, shown, judge=judge, max_new_tokens=NEW, **more)
 
 
 @pytest.fixture(scope="module")
@@ -179,12 +179,12 @@ def test_an_interrupted_evaluation_goes_on(model, arms, evaluated, held_out, sho
 
 
 def test_an_interrupted_collection_goes_on(model, text, pairs, tmp_path, monkeypatch):
-    call = lambda: gl.collect(model.llm, pairs, out=tmp_path / "run", batch_size=4, progress=False)  # noqa: E731
+    call = lambda: gl.collect(model.llm, pairs, out=tmp_path / "run", batch_size=4)  # noqa: E731
     interrupted(monkeypatch, 4, call)
     near(call().states, text.states)
     near(gl.Activations.load(tmp_path / "run").states, text.states)
     with pytest.raises(gl.errors.GuardlensError):
-        gl.collect(model.llm, pairs.queries[:3], out=tmp_path / "run", progress=False)
+        gl.collect(model.llm, pairs.queries[:3], out=tmp_path / "run")
 
 
 def test_saved_states_and_tables(text, evaluated, tmp_path):
