@@ -54,7 +54,7 @@ def measure(subject: Subject, settings: Settings) -> Table:
     facts = {
         **{"chosen": chosen.defence.name, "layer": layer, "guards": [guard.describe() for guard in guards]},
         **{"judge": answers.facts["judge"], "placebos": len(seeds), "blanks": blanks, "note": subject.note},
-        "plans": answers.facts["plans"],
+        "interventions": answers.facts["interventions"],
     }
     return Table.from_rows(_corrected(rows), facts=facts, provenance=answers.provenance)
 

@@ -25,20 +25,22 @@ SHOWN = ("blank grey", "blank white", "noise")
 """Images, as their names begin."""
 GUARD, PROJECT = "vlm_guard[replace]", "project-out"
 ARMS = {(GUARD, "edit"): GUARD, (PROJECT, "edit"): PROJECT, (GUARD, "placebo"): f"placebo of {GUARD}"}
-"""Plan and arm -> the name of the curve."""
+"""Intervention and arm -> the name of the curve."""
 
 
 def measure(subject: Subject, settings: Settings) -> Table:
-    """One row per presentation, plan, arm, layer, strength and label: the mean change with its interval over queries."""
+    """One row per presentation, intervention, arm, layer, strength and label: the mean change with its interval over queries."""
     model = subject.model
     ssd = directions.ssd(gl.collect(model, subject.pairs))
-    plans = {GUARD: defences.vlm_guard(ssd).intervention, PROJECT: defences.vlm_guard(ssd, reading="project").intervention}
+    interventions = {GUARD: defences.vlm_guard(ssd).intervention, PROJECT: defences.vlm_guard(ssd, reading="project").intervention}
     strengths, placebos = ((1.0, 2.0), 1) if settings.quick else (STRENGTHS, PLACEBOS)
     scored: dict[str, Any] = {"scores": (refusal_logodds,), "strengths": strengths, "placebos": placebos}
     shown = [text_only, *(image for image in subject.images if image.name.startswith(SHOWN))]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the plan .* changes no score")  # in text alone, where the guard's twin is the prompt itself
-        effects = {each.name: gl.sweep(model, plans, subject.validation, each, **scored) for each in shown}
+        warnings.filterwarnings(
+            "ignore", "the intervention .* changes no score"
+        )  # in text alone, where the guard's twin is the prompt itself
+        effects = {each.name: gl.sweep(model, interventions, subject.validation, each, **scored) for each in shown}
     for name, effect in effects.items():
         effect.save(settings.out / "queries" / f"{name.replace(' ', '_')}.csv")
     frame: Frame = pd.concat([effect.summary().assign(presentation=name) for name, effect in effects.items()])
@@ -46,7 +48,7 @@ def measure(subject: Subject, settings: Settings) -> Table:
     facts = {
         "best": {name: best(effect, subject) for name, effect in effects.items() if name != text_only.name},
         "layouts": {name: effect.facts["layout"] for name, effect in effects.items()},
-        "plans": effects[text_only.name].facts["plans"],
+        "interventions": effects[text_only.name].facts["interventions"],
         "unit": f"Δ {refusal_logodds.unit}",
         "placebos": placebos,
     }
@@ -58,7 +60,7 @@ def best(effect: Sweep, subject: Subject) -> dict[str, Any]:
     (first,) = effect.best(1, GUARD)
     (second,) = set(effect.best(2, GUARD)) - {first}
     harmful = [query for query in subject.validation if query.label == "harmful"]
-    frame = effect.frame.query("plan == @GUARD and arm == 'edit' and label == 'harmful'")
+    frame = effect.frame.query("intervention == @GUARD and arm == 'edit' and label == 'harmful'")
     change = (frame["value"] - frame["base"]).groupby([frame["layer"], frame["query"]]).mean()
     ids = [query.id for query in harmful]
     ahead = mean_difference(change[second][ids].to_numpy(), change[first][ids].to_numpy(), clusters(harmful))
@@ -68,13 +70,13 @@ def best(effect: Sweep, subject: Subject) -> dict[str, Any]:
 def draw(table: Table) -> Mapping[str, Any]:
     """The guard's map for every presentation; and, at strength 1, curves of guard, projection and placebo with intervals."""
     frame = table.frame
-    guard = frame[(frame["plan"] == GUARD) & (frame["arm"] == "edit")]
-    maps = plots.effect_maps(guard.assign(plan=guard["presentation"], value=guard["change"]), unit=table.facts["unit"])
+    guard = frame[(frame["intervention"] == GUARD) & (frame["arm"] == "edit")]
+    maps = plots.effect_maps(guard.assign(intervention=guard["presentation"], value=guard["change"]), unit=table.facts["unit"])
     return {"layer_sweep": maps[0, 0].figure, "layer_sweep_curves": _curves(frame, table.facts["unit"])}
 
 
 def _curves(frame: Frame, unit: str) -> Any:
-    names = [ARMS.get(key) for key in zip(frame["plan"], frame["arm"], strict=True)]
+    names = [ARMS.get(key) for key in zip(frame["intervention"], frame["arm"], strict=True)]
     rows = frame.assign(run=names, metric=frame["presentation"] + " · " + frame["label"], value=frame["change"])
     rows = rows[(rows["strength"] == 1.0) & rows["run"].notna()]
     return plots.layer_curves(rows, unit=unit.replace("refusal ", "refusal\n"), columns=2)[0].figure
@@ -107,7 +109,7 @@ def tell(table: Table) -> list[str]:
 
 
 def _best_row(frame: Frame, presentation: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    cells = frame.query("presentation == @presentation and plan == @GUARD and strength == 1.0 and layer == @found['layer']")
+    cells = frame.query("presentation == @presentation and intervention == @GUARD and strength == 1.0 and layer == @found['layer']")
     shown = {(row.arm, row.label): interval(row.change, row.low, row.high, "{:+.2f}") for row in cells.itertuples()}
     return {
         **{"presentation": presentation, "best layer": found["layer"]},
@@ -120,7 +122,7 @@ def _best_row(frame: Frame, presentation: str, found: Mapping[str, Any]) -> dict
 def _by_layer(frame: Frame) -> Frame:
     rows = frame[(frame["presentation"] == "blank grey") & (frame["strength"] == 1.0)]
     rows = rows.assign(shown=[interval(row.change, row.low, row.high, "{:+.2f}") for row in rows.itertuples()])
-    named = [ARMS.get(key) for key in zip(rows["plan"], rows["arm"], strict=True)]
+    named = [ARMS.get(key) for key in zip(rows["intervention"], rows["arm"], strict=True)]
     rows = rows.assign(column=[f"{name}, {label}" for name, label in zip(named, rows["label"], strict=True)])[pd.notna(named)]
     return rows.pivot(index="layer", columns="column", values="shown")[list(dict.fromkeys(rows["column"]))].reset_index()
 

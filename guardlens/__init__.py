@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from guardlens.experiments.sweeps import sweep
     from guardlens.hooks import Site
     from guardlens.interventions import gates
-    from guardlens.interventions.plan import Intervention
+    from guardlens.interventions.intervention import Intervention
     from guardlens.models.attachment import attach
     from guardlens.models.hooked_model import HookedModel
     from guardlens.models.loading import load
@@ -46,7 +46,7 @@ _HOMES = {
     "Activations": "data.activations",
     "Directions": "directions",
     "HookedModel": "models.hooked_model",
-    "Intervention": "interventions.plan",
+    "Intervention": "interventions.intervention",
     "Query": "data.queries",
     "QueryPairs": "data.queries",
     "Site": "hooks",

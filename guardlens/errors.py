@@ -3,8 +3,9 @@
     GuardlensError
     ├── QueryError           a query, a label, a pair or a file of them
     │   └── PresentationError    a query that cannot be shown in the way asked for
+    ├── ArgumentError        a number, a name or an option that a function does not take
     ├── SiteError            a hook name, a layer or a set of positions that the model does not have
-    ├── PlanError            an intervention that contradicts itself
+    ├── InterventionError    an intervention, an edit or a gate that contradicts itself
     ├── MismatchError        two things that do not belong together (another model, width or configuration)
     ├── NumericsError        NaN or infinity, too few samples, a rank that is not there
     ├── ModelError           a model in which guardlens cannot find what it needs
@@ -26,9 +27,9 @@ class GuardlensError(Exception):
     """Base class.
 
     Args:
-        found: What guardlens met, with the offending value.
-        expected: What it needs in that place.
-        next_step: The call or the change that mends it.
+        found: What guardlens met, with the offending value: a noun phrase, which is shown behind "Found", or a whole sentence.
+        expected: What it needs in that place, a noun phrase or a sentence; empty where `found` says it all.
+        next_step: The call or the change that mends it; empty where there is none to name.
 
     Examples:
         >>> raise gl.errors.SiteError("layer 12", "one from 0 to 7", "say .at(layers=[...])")
@@ -38,13 +39,23 @@ class GuardlensError(Exception):
         Next: say .at(layers=[...]).
     """
 
-    def __init__(self, found: str, expected: str, next_step: str) -> None:
-        self.found, self.expected, self.next_step = found, expected, next_step
-        end = "" if next_step.endswith("?") else "."
-        super().__init__(f"Found {found}.\nExpected {expected}.\nNext: {next_step}{end}")
+    def __init__(self, found: str, expected: str = "", next_step: str = "") -> None:
+        self.found = found
+        self.expected = expected
+        self.next_step = next_step
+        parts = (_sentence("Found ", found), _sentence("Expected ", expected), _sentence("Next: ", next_step))
+        super().__init__("\n".join(part for part in parts if part))
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.found, self.expected, self.next_step)
+
+
+def _sentence(lead: str, text: str) -> str:
+    """A noun phrase behind its lead word; a sentence (a capital first, a full stop last) as it is."""
+    is_sentence = text[:1].isupper() and text.endswith(".") and not text.endswith("...")
+    if not text or is_sentence:
+        return text
+    return f"{lead}{text}" if text.endswith("?") else f"{lead}{text}."
 
 
 def warn(message: str) -> None:
@@ -167,11 +178,11 @@ def as_number(value: object, name: str, error: type[GuardlensError], next_step: 
         GuardlensError: Of the given class.
 
     Examples:
-        >>> gl.errors.as_number(np.float32(0.5), "alpha", gl.errors.PlanError, "leave it out")
+        >>> gl.errors.as_number(np.float32(0.5), "alpha", gl.errors.InterventionError, "leave it out")
         0.5
-        >>> gl.errors.as_number("0.5", "alpha", gl.errors.PlanError, "leave it out")
+        >>> gl.errors.as_number("0.5", "alpha", gl.errors.InterventionError, "leave it out")
         Traceback (most recent call last):
-        guardlens.errors.PlanError: Found alpha='0.5'.
+        guardlens.errors.InterventionError: Found alpha='0.5'.
         Expected a finite number.
         Next: leave it out.
     """
@@ -214,6 +225,18 @@ class PresentationError(QueryError):
     """
 
 
+class ArgumentError(GuardlensError, ValueError):
+    """An argument is not what the function takes: a number out of range, an unknown option, two things of one name.
+
+    Examples:
+        >>> gl.collect(model, pairs, batch_size=0)
+        Traceback (most recent call last):
+        guardlens.errors.ArgumentError: Found batch_size=0.
+        Expected a whole number, 1 or more.
+        Next: leave it out to have it chosen from free memory.
+    """
+
+
 class SiteError(GuardlensError, KeyError):
     """The model has no such hook, layer or positions. A KeyError, too, since an `ActivationCache` is a mapping by hook name.
 
@@ -228,13 +251,13 @@ class SiteError(GuardlensError, KeyError):
     __str__ = Exception.__str__  # KeyError's would be a repr, in quotes and on one line
 
 
-class PlanError(GuardlensError):
+class InterventionError(GuardlensError):
     """An intervention contradicts itself.
 
     Examples:
         >>> guard.during("later")
         Traceback (most recent call last):
-        guardlens.errors.PlanError: Found the phase 'later'.
+        guardlens.errors.InterventionError: Found the phase 'later'.
         Expected 'prefill', 'decode' or 'always'.
         Next: choose one of them.
     """

@@ -105,8 +105,8 @@ WRONG: dict[str, Callable[[], Any]] = {
     "a presentation": lambda: presentations.blank("grey", 8),
     "a defence": lambda: defences.none,
     "a judge": lambda: judges.keyword,
-    "a plan": lambda: iv.nothing,
-    "a free plan": lambda: iv.add(directions.from_vectors(torch.ones(7))),
+    "an intervention": lambda: iv.nothing,
+    "a free intervention": lambda: iv.add(directions.from_vectors(torch.ones(7))),
     "directions": lambda: directions.from_vectors(torch.ones(7)),
     "a state": lambda: iv.State(hook="resid_post", layer=2),
     "a table": lambda: gl.Table({"x": np.arange(2)}),
@@ -124,10 +124,10 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     batch = model.batch(queries[:2], grey)
     text = gl.collect(model.llm, pairs)
     asked, shown = (gl.collect(each, pairs, how) for each, how in ((model.llm, presentations.text_only), (model, grey)))
-    ssd, plan = directions.ssd(text), iv.add(directions.ssd(text))
-    placed, kept = plan.at(layers=[3]), model.prefill(batch)
+    ssd, intervention = directions.ssd(text), iv.add(directions.ssd(text))
+    placed, kept = intervention.at(layers=[3]), model.prefill(batch)
     _, cache = model.run_with_cache(batch)
-    effect = gl.sweep(model, plan, queries, grey, layers=[3, 5])
+    effect = gl.sweep(model, intervention, queries, grey, layers=[3, 5])
     parts = gl.attribute(model, ssd, queries, grey, layer=3)
     gap = gl.compare(asked, shown, ssd, draws=20)
     arms = {"none": defences.none, "guard": placed}
@@ -135,12 +135,12 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     patched = gl.activation_patching(model, queries, grey, layers=[3])
     saved = Path("saved")
     saved.mkdir()
-    ssd.save(saved / "ssd.safetensors"), text.save(saved / "text.safetensors"), placed.save(saved / "plan.safetensors")
+    ssd.save(saved / "ssd.safetensors"), text.save(saved / "text.safetensors"), placed.save(saved / "intervention.safetensors")
     cache.save(saved / "cache.safetensors"), effect.save(saved / "effect")
     ask = {"model": model, "queries": queries[:2], "presentation": grey}
 
     def through(make: Callable[..., Any]) -> Callable[..., Any]:
-        """A plan or presentation, made and then used."""
+        """An intervention or presentation, made and then used."""
 
         def used(**given: Any) -> Any:
             made = make(**given)
@@ -173,10 +173,10 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "batch": (model.batch, {"queries": queries[:2], "presentation": grey, "padding_side": "left"}),
         "run": (
             model.run,
-            {"batch": batch, "plans": [placed], "read": [gl.Site()], "logits": "last", "new_tokens": 0, "seed": 1, "generation": {}}
+            {"batch": batch, "interventions": [placed], "read": [gl.Site()], "logits": "last", "new_tokens": 0, "seed": 1, "generation": {}}
             | {"layout": "auto", "prefix": None},
         ),
-        "run, new tokens": (model.run, {"batch": kept, "plans": placed, "new_tokens": 1, "seed": 1, "generation": {}}),
+        "run, new tokens": (model.run, {"batch": kept, "interventions": placed, "new_tokens": 1, "seed": 1, "generation": {}}),
         "prefill": (model.prefill, {"batch": batch, "prefix": None}),
         "answering": (
             lambda tokens: model.run(kept.answering(tokens), logits="answer"),
@@ -232,17 +232,17 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             lambda **given: model.run(batch, iv.swap(iv.State(**given)).at(layers=[3])),
             {"run": grey, "hook": "resid_post", "layer": 2, "positions": "last"},
         ),
-        "at": (plan.at, {"hook": "resid_pre", "layers": [1], "positions": "last"}),
-        "when": (plan.when, {"gate": gates.harmful(ssd)}),
-        "during": (plan.during, {"phase": "decode"}),
-        "scaled": (through(plan.scaled), {"strength": 2.0}),
-        "placebo": (through(plan.placebo), {"seed": 1}),
-        "placed": (plan.placed, {"layers": [1], "strength": 1.0}),
-        ">>": (plan.__rshift__, {"after": plan}),
+        "at": (intervention.at, {"hook": "resid_pre", "layers": [1], "positions": "last"}),
+        "when": (intervention.when, {"gate": gates.harmful(ssd)}),
+        "during": (intervention.during, {"phase": "decode"}),
+        "scaled": (through(intervention.scaled), {"strength": 2.0}),
+        "placebo": (through(intervention.placebo), {"seed": 1}),
+        "placed": (intervention.placed, {"layers": [1], "strength": 1.0}),
+        ">>": (intervention.__rshift__, {"after": intervention}),
         "gates.harmful": (through(gates.harmful), {"directions": ssd, "threshold": 0.0, "state": iv.own}),
         "gates &": (gates.harmful(ssd).__and__, {"other": gates.harmful(ssd)}),
         "threshold_at_fpr": (gates.threshold_at_fpr, {"directions": ssd, "activations": text, "rate": 0.1}),
-        "Defence": (defences.Defence, {"name": "x", "intervention": plan, "present": lambda inner: inner}),
+        "Defence": (defences.Defence, {"name": "x", "intervention": intervention, "present": lambda inner: inner}),
         "reminder": (defences.reminder, {"before": "a ", "after": " b"}),
         "vlm_guard": (
             lambda **given: model.run(batch, defences.vlm_guard(**given).intervention.placed([3])),
@@ -257,9 +257,9 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "compare": (gl.compare, {"llm": asked, "vlm": shown, "directions": ssd, "draws": 5}),
         "sweep": (
             gl.sweep,
-            ask | {"plans": plan, "scores": [scores.kl], "strengths": [1.0], "layers": [3], "placebos": 0, "batch_size": 2},
+            ask | {"interventions": intervention, "scores": [scores.kl], "strengths": [1.0], "layers": [3], "placebos": 0, "batch_size": 2},
         ),
-        "sweep.best": (effect.best, {"k": 1, "plan": "edit"}),
+        "sweep.best": (effect.best, {"k": 1, "intervention": "edit"}),
         "sweep.plot": (effect.plot, {"score": "kl"}),
         "evaluate": (
             gl.evaluate,
@@ -287,7 +287,7 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "comparison.plot": (gap.plot, {"metrics": ["auroc"]}),
         "attach": (
             lambda **given: gl.attach(**given).remove(),
-            {"plan": placed, "hf": model.hf, "processor": model.processor, "twin": None},
+            {"intervention": placed, "hf": model.hf, "processor": model.processor, "twin": None},
         ),
         "Keyword": (judged, {"query": queries[0], "answer": "sorry", "phrases": ("sorry",), "reach": 4, "shortest": 1, "name": "x"}),
         "RefusalLogOdds": (lambda starts: scores.RefusalLogOdds(starts).token_ids(model.tokenizer), {"starts": ("sorry",)}),
@@ -295,14 +295,14 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "AnswerKL": (lambda tokens: scores.AnswerKL(tokens).answer(model, kept), {"tokens": 1}),
         "Table": (gl.Table, {"columns": {"x": np.arange(2)}, "facts": {}}),
         "Table.from_rows": (gl.Table.from_rows, {"rows": [{"x": 1}]}),
-        "Table.where": (lambda **given: effect.where(**given), {"layer": 3, "plan": "edit"}),
+        "Table.where": (lambda **given: effect.where(**given), {"layer": 3, "intervention": "edit"}),
         "load": (
             gl.load,
             {"source": "organism", "processor": None, "llm": None, "dtype": "float32", "device": None, "revision": None, "names": {}},
         ),
         "Directions.load": (gl.Directions.load, {"path": saved / "ssd.safetensors"}),
         "Activations.load": (gl.Activations.load, {"path": saved / "text.safetensors"}),
-        "Intervention.load": (gl.Intervention.load, {"path": saved / "plan.safetensors"}),
+        "Intervention.load": (gl.Intervention.load, {"path": saved / "intervention.safetensors"}),
         "ActivationCache.load": (gl.ActivationCache.load, {"path": saved / "cache.safetensors"}),
         "Table.load": (gl.Table.load, {"path": saved / "effect"}),
         "Directions.save": (ssd.save, {"path": saved / "again.safetensors"}),

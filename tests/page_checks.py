@@ -47,8 +47,8 @@ def hooked(page: SimpleNamespace, layers: list[int], edit: Callable[[Tensor], Te
     return logits
 
 
-def last(page: SimpleNamespace, plan: Any) -> Tensor:
-    return page.model.run(page.batch, plan).logits[0]
+def last(page: SimpleNamespace, intervention: Any) -> Tensor:
+    return page.model.run(page.batch, intervention).logits[0]
 
 
 @check("how-to/data.md")
@@ -152,7 +152,7 @@ def export(page: SimpleNamespace) -> None:
     query, white = gl.Query("how to craft the marble ?"), presentations.blank("white", 32)
     start = page.inputs["input_ids"].shape[1]
     assert torch.equal(page.inputs["input_ids"], page.lab.batch(query, white).inputs["input_ids"])
-    assert page.lab.decode(page.tokens[:, start:]) == [page.lab.generate(query, white, page.plan, max_new_tokens=16)]
+    assert page.lab.decode(page.tokens[:, start:]) == [page.lab.generate(query, white, page.intervention, max_new_tokens=16)]
     assert [bool(verdict) for verdict in page.opened.values()] == [True] and torch.equal(page.tokens, page.again)
     assert not page.hf._forward_pre_hooks
 
@@ -160,7 +160,7 @@ def export(page: SimpleNamespace) -> None:
 @check("how-to/move.md")
 def move(page: SimpleNamespace) -> None:
     vector, unit = page.vector, page.vector / page.norm
-    near(last(page, page.plan.at(hook="resid_post")), hooked(page, [3], lambda h: h * 0.5))
+    near(last(page, page.intervention.at(hook="resid_post")), hooked(page, [3], lambda h: h * 0.5))
     near(page.everywhere.logits[0], hooked(page, [3, 5], lambda h: h + 1.5 * vector))
     near(page.at_last.logits[0], hooked(page, [3, 5], lambda h: h + 1.5 * vector, only_last=True))
     near(last(page, page.added), hooked(page, [5], lambda h: h + 2.0 * vector))

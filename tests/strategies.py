@@ -58,6 +58,6 @@ def context(states, layer=0, held=None, step=0):
     return Context("resid_post", layer, step, torch.arange(len(states)), 1.0, lambda state: held)
 
 
-def apply(plan, states, layer=0, held=None):
-    """The one edit of a plan on bare states."""
-    return plan.steps[0].edit(states, context(states, layer, held))
+def apply(intervention, states, layer=0, held=None):
+    """The one edit of an intervention on bare states."""
+    return intervention.steps[0].edit(states, context(states, layer, held))

@@ -133,12 +133,12 @@ def test_at_goes_by_the_layer_not_the_index():
 
 @pytest.mark.parametrize("positions", ["image", (1, None)])
 def test_round_trip(tmp_path, positions):
-    told = {"presentation": "blank grey", "plan": "add(ssd)", "shows_images": True, "provenance": Provenance("m@1", llm="l@2")}
+    told = {"presentation": "blank grey", "intervention": "add(ssd)", "shows_images": True, "provenance": Provenance("m@1", llm="l@2")}
     made = make_activations(seed=4, hook="resid_mid", positions=positions, **told)
     made.save(tmp_path / "a")
     loaded = Activations.load(tmp_path / "a")
     assert torch.equal(loaded.states, made.states)
-    for name in ("layers", "queries", "hook", "positions", "presentation", "provenance", "plan", "shows_images"):
+    for name in ("layers", "queries", "hook", "positions", "presentation", "provenance", "intervention", "shows_images"):
         assert getattr(loaded, name) == getattr(made, name)
 
 

@@ -1,4 +1,4 @@
-"""The algebra on models: random plans against raw torch hooks that know nothing of guardlens, and its laws, in every layout."""
+"""The algebra on models: random interventions against raw torch hooks that know nothing of guardlens, and its laws, in every layout."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -47,10 +47,10 @@ class Drawn:
     def state(self, held):
         return iv.text_twin if held == "twin" else iv.State(layer=None if held == "own" else held, positions=self.window)
 
-    def plan(self, V, M):
+    def intervention(self, V, M):
         """The step in guardlens."""
         one, r, a = V.truncate(1), self.state(self.held), self.number
-        plan = {
+        intervention = {
             "project_out": lambda: iv.project_out(V),
             "amplify": lambda: iv.amplify(V, a),
             "patch": lambda: iv.patch(V, r),
@@ -63,9 +63,11 @@ class Drawn:
             "swap": lambda: iv.swap(r),
             "custom": lambda: iv.custom(lambda h, context: h.tanh() + a * context.held(r), (r,)),
         }[self.kind]()
-        plan = plan.at(hook=self.hook, layers=self.layers, positions=self.positions).during(self.phase).scaled(self.strength)
+        intervention = (
+            intervention.at(hook=self.hook, layers=self.layers, positions=self.positions).during(self.phase).scaled(self.strength)
+        )
         gate = None if self.seen is None else gates.harmful(V, self.threshold, self.state(self.seen))
-        return plan if gate is None else plan.when(~gate if self.turned else gate)
+        return intervention if gate is None else intervention.when(~gate if self.turned else gate)
 
     def map(self, V, M, layer, h, r):
         """The same as a formula."""
@@ -87,7 +89,7 @@ class Drawn:
 
 
 class Hooked:
-    """A plan as torch hooks on prompts with answers behind them (maybe of no token). Prompts are padded on the left."""
+    """An intervention as torch hooks on prompts with answers behind them (maybe of no token). Prompts are padded on the left."""
 
     def __init__(self, hf, steps, V, M, prompt, image, twin):
         self.hf, self.steps, self.V, self.M, self.prompt, self.image, self.twin = hf, steps, V, M, prompt, image, twin
@@ -154,7 +156,7 @@ class Hooked:
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, prompts of it, and what plans are made of."""
+    """A model, prompts of it, and what interventions are made of."""
 
     model: gl.HookedModel
     batch: Batch
@@ -178,11 +180,11 @@ class Setting:
         placed = (replace(step, layers=tuple(layer % (last + 1) for layer in step.layers)) for step in steps)
         return [step if image or step.positions != "image" else replace(step, positions="all") for step in placed]
 
-    def plan(self, steps):
-        plan = iv.nothing
+    def intervention(self, steps):
+        intervention = iv.nothing
         for step in steps:
-            plan = plan >> step.plan(self.V, self.M)
-        return plan
+            intervention = intervention >> step.intervention(self.V, self.M)
+        return intervention
 
 
 @pytest.fixture(scope="module", params=["vlm", "llm"])
@@ -233,35 +235,38 @@ def close(found, expected):
 
 @settings(max_examples=8, phases=[Phase.generate])
 @given(st.lists(st.lists(steps(), min_size=2, max_size=4), min_size=2, max_size=2))
-def test_random_plans_are_those_of_raw_hooks_in_every_layout(setting, drawn):
+def test_random_interventions_are_those_of_raw_hooks_in_every_layout(setting, drawn):
     model, batch, drawn = setting.model, setting.batch, [setting.fit(each) for each in drawn]
-    plans, expected = [setting.plan(each) for each in drawn], torch.stack([setting.raw(each) for each in drawn])
+    interventions, expected = [setting.intervention(each) for each in drawn], torch.stack([setting.raw(each) for each in drawn])
     kept = model.prefill(batch)
-    close(model.run(batch, plans[0]).logits[0], expected[0])
+    close(model.run(batch, interventions[0]).logits[0], expected[0])
     for prompts in (batch, kept):
         for layout in ("auto", "tile", "fork"):
             try:
-                run = model.run(prompts, plans, layout=layout)
-            except errors.PlanError as refused:
+                run = model.run(prompts, interventions, layout=layout)
+            except errors.InterventionError as refused:
                 assert layout == "fork" and "can't run as forks" in str(refused)
                 continue
             close(run.logits, expected)
-    with gl.attach(plans[0], model.hf, model.processor):
+    with gl.attach(interventions[0], model.hf, model.processor):
         close(model.hf(**batch.inputs).logits[:, -1], expected[0])
     tokens = torch.randint(5, 60, (len(TEXTS), NEW), generator=torch.Generator().manual_seed(1))
-    forced = model.run(kept.answering(tokens), plans, logits="answer")
+    forced = model.run(kept.answering(tokens), interventions, logits="answer")
     close(forced.logits, torch.stack([setting.raw(each, tokens) for each in drawn]))
 
 
 @settings(max_examples=3, phases=[Phase.generate])
 @given(st.lists(steps(), min_size=2, max_size=4))
-def test_answers_under_random_plans_are_those_of_raw_hooks(setting, drawn):
+def test_answers_under_random_interventions_are_those_of_raw_hooks(setting, drawn):
     """Each token is the likeliest one after those before it, up to rounding."""
     model, batch, drawn = setting.model, setting.batch, setting.fit(drawn)
-    plan = setting.plan(drawn)
-    with gl.attach(plan, model.hf, model.processor):
+    intervention = setting.intervention(drawn)
+    with gl.attach(intervention, model.hf, model.processor):
         attached = model.hf.generate(**batch.inputs, max_new_tokens=NEW, do_sample=False)[:, batch.mask.shape[1] :]
-    for run in (model.run(batch, plan, new_tokens=NEW), model.run(model.prefill(batch), [plan, plan], new_tokens=NEW)):
+    for run in (
+        model.run(batch, intervention, new_tokens=NEW),
+        model.run(model.prefill(batch), [intervention, intervention], new_tokens=NEW),
+    ):
         for tokens in run.tokens:
             assert torch.equal(tokens, attached)
     real = (attached == model.hf.generation_config.eos_token_id).cumsum(1).roll(1, 1).index_fill(1, torch.tensor([0]), 0) == 0
@@ -271,16 +276,16 @@ def test_answers_under_random_plans_are_those_of_raw_hooks(setting, drawn):
 
 
 def laws(V, M):
-    """Pairs of plans that are one, by name."""
+    """Pairs of interventions that are one, by name."""
     one, r = V.truncate(1), V.harmless_mean[1]
     out, same, push = iv.project_out(V), iv.swap(iv.own), iv.linear(M, 0.5)
     flipped = replace(V, vectors=-V.vectors)
     opened, closed = gates.harmful(V, -1e9), gates.harmful(V, 1e9)
 
-    def folded(*plans):
-        edit = plans[0].steps[0].edit
-        for plan in plans[1:]:
-            edit = edit.then(plan.steps[0].edit)
+    def folded(*interventions):
+        edit = interventions[0].steps[0].edit
+        for intervention in interventions[1:]:
+            edit = edit.then(intervention.steps[0].edit)
         return Intervention((Step(edit),))
 
     return {
@@ -323,17 +328,17 @@ EXACT = ("strength 0", "a closed gate", "not", "and", "an open gate", "or", "not
 @pytest.mark.parametrize("layout", ["tile", "branch", "fork", "kept", "answering", "attached"])
 def test_laws_hold_in_every_layout(setting, layout):
     model, batch = setting.model, setting.batch
-    pairs = {name: [plan if plan.steps and plan.steps[0].site.layers else plan.at(layers=[1]) for plan in pair]
+    pairs = {name: [each if each.steps and each.steps[0].site.layers else each.at(layers=[1]) for each in pair]
              for name, pair in laws(setting.V, setting.M).items()}  # fmt: skip
     ones, others = ([pair[i] for pair in pairs.values()] for i in (0, 1))  # in the same lanes of two runs: rounding depends on the lane
     kept, tokens = model.prefill(batch), torch.arange(5, 5 + NEW).expand(len(TEXTS), NEW)
 
-    def run(plans):
+    def run(interventions):
         if layout == "attached":
-            return [attached(setting, plan) for plan in plans]
+            return [attached(setting, intervention) for intervention in interventions]
         if layout == "answering":
-            return model.run(kept.answering(tokens), plans, logits="answer").logits
-        found = model.run(kept if layout == "kept" else batch, plans, layout="auto" if layout == "kept" else layout)
+            return model.run(kept.answering(tokens), interventions, logits="answer").logits
+        found = model.run(kept if layout == "kept" else batch, interventions, layout="auto" if layout == "kept" else layout)
         assert found.layout == ("branch" if layout == "kept" else layout)
         return found.logits
 
@@ -344,8 +349,8 @@ def test_laws_hold_in_every_layout(setting, layout):
     assert sum(not torch.allclose(each, plain, atol=1e-3) for each in found) > len(found) / 2
 
 
-def attached(setting, plan):
-    with gl.attach(plan, setting.model.hf, setting.model.processor), torch.no_grad():
+def attached(setting, intervention):
+    with gl.attach(intervention, setting.model.hf, setting.model.processor), torch.no_grad():
         return setting.model.hf(**setting.batch.inputs).logits[:, -1]
 
 
@@ -353,12 +358,12 @@ def attached(setting, plan):
 def test_a_vector_is_added_once_per_token(setting, positions):
     """In the prefill at the positions, and at each new token once, whatever the positions say; attached, too."""
     model, batch, vector, before, after = setting.model, setting.batch, 2.0 * setting.V.vectors[1, 0], [], []
-    plan = iv.add(setting.V.truncate(1), 2.0).at(layers=[1], positions=positions).during("always")
+    intervention = iv.add(setting.V.truncate(1), 2.0).at(layers=[1], positions=positions).during("always")
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     blocks = reference.blocks(model.hf)
     with ExitStack() as stack:
         stack.callback(blocks[1].register_forward_hook(lambda module, args, out: before.append(out.clone())).remove)
-        stack.enter_context(gl.attach(plan, model.hf, model.processor))
+        stack.enter_context(gl.attach(intervention, model.hf, model.processor))
         stack.callback(blocks[2].register_forward_pre_hook(lambda module, args: after.append(args[0].clone())).remove)
         tokens = model.hf.generate(**batch.inputs, **options)[:, batch.mask.shape[1] :]
     hooked = Hooked(model.hf, (), setting.V, None, batch.mask, batch.image, {})
@@ -366,4 +371,4 @@ def test_a_vector_is_added_once_per_token(setting, positions):
         expected = hooked.of_prompt(positions)[..., None] * vector if step == 0 else vector.expand_as(raw)
         torch.testing.assert_close(new - raw, expected, atol=1e-5, rtol=0)
     assert len(before) == NEW
-    assert torch.equal(model.run(batch, plan, new_tokens=NEW, generation={"min_new_tokens": NEW}).tokens[0], tokens)
+    assert torch.equal(model.run(batch, intervention, new_tokens=NEW, generation={"min_new_tokens": NEW}).tokens[0], tokens)

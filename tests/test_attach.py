@@ -47,8 +47,8 @@ def attach(hf_vlm, processor):
     """`attach` to the session's model, and its removal."""
     made = []
 
-    def put(plan, hf=hf_vlm, by=processor, **options):
-        made.append(gl.attach(plan, hf, by, **options))
+    def put(intervention, hf=hf_vlm, by=processor, **options):
+        made.append(gl.attach(intervention, hf, by, **options))
         return made[-1]
 
     yield put
@@ -104,12 +104,12 @@ def hooks(hf):
 
 class TestAgainstHookedModel:
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-    @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-    def test_tokens(self, vlm, hf_vlm, batch, basis, gate, attach, plan, options):
-        plan = plan(basis, gate)
-        run = vlm.run(batch, plan, new_tokens=8, seed=5, generation=options)
+    @pytest.mark.parametrize("intervention", PLANS.values(), ids=PLANS)
+    def test_tokens(self, vlm, hf_vlm, batch, basis, gate, attach, intervention, options):
+        intervention = intervention(basis, gate)
+        run = vlm.run(batch, intervention, new_tokens=8, seed=5, generation=options)
         plain = generate(hf_vlm, batch, **options)
-        handle = attach(plan)
+        handle = attach(intervention)
         mine = generate(hf_vlm, batch, **options)
         assert torch.equal(mine, run.tokens[0]) and not torch.equal(mine, plain)
         assert handle.verdicts.keys() == {key[1:] for key in run.verdicts}
@@ -118,11 +118,11 @@ class TestAgainstHookedModel:
         assert torch.equal(generate(hf_vlm, batch, **options), plain)
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("plan", [name for name in PLANS if name != "decode"])
-    def test_logits_of_a_plain_forward(self, vlm, hf_vlm, basis, gate, attach, plan, side):
-        plan, batch = PLANS[plan](basis, gate), vlm.batch(TEXTS, GREY, padding_side=side)
-        expected, plain = vlm.run(batch, plan, logits="all").logits[0], vlm.run(batch, logits="all").logits[0]
-        attach(plan)
+    @pytest.mark.parametrize("intervention", [name for name in PLANS if name != "decode"])
+    def test_logits_of_a_plain_forward(self, vlm, hf_vlm, basis, gate, attach, intervention, side):
+        intervention, batch = PLANS[intervention](basis, gate), vlm.batch(TEXTS, GREY, padding_side=side)
+        expected, plain = vlm.run(batch, intervention, logits="all").logits[0], vlm.run(batch, logits="all").logits[0]
+        attach(intervention)
         with torch.no_grad():
             assert torch.equal(hf_vlm(**batch.inputs).logits, expected) and not torch.equal(expected, plain)
             ids, mask, pixels = (batch.inputs[name] for name in ("input_ids", "attention_mask", "pixel_values"))
@@ -140,10 +140,10 @@ class TestAgainstHookedModel:
 
     def test_one_handle_for_many_prompts(self, vlm, hf_vlm, basis, gate, attach):
         """Every prefill is a new run, whatever came before; prompts with and without an image may share a batch."""
-        plan = PLANS["gated, always"](basis, gate)
+        intervention = PLANS["gated, always"](basis, gate)
         picture = Image.new("RGB", (32, 32), "teal")
         mixed = [gl.Query(text, images=(picture,) * shown) for text, shown in zip(TEXTS, (1, 0, 2, 0), strict=True)]
-        handle = attach(plan)
+        handle = attach(intervention)
 
         def own(query):
             return Prompt(query.text, query.images)
@@ -152,21 +152,21 @@ class TestAgainstHookedModel:
         for queries, show in ((TEXTS, GREY), (TEXTS[:1], text_only), (mixed, own), (TEXTS[::-1], GREY), (TEXTS[::-1], GREY)):
             batch = vlm.batch(queries, show)
             handle.remove()
-            expected = vlm.run(batch, plan, new_tokens=6).tokens[0]
-            handle = attach(plan)
+            expected = vlm.run(batch, intervention, new_tokens=6).tokens[0]
+            handle = attach(intervention)
             assert torch.equal(generate(hf_vlm, batch, 6), expected)
             assert torch.equal(generate(hf_vlm, batch, 6, use_cache=False), expected)
 
     def test_a_longer_prompt_is_a_new_one(self, hf_vlm, batch, basis, attach):
         """Without a cache, one token more is the next step of the answer; a second turn that begins with the first is not."""
-        plan, ids = iv.amplify(basis, 9.0).at(layers=[3]), batch.inputs["input_ids"]
+        intervention, ids = iv.amplify(basis, 9.0).at(layers=[3]), batch.inputs["input_ids"]
         longer = {name: value for name, value in batch.inputs.items() if name not in ("input_ids", "attention_mask")}
         longer["input_ids"] = torch.cat([ids, ids[:, -3:]], 1)
         longer["attention_mask"] = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 3), value=1)
         with torch.no_grad():
-            with attach(plan):
+            with attach(intervention):
                 expected = hf_vlm(**longer).logits
-            attach(plan)
+            attach(intervention)
             hf_vlm(**batch.inputs)
             assert torch.equal(hf_vlm(**longer).logits, expected)
 
@@ -193,12 +193,12 @@ class TestAgainstHookedModel:
     def test_bfloat16(self, hf_vlm, processor, basis, gate, attach):
         half = gl.load(copy.deepcopy(hf_vlm).to(torch.bfloat16), processor=processor)
         own = Directions(**{**vars(basis), "provenance": half.provenance})
-        plan = iv.replace(own, iv.text_twin, gain=3.0).at(layers=[3, 5])
+        intervention = iv.replace(own, iv.text_twin, gain=3.0).at(layers=[3, 5])
         batch = half.batch(TEXTS, GREY)
         batch.inputs["pixel_values"] = batch.inputs["pixel_values"].to(torch.bfloat16)
-        expected = half.run(batch, plan, new_tokens=6).tokens[0]
+        expected = half.run(batch, intervention, new_tokens=6).tokens[0]
         assert not torch.equal(generate(half.hf, batch, 6), expected)
-        attach(plan, half.hf)
+        attach(intervention, half.hf)
         assert torch.equal(generate(half.hf, batch, 6), expected)
 
     def test_a_text_model(self, llm, attach):
@@ -206,11 +206,14 @@ class TestAgainstHookedModel:
         vectors = torch.linalg.qr(torch.randn(3, 32, 2, generator=generator)).Q.transpose(1, 2).contiguous()
         means = torch.randn(2, 3, 32, generator=generator)
         own = Directions(vectors, (0, 1, 2), means[0], means[1], torch.zeros(3, 0), "test", provenance=llm.provenance)
-        plan = iv.add_component(own, iv.text_twin, 6.0).at(layers=[1, 2]).during("always")
+        intervention = iv.add_component(own, iv.text_twin, 6.0).at(layers=[1, 2]).during("always")
         batch = llm.batch(TEXTS)
         for options in OPTIONS.values():
-            expected, plain = llm.run(batch, plan, new_tokens=8, seed=5, generation=options).tokens[0], generate(llm.hf, batch, **options)
-            with attach(plan, llm.hf, None):
+            expected, plain = (
+                llm.run(batch, intervention, new_tokens=8, seed=5, generation=options).tokens[0],
+                generate(llm.hf, batch, **options),
+            )
+            with attach(intervention, llm.hf, None):
                 mine = generate(llm.hf, batch, **options)
             assert torch.equal(mine, expected) and not torch.equal(mine, plain)
 
@@ -292,9 +295,9 @@ class TestFamilies:
         twin = model.run(model.batch(queries, WithoutImages(_Own())), read=[gl.Site()], logits=None).reads[gl.Site()][0]
         threshold = torch.einsum("qld,ld->ql", twin, own.vectors[:, 0]).median(dim=0).values + 1e-5
         edit = iv.replace(own, iv.text_twin, gain=9.0) if model.sees_images else iv.amplify(own, 9.0)
-        plan = edit.when(gates.harmful(own, threshold)).at(layers=[1, 2]).during("always")
-        plain, expected = generate(model.hf, batch), model.run(batch, plan, new_tokens=8)
-        handle = attach(plan, model.hf, model.processor)
+        intervention = edit.when(gates.harmful(own, threshold)).at(layers=[1, 2]).during("always")
+        plain, expected = generate(model.hf, batch), model.run(batch, intervention, new_tokens=8)
+        handle = attach(intervention, model.hf, model.processor)
         for options in ({}, {"use_cache": False}) if name in CLOSELY else ({},):
             mine = generate(model.hf, batch, **options)
             assert torch.equal(mine, expected.tokens[0]) and not torch.equal(mine, plain)
@@ -361,9 +364,9 @@ class _Own:
 
 class TestInOtherCode:
     def test_without_nnsight(self, vlm, hf_vlm, processor, basis, gate, batch, tmp_path):
-        """A saved plan, a fresh process, and nothing of the lab."""
-        plan = PLANS["gated, always"](basis, gate)
-        plan.save(tmp_path / "guard.safetensors")
+        """A saved intervention, a fresh process, and nothing of the lab."""
+        intervention = PLANS["gated, always"](basis, gate)
+        intervention.save(tmp_path / "guard.safetensors")
         hf_vlm.save_pretrained(tmp_path / "model")
         processor.save_pretrained(tmp_path / "model")
         code = f"""
@@ -384,12 +387,12 @@ print(tokens[:, inputs["input_ids"].shape[1]:].tolist(), "nnsight" in sys.module
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip().splitlines()[-1] == f"{vlm.run(batch, plan, new_tokens=8).tokens[0].tolist()} False"
+        assert done.stdout.strip().splitlines()[-1] == f"{vlm.run(batch, intervention, new_tokens=8).tokens[0].tolist()} False"
 
-    def test_a_loaded_plan(self, hf_vlm, basis, gate, batch, attach, tmp_path):
-        plan = PLANS["twin, gated"](basis, gate)
-        plan.save(tmp_path / "guard.safetensors")
-        with attach(plan):
+    def test_a_loaded_intervention(self, hf_vlm, basis, gate, batch, attach, tmp_path):
+        intervention = PLANS["twin, gated"](basis, gate)
+        intervention.save(tmp_path / "guard.safetensors")
+        with attach(intervention):
             expected = generate(hf_vlm, batch)
         attach(gl.Intervention.load(tmp_path / "guard.safetensors"))
         assert torch.equal(generate(hf_vlm, batch), expected)
@@ -397,7 +400,7 @@ print(tokens[:, inputs["input_ids"].shape[1]:].tolist(), "nnsight" in sys.module
     def test_a_pipeline_of_images_and_text(self, vlm, hf_vlm, processor, basis, gate, attach):
         from transformers import pipeline
 
-        plan = PLANS["twin"](basis, gate)
+        intervention = PLANS["twin"](basis, gate)
         picture = Image.new("RGB", (32, 32), "teal")
         ask = pipeline("image-text-to-text", model=hf_vlm, processor=processor)
         chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": TEXTS[0]}]}]
@@ -406,21 +409,21 @@ print(tokens[:, inputs["input_ids"].shape[1]:].tolist(), "nnsight" in sys.module
             return ask(text=chat, max_new_tokens=8, return_full_text=False, generate_kwargs={"do_sample": False})[0]["generated_text"]
 
         query, plain = gl.Query(TEXTS[0], images=(picture,)), answer()
-        expected = vlm.generate(query, _Own(), plan, max_new_tokens=8)
-        attach(plan)
+        expected = vlm.generate(query, _Own(), intervention, max_new_tokens=8)
+        attach(intervention)
         assert answer().strip() == expected != plain.strip()
 
     def test_a_pipeline_of_text(self, llm, attach):
         from transformers import pipeline
 
-        plan = iv.custom(lambda states, context: states.flip(-1)).at(layers=[1]).during("always")
+        intervention = iv.custom(lambda states, context: states.flip(-1)).at(layers=[1]).during("always")
         ask = pipeline("text-generation", model=llm.hf, tokenizer=llm.tokenizer)
 
         def answer():
             return ask(TEXTS[0], max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"].strip()
 
-        plain, expected = answer(), llm.generate(TEXTS[0], intervention=plan, max_new_tokens=8)
-        attach(plan, llm.hf, llm.processor)
+        plain, expected = answer(), llm.generate(TEXTS[0], intervention=intervention, max_new_tokens=8)
+        attach(intervention, llm.hf, llm.processor)
         assert answer() == expected != plain
 
     def test_an_adapter_around_the_model(self, hf_vlm, batch, basis, gate, attach):
@@ -431,8 +434,8 @@ print(tokens[:, inputs["input_ids"].shape[1]:].tolist(), "nnsight" in sys.module
             with torch.no_grad():
                 logits = hf_vlm(**batch.inputs).logits
         adapted = _Adapter(hf_vlm)
-        plan = iv.Intervention(tuple(PLANS["gated, always"](*_anyones(basis, gate)).steps))
-        attach(plan, adapted)
+        intervention = iv.Intervention(tuple(PLANS["gated, always"](*_anyones(basis, gate)).steps))
+        attach(intervention, adapted)
         assert torch.equal(generate(adapted, batch), expected) and not torch.equal(expected, plain)
         with torch.no_grad():
             assert torch.equal(adapted(**batch.inputs).logits, logits)
@@ -531,7 +534,7 @@ class TestHandle:
 
 
 class TestErrors:
-    def test_another_models_plan(self, llm, basis):
+    def test_another_models_intervention(self, llm, basis):
         with pytest.raises(errors.MismatchError, match=r"of the model \S+@\w+\.\nExpected those of LlamaForCausalLM@\w+"):
             gl.attach(iv.project_out(basis), llm.hf)
 
@@ -548,30 +551,34 @@ class TestErrors:
         text = (
             f"the positions '{positions}', which tokens alone do not tell.\nExpected 'last', 'all', 'image' or .*\nNext: choose these with"
         )
-        with pytest.raises(errors.PlanError, match=text):
+        with pytest.raises(errors.InterventionError, match=text):
             attach(iv.project_out(basis).at(positions=positions))
-        with pytest.raises(errors.PlanError, match=text):
+        with pytest.raises(errors.InterventionError, match=text):
             attach(iv.project_out(basis).when(gates.harmful(basis, state=iv.State(text_only, positions=positions))))
 
     def test_another_presentations_state(self, attach, basis):
-        with pytest.raises(errors.PlanError, match=r"a state of the presentation 'blank grey'[\s\S]*run this plan with a HookedModel"):
+        with pytest.raises(
+            errors.InterventionError, match=r"a state of the presentation 'blank grey'[\s\S]*run this intervention with a HookedModel"
+        ):
             attach(iv.patch(basis, iv.State(GREY)))
 
     def test_a_state_that_comes_too_late(self, attach, basis):
-        with pytest.raises(errors.PlanError, match=r"needs this run's own blocks.5.hook_resid_post"):
+        with pytest.raises(errors.InterventionError, match=r"needs this run's own blocks.5.hook_resid_post"):
             attach(iv.patch(basis, iv.State(layer=5)).at(layers=[2]))
 
     def test_a_second_guard(self, attach, basis, hf_vlm):
         first = attach(iv.project_out(basis))
         before = hooks(hf_vlm)
-        with pytest.raises(errors.PlanError, match=r"a second guard on a model with Attachment\([\s\S]*join the plans with >>"):
+        with pytest.raises(
+            errors.InterventionError, match=r"a second guard on a model with Attachment\([\s\S]*join the interventions with >>"
+        ):
             attach(iv.project_out(basis))
         assert hooks(hf_vlm) == before
         first.remove()
         attach(iv.project_out(basis))
 
     def test_twin_without_a_processor(self, attach, basis):
-        with pytest.raises(errors.ModelError, match=r"without a processor[\s\S]*attach\(plan, hf, processor\)"):
+        with pytest.raises(errors.ModelError, match=r"without a processor[\s\S]*attach\(intervention, hf, processor\)"):
             attach(iv.patch(basis, iv.text_twin), by=None)
         attach(iv.project_out(basis), by=None)
 
@@ -680,25 +687,25 @@ class TestWhatRuns:
     )  # fmt: skip
     def test_generation_that_is_not_token_by_token(self, hf_vlm, batch, basis, attach, options):
         handle = attach(iv.project_out(basis))
-        with pytest.raises(errors.PlanError, match="by which a forward is not one token of every answer"):
+        with pytest.raises(errors.InterventionError, match="by which a forward is not one token of every answer"):
             generate(hf_vlm, batch, **options)
         handle.remove()
         assert "generate" not in vars(hf_vlm)
 
     def test_an_assistant(self, hf_vlm, batch, basis, attach):
         attach(iv.project_out(basis))
-        with pytest.raises(errors.PlanError, match="assistant_model"):
+        with pytest.raises(errors.InterventionError, match="assistant_model"):
             generate(hf_vlm, batch, assistant_model=hf_vlm)
 
     def test_what_the_checkpoint_says(self, hf_vlm, batch, basis, attach, monkeypatch):
         monkeypatch.setattr(hf_vlm.generation_config, "prompt_lookup_num_tokens", 3)
         attach(iv.project_out(basis))
-        with pytest.raises(errors.PlanError, match="prompt_lookup_num_tokens=3"):
+        with pytest.raises(errors.InterventionError, match="prompt_lookup_num_tokens=3"):
             generate(hf_vlm, batch)
 
     def test_prompts_padded_on_the_right(self, vlm, hf_vlm, basis, attach):
         attach(iv.project_out(basis))
-        with pytest.raises(errors.PlanError, match="padded on the right"):
+        with pytest.raises(errors.InterventionError, match="padded on the right"):
             generate(hf_vlm, vlm.batch(TEXTS, padding_side="right"))
 
     @pytest.mark.parametrize("at", [0, 2])
@@ -717,7 +724,7 @@ class TestWhatRuns:
         def edit(states, context):
             try:
                 hf_vlm(**batch.inputs)
-            except errors.PlanError as error:
+            except errors.InterventionError as error:
                 inside.append(error.found)
             return states + direction
 
@@ -743,7 +750,7 @@ class TestWhatRuns:
         other = threading.Thread(target=work)
         other.start()
         begun.wait(20)
-        with pytest.raises(errors.PlanError, match="threads take turns"):
+        with pytest.raises(errors.InterventionError, match="threads take turns"):
             hf_vlm(**batch.inputs)
         end.set()
         other.join()
@@ -773,13 +780,13 @@ class TestNames:
         config = XGLMConfig(vocab_size=352, d_model=32, ffn_dim=48, num_layers=3, attention_heads=4, max_position_embeddings=512)
         hf, names = build(XGLMForCausalLM, config), {"final_norm": "layer_norm"}
         model = gl.load(hf, processor=tokenizer(TEMPLATE), names=names)
-        batch, plan = model.batch("How to fold a paper boat?"), iv.custom(lambda states, context: states + 1).at(layers=1)
-        expected = model.run(batch, plan).logits[0]
-        attach(plan, hf, None, names=names)
+        batch, intervention = model.batch("How to fold a paper boat?"), iv.custom(lambda states, context: states + 1).at(layers=1)
+        expected = model.run(batch, intervention).logits[0]
+        attach(intervention, hf, None, names=names)
         with torch.no_grad():
             assert torch.allclose(hf(**batch.inputs).logits[:, -1], expected, atol=1e-5)
         with pytest.raises(errors.ModelError, match="nowhere in"):
-            attach(plan, hf, None, names={"final_norm": "nothing"})
+            attach(intervention, hf, None, names={"final_norm": "nothing"})
 
 
 class TestOddThings:
@@ -802,14 +809,14 @@ class TestOddThings:
 
 class TestTwinOfTheCaller:
     def test_it_is_used(self, vlm, hf_vlm, basis, batch, attach):
-        plan, calls = iv.replace(basis, iv.text_twin, gain=3.0).at(layers=[3]), []
+        intervention, calls = iv.replace(basis, iv.text_twin, gain=3.0).at(layers=[3]), []
 
         def twin(inputs):
             calls.append(sorted(inputs))
             return vlm.batch(TEXTS).inputs
 
-        expected = vlm.run(batch, plan, new_tokens=6).tokens[0]
-        attach(plan, by=None, twin=twin)
+        expected = vlm.run(batch, intervention, new_tokens=6).tokens[0]
+        attach(intervention, by=None, twin=twin)
         assert torch.equal(generate(hf_vlm, batch, 6), expected) and len(calls) == 1
         assert {"attention_mask", "input_ids"} <= set(calls[0])
 

@@ -461,7 +461,7 @@ class TestRowsThatAreLacking:
         ({"layer": [5]}, errors.SiteError, r"layer=\[5\]"),
         ({"layer": 5.0}, errors.SiteError, r"layer=5\.0"),
         ({"layer": "5"}, errors.SiteError, "layer='5'"),
-        ({"batch_size": 2.0}, errors.QueryError, "batch_size="),
+        ({"batch_size": 2.0}, errors.ArgumentError, "batch_size="),
     ],
 )
 def test_met_at_the_door(vlm, basis, unchecked, change, kind, said):

@@ -26,27 +26,31 @@ def name(request):
     return request.param
 
 
-def plans_of(model):
+def interventions_of(model):
     """One that does nothing, one per layer, one of two layers, and one inside the attention where the family has that."""
     push, layers = a_push(model), range(model.cfg.n_layers)
-    plans = [iv.nothing, *(pushing(push).at(layers=[layer]) for layer in layers), pushing(-push).at(layers=[0, model.cfg.n_layers - 1])]
+    interventions = [
+        iv.nothing,
+        *(pushing(push).at(layers=[layer]) for layer in layers),
+        pushing(-push).at(layers=[0, model.cfg.n_layers - 1]),
+    ]
     inside = [point.layer for point in model.cfg.computed(False) if point.hook == "attn_out"]
-    return plans + ([pushing(push).at(hook="attn_out", layers=[inside[-1]])] if inside else [])
+    return interventions + ([pushing(push).at(hook="attn_out", layers=[inside[-1]])] if inside else [])
 
 
 class TestEveryFamily:
     def test_branches_equal_whole_runs(self, name):
         family, model = BY_NAME[name], loaded(name)
-        batch, plans, site = batch_of(family, model), plans_of(model), Site()
-        tiles = model.run(batch, plans, read=[site], layout="tile")
+        batch, interventions, site = batch_of(family, model), interventions_of(model), Site()
+        tiles = model.run(batch, interventions, read=[site], layout="tile")
         if family.lacks("branches"):
-            fallen_back = model.run(batch, plans, read=[site])
+            fallen_back = model.run(batch, interventions, read=[site])
             assert fallen_back.layout == "tile" and fallen_back.why
-            with pytest.raises(errors.PlanError, match="plans that can't run as branches: "):
-                model.run(batch, plans, layout="branch")
+            with pytest.raises(errors.InterventionError, match="interventions that can't run as branches: "):
+                model.run(batch, interventions, layout="branch")
             close(fallen_back.logits, tiles.logits)
             return
-        branches = model.run(batch, plans, read=[site])
+        branches = model.run(batch, interventions, read=[site])
         assert (branches.layout, branches.why) == ("branch", "")
         close(branches.logits, tiles.logits)
         close(branches.reads[site], tiles.reads[site])
@@ -58,19 +62,21 @@ class TestEveryFamily:
         if family.lacks("branches"):
             return
         batch, site = batch_of(family, model), Site(layers=(model.cfg.n_layers - 1,), positions=(-2, None))
-        plans = [plan.at(positions=where) for plan in plans_of(model)[:4] for where in ((-3, -2), (-3, None))]
-        branches, tiles = (model.run(batch, plans, read=[site], layout=layout) for layout in ("branch", "tile"))
+        interventions = [
+            intervention.at(positions=where) for intervention in interventions_of(model)[:4] for where in ((-3, -2), (-3, None))
+        ]
+        branches, tiles = (model.run(batch, interventions, read=[site], layout=layout) for layout in ("branch", "tile"))
         close(branches.logits, tiles.logits)
         close(branches.reads[site], tiles.reads[site])
 
     def test_forks_equal_whole_runs(self, name):
         family, model = BY_NAME[name], loaded(name)
         batch, site = batch_of(family, model), Site(layers=(model.cfg.n_layers - 1,))
-        plans = [plan.at(positions="all") for plan in plans_of(model)]
+        interventions = [intervention.at(positions="all") for intervention in interventions_of(model)]
         if family.lacks("forks"):
             assert not model._trials.forks(batch)
             return
-        forks, tiles = (model.run(batch, plans, read=[site], layout=layout) for layout in ("fork", "tile"))
+        forks, tiles = (model.run(batch, interventions, read=[site], layout=layout) for layout in ("fork", "tile"))
         assert (forks.layout, forks.why) == ("fork", "forks were asked for")
         close(forks.logits, tiles.logits)
         close(forks.reads[site], tiles.reads[site])
@@ -80,10 +86,10 @@ class TestEveryFamily:
         if family.lacks("branches"):
             return
         batch, site = batch_of(family, model), Site()
-        plans = [plan.during(phase) for plan in plans_of(model)[:3] for phase in ("always", "decode")]
+        interventions = [intervention.during(phase) for intervention in interventions_of(model)[:3] for phase in ("always", "decode")]
         kept = model.prefill(batch)
         size = kept.bytes
-        behind, whole = (model.run(prompts, plans, new_tokens=6, read=[site]) for prompts in (kept, batch))
+        behind, whole = (model.run(prompts, interventions, new_tokens=6, read=[site]) for prompts in (kept, batch))
         assert kept.bytes == size and torch.equal(behind.tokens, whole.tokens)
         close(behind.reads[site], whole.reads[site])
         assert bool(model._trials.flaws[answers_kind(batch, shared=False), batch.beside_image]) == bool(family.lacks("answers"))
@@ -92,21 +98,21 @@ class TestEveryFamily:
         """Behind what is kept, and as longer prompts, edited while it reads the answer too; forced answers are those it would give."""
         family, model = BY_NAME[name], loaded(name)
         batch, kept = batch_of(family, model), model.prefill(batch_of(family, model))
-        plans = [plan.during("always") for plan in plans_of(model)[:4]]
+        interventions = [intervention.during("always") for intervention in interventions_of(model)[:4]]
         said = kept.answering(batch.inputs["input_ids"][:1, -5:].expand(len(kept), 5))
         if family.lacks("forced answers"):
             with pytest.raises(errors.ModelError, match="a model whose prompts see the answers behind them"):
-                model.run(said, plans, logits="answer")
+                model.run(said, interventions, logits="answer")
             return
-        mine, tiles = model.run(said, plans, logits="answer"), model.run(said, plans, logits="answer", layout="tile")
+        mine, tiles = model.run(said, interventions, logits="answer"), model.run(said, interventions, logits="answer", layout="tile")
         assert mine.layout in (("tile", "fork") if family.lacks("branches") else ("branch",)) and tiles.layout == "tile"
-        assert mine.logits.shape[:3] == (len(plans), len(kept), 5)
+        assert mine.logits.shape[:3] == (len(interventions), len(kept), 5)
         close(mine.logits, tiles.logits)
-        close(mine.logits[:, :, 0], model.run(batch, plans, layout="tile").logits)
+        close(mine.logits[:, :, 0], model.run(batch, interventions, layout="tile").logits)
         special = torch.tensor([model._pad_token_id, -1 if model.cfg.image_token_id is None else model.cfg.image_token_id])
-        for plan, tokens in zip(plans[1:3], model.run(batch, plans[1:3], new_tokens=4).tokens, strict=True):
+        for intervention, tokens in zip(interventions[1:3], model.run(batch, interventions[1:3], new_tokens=4).tokens, strict=True):
             ended = torch.isin(tokens, special).cumsum(1) > 0
-            forced = model.run(kept.answering(tokens.masked_fill(ended, 0)), plan, logits="answer").logits[0].argmax(-1)
+            forced = model.run(kept.answering(tokens.masked_fill(ended, 0)), intervention, logits="answer").logits[0].argmax(-1)
             assert torch.equal(forced[~ended], tokens[~ended])
 
     def test_half_precision_is_as_near_to_single_as_whole_runs_are(self, name):
@@ -115,9 +121,9 @@ class TestEveryFamily:
         for parameter in hf.parameters():  # as a checkpoint is loaded; tables of positions stay as they are
             parameter.data = parameter.data.to(torch.bfloat16)
         half = gl.load(hf, processor=exact.processor, self_check=False)
-        batch, plans = batch_of(family, half), plans_of(exact)
+        batch, interventions = batch_of(family, half), interventions_of(exact)
         for where in ("last", "all"):
-            moved = [plan.at(positions=where) for plan in plans]
+            moved = [intervention.at(positions=where) for intervention in interventions]
             truth = exact.run(batch_of(family, exact), moved, layout="tile").logits
             tiles, mine = half.run(batch, moved, layout="tile"), half.run(batch, moved)
             lacks = family.lacks("branches" if where == "last" else "forks")
@@ -129,20 +135,20 @@ class TestEveryFamily:
         family, model = BY_NAME[name], loaded(name)
         if family.lacks("branches"):
             return
-        batch, plans = batch_of(family, model), plans_of(model)
+        batch, interventions = batch_of(family, model), interventions_of(model)
         kept = model.prefill(batch)
-        first = model.run(kept, plans)
+        first = model.run(kept, interventions)
         close(first.logits[0], kept.logits)
         size = kept.bytes
-        assert torch.equal(model.run(kept, plans).logits, first.logits) and kept.bytes == size
+        assert torch.equal(model.run(kept, interventions).logits, first.logits) and kept.bytes == size
 
     def test_one_prompt_alone_and_text_alone(self, name):
         family, model = BY_NAME[name], loaded(name)
         shown, own = asked(family)
-        plans = plans_of(model)[:3]
+        interventions = interventions_of(model)[:3]
         for presentation in (own, text_only) if family.vision and not family.lacks("text alone") else (own,):
             batch = model.batch(shown[2], presentation)
-            close(model.run(batch, plans).logits, model.run(batch, plans, layout="tile").logits)
+            close(model.run(batch, interventions).logits, model.run(batch, interventions, layout="tile").logits)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +164,7 @@ def gated(vlm, basis):
 
 
 def test_gates_twins_and_own_states_ride_along(vlm, batch, basis, gated):
-    plans = [
+    interventions = [
         gated,
         gated.placebo(),
         gated.scaled(0.5),
@@ -166,7 +172,7 @@ def test_gates_twins_and_own_states_ride_along(vlm, batch, basis, gated):
         iv.amplify(basis, 2.0).when(gates.harmful(basis, "midpoint")).during("always"),
         iv.add(basis.truncate(1), 4.0).at(layers=[1], positions="all").during("decode"),
     ]
-    branches, tiles = vlm.run(batch, plans), vlm.run(batch, plans, layout="tile")
+    branches, tiles = vlm.run(batch, interventions), vlm.run(batch, interventions, layout="tile")
     assert branches.layout == "branch"
     close(branches.logits, tiles.logits)
     assert branches.verdicts.keys() == tiles.verdicts.keys() and len(tiles.verdicts) > 3
@@ -180,19 +186,19 @@ def test_attention_kernels_and_precisions(hf_vlm, processor, attention, dtype):
     hf = copy.deepcopy(hf_vlm).to(dtype)
     hf.set_attn_implementation(attention)
     model = gl.load(hf, processor=processor)
-    batch, plans = model.batch(TEXTS, GREY), plans_of(model)
-    branches, tiles = model.run(batch, plans), model.run(batch, plans, layout="tile")
+    batch, interventions = model.batch(TEXTS, GREY), interventions_of(model)
+    branches, tiles = model.run(batch, interventions), model.run(batch, interventions, layout="tile")
     assert branches.layout == "branch"
     if dtype == torch.float32:
         close(branches.logits, tiles.logits)
         return
-    exact = gl.load(hf_vlm, processor=processor).run(batch, plans, layout="tile").logits
+    exact = gl.load(hf_vlm, processor=processor).run(batch, interventions, layout="tile").logits
     noise = (tiles.logits.float() - exact).abs().max()
     assert (branches.logits.float() - exact).abs().max() < 1.5 * noise
 
 
 @pytest.mark.parametrize(
-    ("plan", "options", "reason"),
+    ("intervention", "options", "reason"),
     [
         (lambda basis: iv.amplify(basis).at(positions="all"), {}, "the positions 'all' are edited or read"),
         (lambda basis: iv.amplify(basis).at(positions="image"), {}, "the positions 'image' are edited or read"),
@@ -201,9 +207,9 @@ def test_attention_kernels_and_precisions(hf_vlm, processor, attention, dtype):
         (lambda basis: iv.amplify(basis), {"new_tokens": 2}, "answers are generated"),
     ],
 )
-def test_what_reaches_beyond_the_last_token_runs_as_tiles(vlm, batch, basis, plan, options, reason):
-    plans = [iv.nothing, plan(basis)]
-    run = vlm.run(batch, plans, **options)
+def test_what_reaches_beyond_the_last_token_runs_as_tiles(vlm, batch, basis, intervention, options, reason):
+    interventions = [iv.nothing, intervention(basis)]
+    run = vlm.run(batch, interventions, **options)
     assert (run.layout, run.why) == ("tile", reason)
 
 
@@ -243,7 +249,7 @@ def test_tails_lie_beside_each_other_in_the_rows_of_their_beginnings(rows):
             == ids[places.queries, layout.column[places.rows, places.columns]].tolist()
         )
         assert places.rows.tolist() == [[*rows, 0][query] for query in places.queries.tolist()]
-    with pytest.raises(errors.PlanError, match=r"12 chosen tokens of which 6 are computed in the layout 'branch'"):
+    with pytest.raises(errors.InterventionError, match=r"12 chosen tokens of which 6 are computed in the layout 'branch'"):
         layout.find(batch.select("all"))
 
 
@@ -274,11 +280,11 @@ def test_answers_need_prompts_that_are_kept(vlm, batch):
         (vlm.prefill(batch), {"logits": "answer"}),
         (vlm.prefill(batch).answering(tokens), {"new_tokens": 2}),
     ):
-        with pytest.raises(errors.PlanError, match="an answer behind no kept prompts"):
+        with pytest.raises(errors.InterventionError, match="an answer behind no kept prompts"):
             vlm.run(prompts, **options)
-    with pytest.raises(errors.PlanError, match="prompts with answers"):
+    with pytest.raises(errors.InterventionError, match="prompts with answers"):
         vlm.prefill(batch.answering(tokens))
-    with pytest.raises(errors.PlanError, match="padded on the right"):
+    with pytest.raises(errors.InterventionError, match="padded on the right"):
         vlm.batch(TEXTS, padding_side="right").answering(tokens)
 
 
@@ -288,7 +294,7 @@ def organism():
 
 
 class TestKept:
-    def test_the_text_twin_runs_once_however_many_plans_ask(self, vlm, batch, gated, basis, monkeypatch):
+    def test_the_text_twin_runs_once_however_many_interventions_ask(self, vlm, batch, gated, basis, monkeypatch):
         runs, real = [], engine.run_tiles
 
         def note(of, asked, held):

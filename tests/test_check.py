@@ -110,7 +110,7 @@ def test_an_edit_that_does_nothing_is_found(vlm, monkeypatch):
     """As if nnsight lost a write."""
     run = type(vlm).run
 
-    def forgetful(self, batch, plans=gl.interventions.nothing, **options):
+    def forgetful(self, batch, interventions=gl.interventions.nothing, **options):
         return run(self, batch, gl.interventions.nothing, **options)
 
     monkeypatch.setattr(type(vlm), "run", forgetful)

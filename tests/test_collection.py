@@ -86,8 +86,8 @@ def test_other_sites(vlm):
 
 
 def test_states_are_read_after_the_edits(vlm):
-    plan = iv.custom(lambda states, context: states * 2).at(layers=[2])
-    plain, edited = (gl.collect(vlm, PAIRS, GREY, *plans, batch_size=4).states for plans in ((), (plan,)))
+    intervention = iv.custom(lambda states, context: states * 2).at(layers=[2])
+    plain, edited = (gl.collect(vlm, PAIRS, GREY, *interventions, batch_size=4).states for interventions in ((), (intervention,)))
     close(edited[:, :2], plain[:, :2])
     close(edited[:, 2], 2 * plain[:, 2])
     kept = {}
@@ -131,13 +131,13 @@ class Border:
 
 
 def test_says_what_was_edited_and_whether_an_image_was_shown(vlm, basis, tmp_path):
-    plan = iv.add(basis.truncate(1), 30.0).at(layers=[3])
-    text, border, edited = (gl.collect(vlm, PAIRS, *shown) for shown in ((text_only,), (Border(),), (text_only, plan)))
-    assert (text.plan, text.shows_images) == ("", False) and (border.plan, border.shows_images) == ("", True)
-    assert (edited.plan, edited.shows_images) == (repr(plan), False)
-    streamed = gl.collect(vlm, PAIRS, GREY, plan, out=tmp_path / "states")
+    intervention = iv.add(basis.truncate(1), 30.0).at(layers=[3])
+    text, border, edited = (gl.collect(vlm, PAIRS, *shown) for shown in ((text_only,), (Border(),), (text_only, intervention)))
+    assert (text.intervention, text.shows_images) == ("", False) and (border.intervention, border.shows_images) == ("", True)
+    assert (edited.intervention, edited.shows_images) == (repr(intervention), False)
+    streamed = gl.collect(vlm, PAIRS, GREY, intervention, out=tmp_path / "states")
     loaded = gl.Activations.load(tmp_path / "states")
-    assert (streamed.plan, streamed.shows_images) == (loaded.plan, loaded.shows_images) == (repr(plan), True)
+    assert (streamed.intervention, streamed.shows_images) == (loaded.intervention, loaded.shows_images) == (repr(intervention), True)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,10 @@ def test_says_what_was_edited_and_whether_an_image_was_shown(vlm, basis, tmp_pat
         ({"site": None}, errors.SiteError, "something of type NoneType"),
         ({"site": "resid_post"}, errors.SiteError, r"something of type str[\s\S]*Site\('resid_post'\)"),
         ({"site": Site}, errors.SiteError, "the class Site itself"),
-        ({"intervention": [iv.nothing, iv.nothing]}, errors.PlanError, "something of type list"),
-        ({"intervention": None}, errors.PlanError, "something of type NoneType"),
-        ({"batch_size": 1.5}, errors.QueryError, "batch_size=1.5"),
-        ({"batch_size": True}, errors.QueryError, "batch_size=True"),
+        ({"intervention": [iv.nothing, iv.nothing]}, errors.InterventionError, "something of type list"),
+        ({"intervention": None}, errors.InterventionError, "something of type NoneType"),
+        ({"batch_size": 1.5}, errors.ArgumentError, "batch_size=1.5"),
+        ({"batch_size": True}, errors.ArgumentError, "batch_size=True"),
     ],
 )
 def test_met_at_the_door(vlm, unchecked, change, kind, said):

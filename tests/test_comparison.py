@@ -62,8 +62,8 @@ def test_the_first_run_is_the_one_without_an_image(basis, name):
 
 
 def test_an_edited_run_is_not_the_llms_but_may_be_a_vlms(basis):
-    plain, edited = shown("text"), dataclasses.replace(shown("blank grey"), plan="add(ssd)")
-    with pytest.raises(errors.MismatchError, match=r"the run 'blank grey' with the plan add\(ssd\) in the LLM's place"):
+    plain, edited = shown("text"), dataclasses.replace(shown("blank grey"), intervention="add(ssd)")
+    with pytest.raises(errors.MismatchError, match=r"the run 'blank grey' with the intervention add\(ssd\) in the LLM's place"):
         gl.compare(edited, plain, basis, draws=2)
     gap = gl.compare(plain, [shown("blank grey"), edited], basis, draws=2)
     assert gap.facts["runs"] == ["LLM, text", "VLM, blank grey", "VLM, blank grey, add(ssd)"]

@@ -34,8 +34,8 @@ VERBS = {
 @pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
 class TestRefused:
     def test_a_guard_that_is_still_attached(self, vlm, batch, verb):
-        plan = iv.custom(lambda states, context: states + 1).at(layers=[5])
-        with gl.attach(plan, vlm.hf), pytest.raises(errors.ModelError, match=r"a guard that is still attached: Attachment\(custom"):
+        intervention = iv.custom(lambda states, context: states + 1).at(layers=[5])
+        with gl.attach(intervention, vlm.hf), pytest.raises(errors.ModelError, match=r"a guard that is still attached: Attachment\(custom"):
             verb(vlm, batch)
 
     def test_training(self, vlm, batch, verb):

@@ -65,8 +65,8 @@ def formulas(ssd, text, alpha=ALPHA):
 @pytest.mark.parametrize("reading", READINGS)
 def test_readings_are_what_the_paper_allows(vlm, batch, ssd, text, reading):
     """At the edited layer, and everything that follows from it."""
-    plan = vlm_guard(ssd, [LAYER], reading=reading, alpha=ALPHA, gate=None).intervention
-    run = vlm.run(batch, plan, read=[Site()])
+    intervention = vlm_guard(ssd, [LAYER], reading=reading, alpha=ALPHA, gate=None).intervention
+    run = vlm.run(batch, intervention, read=[Site()])
     plain, edited = {}, {}
     logits = reference.with_hooks(vlm.hf, batch.inputs, keep=plain)[:, -1]
     edit = formulas(ssd, text)[reading]
@@ -81,18 +81,18 @@ def test_readings_are_what_the_paper_allows(vlm, batch, ssd, text, reading):
 
 @pytest.mark.parametrize("positions", ["all", "image"])
 def test_other_positions_are_edited_on_demand(vlm, batch, ssd, positions):
-    plan = vlm_guard(ssd, [LAYER], reading="project", positions=positions).intervention
+    intervention = vlm_guard(ssd, [LAYER], reading="project", positions=positions).intervention
     V, chosen = ssd.at(LAYER), batch.select(positions)[..., None]
     expected = reference.with_hooks(vlm.hf, batch.inputs, edits={LAYER: lambda h: torch.where(chosen, h - h @ V.T @ V, h)})[:, -1]
-    close(vlm.run(batch, plan).logits[0], expected)
+    close(vlm.run(batch, intervention).logits[0], expected)
 
 
 def test_decode_steps_are_edited_on_demand(vlm, batch, ssd):
     V = ssd.at(LAYER)
     for phase in ("prefill", "always"):
-        plan = vlm_guard(ssd, [LAYER], reading="amplify", alpha=9.0, gate=None, phase=phase).intervention
+        intervention = vlm_guard(ssd, [LAYER], reading="amplify", alpha=9.0, gate=None, phase=phase).intervention
         expected = reference.generate(vlm.hf, batch.inputs, LAYER, lambda h: h + 9.0 * h @ V.T @ V, phase, 5)
-        assert torch.equal(vlm.run(batch, plan, new_tokens=5).tokens[0], expected)
+        assert torch.equal(vlm.run(batch, intervention, new_tokens=5).tokens[0], expected)
 
 
 def test_image_run_as_its_own_reference_is_the_identity(vlm, batch, ssd):
@@ -194,16 +194,18 @@ def test_a_defence_prints_what_it_is_made_of(ssd):
 
 class TestErrors:
     def test_unknown_reading(self, ssd):
-        with pytest.raises(errors.PlanError, match=r"Found the reading 'mend'.\nExpected one of replace, add, amplify, project"):
+        with pytest.raises(errors.InterventionError, match=r"Found the reading 'mend'.\nExpected one of replace, add, amplify, project"):
             inspect.unwrap(vlm_guard)(ssd, reading="mend")  # past the type checks of the test run
 
     @pytest.mark.parametrize("reading", ["add", "amplify", "project"])
     def test_closed_project_needs_replace(self, ssd, reading):
-        with pytest.raises(errors.PlanError, match=f"Found closed='project' with the reading '{reading}'.\nExpected the reading 'replace'"):
+        with pytest.raises(
+            errors.InterventionError, match=f"Found closed='project' with the reading '{reading}'.\nExpected the reading 'replace'"
+        ):
             vlm_guard(ssd, reading=reading, closed="project")
 
     def test_unknown_threshold(self, ssd):
-        with pytest.raises(errors.PlanError, match=r"Found the threshold 'median'.\nExpected 'midpoint', a number"):
+        with pytest.raises(errors.InterventionError, match=r"Found the threshold 'median'.\nExpected 'midpoint', a number"):
             vlm_guard(ssd, gate="median")
 
     def test_another_model(self, llm, ssd):

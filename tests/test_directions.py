@@ -213,7 +213,7 @@ class TestWithoutADirection:
         ],
     )
     def test_nothing_acts_along_it(self, flat, use):
-        """A plan that changes nothing and a gate that never opens must not look like a guard."""
+        """An intervention that changes nothing and a gate that never opens must not look like a guard."""
         with pytest.raises(errors.NumericsError, match=r"'ssd\(rank=1\)', which are zero at the layers \[1\]"):
             use(flat)
         assert iv.project_out(flat[0]).steps and gates.harmful(flat[0]) is not None
@@ -242,12 +242,12 @@ class TestFromVectors:
 
     def test_an_edit_of_them(self):
         states, vector = gaussian(0, 4, 6).float(), gaussian(1, 6).float()
-        plan = iv.add(directions.from_vectors(vector), 2.0)
-        torch.testing.assert_close(apply(plan, states), states + 2 * vector / vector.norm())
+        intervention = iv.add(directions.from_vectors(vector), 2.0)
+        torch.testing.assert_close(apply(intervention, states), states + 2 * vector / vector.norm())
 
     def test_a_gate_needs_a_number(self):
         made = directions.from_vectors(torch.tensor([3.0, 4]))
-        with pytest.raises(errors.PlanError, match=r"without class means\.\nExpected a threshold in numbers"):
+        with pytest.raises(errors.InterventionError, match=r"without class means\.\nExpected a threshold in numbers"):
             gates.harmful(made)
         assert gates.harmful(made, 0.5).decide(lambda state: torch.tensor([[1.0, 0], [0, 0.5]]), 0).tolist() == [True, False]
 

@@ -53,7 +53,7 @@ def test_other_counts_are_refused(odd):
 
 @pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.int8(2), np.array(2.0), torch.tensor(2), torch.tensor(2.0)], ids=repr)
 def test_a_number_of_any_kind_becomes_pythons_own(value):
-    number = errors.as_number(value, "alpha", errors.PlanError, "leave it out")
+    number = errors.as_number(value, "alpha", errors.InterventionError, "leave it out")
     assert (number, type(number)) == (2.0, float)
 
 
@@ -61,10 +61,10 @@ def test_a_number_of_any_kind_becomes_pythons_own(value):
     "value", [True, np.True_, torch.tensor(True), "2", None, 2j, float("nan"), float("-inf"), 10**400, [2], torch.ones(1)], ids=repr
 )
 def test_what_is_no_finite_number(value):
-    with pytest.raises(errors.PlanError, match=r"Found alpha=[\s\S]*\nExpected a finite number\.\nNext: leave it out\."):
-        errors.as_number(value, "alpha", errors.PlanError, "leave it out")
-    with pytest.raises(errors.PlanError, match="a whole number, 1 or more"):
-        errors.as_count(torch.tensor(True), "draws", errors.PlanError, "leave it out")
+    with pytest.raises(errors.InterventionError, match=r"Found alpha=[\s\S]*\nExpected a finite number\.\nNext: leave it out\."):
+        errors.as_number(value, "alpha", errors.InterventionError, "leave it out")
+    with pytest.raises(errors.InterventionError, match="a whole number, 1 or more"):
+        errors.as_count(torch.tensor(True), "draws", errors.InterventionError, "leave it out")
 
 
 def test_a_warning_names_the_line_of_the_user(recwarn):
@@ -83,3 +83,10 @@ def test_a_warning_names_the_line_of_the_user(recwarn):
     inside["verb"]()
     (found,) = recwarn
     assert (found.filename, found.lineno) == (__file__, inspect.currentframe().f_lineno - 2) and found.category is UserWarning
+
+
+def test_a_sentence_is_shown_as_it_is_and_empty_parts_are_left_out():
+    error = errors.InterventionError("These interventions can't run as branches.", next_step="choose layout='auto'")
+    assert str(error) == "These interventions can't run as branches.\nNext: choose layout='auto'."
+    assert str(errors.InterventionError("seeds 0, 1, ...", "", "")) == "Found seeds 0, 1, ...."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -206,8 +206,8 @@ def test_gate_columns_are_tpr_and_fpr(vlm, whole, basis):
 
 
 def test_gate_of_several_layers_is_the_share_that_opened(vlm, basis):
-    plan = iv.amplify(basis, 1.0).when(gates.harmful(basis, 0.0)).at(layers=[2, 5])
-    found = evaluate(vlm, {"guard": defences.Defence("guard", plan)}, QUERIES, [GREY], judge=FakeJudge(), **OPTIONS)
+    intervention = iv.amplify(basis, 1.0).when(gates.harmful(basis, 0.0)).at(layers=[2, 5])
+    found = evaluate(vlm, {"guard": defences.Defence("guard", intervention)}, QUERIES, [GREY], judge=FakeJudge(), **OPTIONS)
     states = vlm.run(vlm.batch(QUERIES), read=[Site()], logits=None).reads[Site()][0]
     expected = np.mean([(states[:, layer] @ basis.at(layer)[0] > 0).numpy() for layer in (2, 5)], axis=0)
     assert found.columns["gate"] == pytest.approx(expected)
@@ -525,30 +525,30 @@ class OneArgument:
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
-        ({"defences": [defences.none]}, errors.PlanError, "something of type list"),
-        ({"defences": None}, errors.PlanError, "something of type NoneType"),
-        ({"defences": defences.none}, errors.PlanError, "something of type Defence"),
-        ({"defences": {}}, errors.PlanError, "no defences"),
-        ({"defences": {"a": []}}, errors.PlanError, "no draw of the defence 'a'"),
-        ({"defences": {"": defences.none}}, errors.PlanError, "the name ''"),
-        ({"defences": {5: defences.none}}, errors.PlanError, "the name 5"),
+        ({"defences": [defences.none]}, errors.InterventionError, "something of type list"),
+        ({"defences": None}, errors.InterventionError, "something of type NoneType"),
+        ({"defences": defences.none}, errors.InterventionError, "something of type Defence"),
+        ({"defences": {}}, errors.InterventionError, "no defences"),
+        ({"defences": {"a": []}}, errors.InterventionError, "no draw of the defence 'a'"),
+        ({"defences": {"": defences.none}}, errors.InterventionError, "the name ''"),
+        ({"defences": {5: defences.none}}, errors.InterventionError, "the name 5"),
         ({"presentations": []}, errors.PresentationError, "no presentations"),
         ({"presentations": None}, errors.PresentationError, "something of type NoneType"),
         ({"presentations": "text"}, errors.PresentationError, "something of type str"),
         ({"presentations": [text_only, "text"]}, errors.PresentationError, "something of type str"),
-        ({"judge": None}, errors.PlanError, "something of type NoneType"),
-        ({"judge": "keyword"}, errors.PlanError, "something of type str"),
-        ({"judge": lambda query, answer: "refused"}, errors.PlanError, "something of type function"),
-        ({"judge": FakeJudge}, errors.PlanError, "the class FakeJudge itself"),
-        ({"judge": Nameless()}, errors.PlanError, "a judge of the name None"),
-        ({"judge": OneArgument()}, errors.PlanError, "which takes other arguments"),
-        ({"max_new_tokens": 2.5}, errors.PlanError, "max_new_tokens=2.5"),
-        ({"max_new_tokens": float("nan")}, errors.PlanError, "max_new_tokens=nan"),
-        ({"max_new_tokens": True}, errors.PlanError, "max_new_tokens=True"),
-        ({"max_new_tokens": None}, errors.PlanError, "max_new_tokens=None"),
-        ({"batch_size": 1.5}, errors.QueryError, "batch_size=1.5"),
-        ({"batch_size": "2"}, errors.QueryError, "batch_size='2'"),
-        ({"batch_size": True}, errors.QueryError, "batch_size=True"),
+        ({"judge": None}, errors.InterventionError, "something of type NoneType"),
+        ({"judge": "keyword"}, errors.InterventionError, "something of type str"),
+        ({"judge": lambda query, answer: "refused"}, errors.InterventionError, "something of type function"),
+        ({"judge": FakeJudge}, errors.InterventionError, "the class FakeJudge itself"),
+        ({"judge": Nameless()}, errors.InterventionError, "a judge of the name None"),
+        ({"judge": OneArgument()}, errors.InterventionError, "which takes other arguments"),
+        ({"max_new_tokens": 2.5}, errors.ArgumentError, "max_new_tokens=2.5"),
+        ({"max_new_tokens": float("nan")}, errors.ArgumentError, "max_new_tokens=nan"),
+        ({"max_new_tokens": True}, errors.ArgumentError, "max_new_tokens=True"),
+        ({"max_new_tokens": None}, errors.ArgumentError, "max_new_tokens=None"),
+        ({"batch_size": 1.5}, errors.ArgumentError, "batch_size=1.5"),
+        ({"batch_size": "2"}, errors.ArgumentError, "batch_size='2'"),
+        ({"batch_size": True}, errors.ArgumentError, "batch_size=True"),
         ({"model": "organism"}, errors.ModelError, "something of type str"),
     ],
 )

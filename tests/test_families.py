@@ -273,8 +273,8 @@ def test_neurons_are_what_the_down_projection_takes(family, model):
     with hooked(model.hf, path, lambda value: value * gains, "input"):
         expected = raw(model, batch)
     close(model.run_with_hooks(batch, fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", lambda value, hook: value * gains)]), expected)
-    plan = iv.custom(lambda states, context: states * gains).at(hook="post", layers=[layer], positions="all")
-    close(model.run(batch, plan).logits[0], expected[:, -1])
+    intervention = iv.custom(lambda states, context: states * gains).at(hook="post", layers=[layer], positions="all")
+    close(model.run(batch, intervention).logits[0], expected[:, -1])
     assert (expected - logits)[batch.mask].abs().max() > 1e-3
 
 
@@ -423,10 +423,10 @@ def test_generation_equals_raw_hooks(family, model, phase):
         greedy = model.hf.generate(**batch.inputs, **options, do_sample=False)
         torch.manual_seed(11)
         sampled = model.hf.generate(**batch.inputs, **options, do_sample=True, temperature=1.5)
-    plan, width = pushing(push).at(layers=[1]).during(phase), batch.mask.shape[1]
-    assert torch.equal(model.run(batch, plan, new_tokens=5).tokens[0], greedy[:, width:])
+    intervention, width = pushing(push).at(layers=[1]).during(phase), batch.mask.shape[1]
+    assert torch.equal(model.run(batch, intervention, new_tokens=5).tokens[0], greedy[:, width:])
     sampling = {"do_sample": True, "temperature": 1.5}
-    assert torch.equal(model.run(batch, plan, new_tokens=5, seed=11, generation=sampling).tokens[0], sampled[:, width:])
+    assert torch.equal(model.run(batch, intervention, new_tokens=5, seed=11, generation=sampling).tokens[0], sampled[:, width:])
     assert torch.equal(model.run(batch, new_tokens=5).tokens[0], plain[:, width:])
     assert greedy.shape != plain.shape or not torch.equal(greedy, plain)
 
@@ -436,21 +436,25 @@ def test_generation_without_a_cache_gives_the_same_tokens(family, model, phase):
     if family.lacks("generation without a cache"):
         return
     batch = batch_of(family, model)
-    plan = pushing(a_push(model, 6.0)).at(layers=[1]).during(phase)
+    intervention = pushing(a_push(model, 6.0)).at(layers=[1]).during(phase)
     # A random model may say the image token, and then it would be asked for an image.
     plain_words = {"suppress_tokens": list(range(340, model.cfg.d_vocab))}
-    cached = model.run(batch, plan, new_tokens=4, generation=plain_words).tokens
-    assert torch.equal(model.run(batch, plan, new_tokens=4, generation=plain_words | {"use_cache": False}).tokens, cached)
+    cached = model.run(batch, intervention, new_tokens=4, generation=plain_words).tokens
+    assert torch.equal(model.run(batch, intervention, new_tokens=4, generation=plain_words | {"use_cache": False}).tokens, cached)
 
 
 def test_lanes_and_generation_of_lanes_equal_separate_runs(family, model):
     batch = batch_of(family, model)
-    plans = [iv.nothing, pushing(a_push(model)).at(layers=[1]), pushing(-a_push(model)).at(layers=[0], positions="all").during("always")]
-    together = model.run(batch, plans).logits
-    tokens = model.run(batch, plans, new_tokens=3).tokens
-    for lane, plan in enumerate(plans):
-        close(together[lane], model.run(batch, plan).logits[0], 1e-4)
-        assert torch.equal(tokens[lane], model.run(batch, plan, new_tokens=3).tokens[0])
+    interventions = [
+        iv.nothing,
+        pushing(a_push(model)).at(layers=[1]),
+        pushing(-a_push(model)).at(layers=[0], positions="all").during("always"),
+    ]
+    together = model.run(batch, interventions).logits
+    tokens = model.run(batch, interventions, new_tokens=3).tokens
+    for lane, intervention in enumerate(interventions):
+        close(together[lane], model.run(batch, intervention).logits[0], 1e-4)
+        assert torch.equal(tokens[lane], model.run(batch, intervention, new_tokens=3).tokens[0])
 
 
 def test_the_text_twin_is_the_prompt_without_its_image(family, model):

@@ -74,7 +74,7 @@ def test_unlabelled_queries_do_not_count_as_harmless():
 
 
 def test_errors():
-    with pytest.raises(errors.PlanError, match=r"Found the threshold 'median'\.\nExpected 'midpoint', a number"):
+    with pytest.raises(errors.InterventionError, match=r"Found the threshold 'median'\.\nExpected 'midpoint', a number"):
         gates.harmful(V, "median")
     with pytest.raises(errors.SiteError, match=r"harmful\(test, threshold=0.0\) at layer 7\.\nExpected one of the layers \[0, 1\]"):
         gates.harmful(V, 0.0).decide(lambda state: torch.zeros(1, 6), 7)

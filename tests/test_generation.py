@@ -65,7 +65,7 @@ class TestSettings:
         assert (found["top_k"], found["bad_words_ids"], found["sequence_bias"]) == (5, [[1, 2]], {"(3, 4)": -1.0})
 
     def test_a_config_that_is_none_is_refused(self, vlm):
-        with pytest.raises(errors.PlanError, match="GenerationConfig"):
+        with pytest.raises(errors.InterventionError, match="GenerationConfig"):
             generation_settings(vlm.hf, {"generation_config": {"top_k": 3}})
 
 
@@ -79,12 +79,12 @@ STEPWISE = {
 class TestWhatRuns:
     @pytest.mark.parametrize(("name", "value"), STEPWISE.items())
     def test_more_than_one_answer_or_token_is_refused_from_the_call_and_from_the_checkpoint(self, vlm, batch, config, name, value):
-        with pytest.raises(errors.PlanError, match=name):
+        with pytest.raises(errors.InterventionError, match=name):
             vlm.generate(batch, max_new_tokens=2, **{name: value})
-        with pytest.raises(errors.PlanError, match=name):
+        with pytest.raises(errors.InterventionError, match=name):
             vlm.run(batch, new_tokens=2, generation={"generation_config": GenerationConfig(**{name: value, "do_sample": True})})
         setattr(config, name, value)
-        with pytest.raises(errors.PlanError, match=name):
+        with pytest.raises(errors.InterventionError, match=name):
             vlm.run(batch, new_tokens=2)
 
     def test_what_the_checkpoint_says_can_be_taken_back(self, vlm, batch, config):
@@ -94,13 +94,13 @@ class TestWhatRuns:
         assert torch.equal(vlm.run(batch, new_tokens=4, generation=taken_back).tokens, plain)
 
     def test_an_assistant_is_refused(self, vlm, batch):
-        with pytest.raises(errors.PlanError, match="assistant_model"):
+        with pytest.raises(errors.InterventionError, match="assistant_model"):
             vlm.generate(batch, max_new_tokens=2, assistant_model=vlm.hf)
 
     @pytest.mark.parametrize("name", ["return_dict_in_generate", "output_scores", "output_hidden_states"])
     def test_answers_are_tokens_whatever_the_checkpoint_says(self, vlm, batch, config, name):
         plain = vlm.run(batch, new_tokens=3).tokens
-        with pytest.raises(errors.PlanError, match=name):
+        with pytest.raises(errors.InterventionError, match=name):
             vlm.run(batch, new_tokens=3, generation={name: True})
         setattr(config, name, True)
         assert torch.equal(vlm.run(batch, new_tokens=3).tokens, plain)
@@ -109,12 +109,12 @@ class TestWhatRuns:
     def test_caching_that_the_checkpoint_asks_for(self, vlm, batch, config, caching):
         """Also behind kept prompts, whose own cache goes beside no other."""
         push = 3 * torch.randn(128, generator=torch.Generator().manual_seed(0))
-        plan = iv.custom(lambda states, context: states + push).at(layers=[4]).during("always")
-        plain = vlm.run(batch, plan, new_tokens=4).tokens
+        intervention = iv.custom(lambda states, context: states + push).at(layers=[4]).during("always")
+        plain = vlm.run(batch, intervention, new_tokens=4).tokens
         for name, value in caching.items():
             setattr(config, name, value)
-        assert torch.equal(vlm.run(batch, plan, new_tokens=4).tokens, plain)
-        assert torch.equal(vlm.run(vlm.prefill(batch), plan, new_tokens=4).tokens, plain)
+        assert torch.equal(vlm.run(batch, intervention, new_tokens=4).tokens, plain)
+        assert torch.equal(vlm.run(vlm.prefill(batch), intervention, new_tokens=4).tokens, plain)
 
     @pytest.mark.parametrize(
         "options",
@@ -124,12 +124,12 @@ class TestWhatRuns:
         ],
     )  # fmt: skip
     def test_options_that_are_none(self, vlm, batch, options):
-        with pytest.raises(errors.PlanError, match=next(reversed(options)).removeprefix("repetition_")):
+        with pytest.raises(errors.InterventionError, match=next(reversed(options)).removeprefix("repetition_")):
             vlm.run(batch, new_tokens=2, generation=options)
 
     @pytest.mark.parametrize("generation", [None, 5, [("top_k", 3)]])
     def test_options_are_a_mapping(self, unchecked, vlm, batch, generation):
-        with pytest.raises(errors.PlanError, match="Mapping"):
+        with pytest.raises(errors.InterventionError, match="Mapping"):
             vlm.run(batch, new_tokens=2, generation=generation)
 
     def test_an_error_of_an_edit_is_its_own(self, vlm, batch):
@@ -147,7 +147,7 @@ class TestWhatRuns:
             raise NotImplementedError
 
         monkeypatch.setattr(vlm.hf, "generate", seen, raising=False)
-        with pytest.raises(errors.PlanError):
+        with pytest.raises(errors.InterventionError):
             vlm.run(batch, new_tokens=2, generation={"stop_strings": ["."]})
         assert given["tokenizer"] is vlm.tokenizer
 
@@ -162,13 +162,13 @@ class TestNumbersThatAreNone:
             broken = torch.where(context.query == 1, float("inf"), 1.0)
             return states * broken[:, None]
 
-        plan = iv.custom(poison).at(layers=[3]).during(phase)
+        intervention = iv.custom(poison).at(layers=[3]).during(phase)
         text = rf"NaN or infinity at blocks.3.hook_resid_post after the edit custom\(.*poison\), query '{batch.queries[1].id}'"
         with pytest.raises(errors.NumericsError, match=text):
-            vlm.run(batch, [iv.nothing, plan], new_tokens=3, generation=options)
+            vlm.run(batch, [iv.nothing, intervention], new_tokens=3, generation=options)
         if not options:
             with pytest.raises(errors.NumericsError, match=text):
-                vlm.run(vlm.prefill(batch), plan, new_tokens=3)
+                vlm.run(vlm.prefill(batch), intervention, new_tokens=3)
 
     def test_the_step_is_named_where_no_edit_did_it(self, vlm, batch):
         steps = itertools.count()

@@ -149,8 +149,8 @@ def leftover_hook(model):
 def test_prompts_kept_before_a_change_are_refused(model, change):
     kept, prompts = model.prefill(model.batch(QUERIES, GREY)), gl.keep(model, QUERIES, GREY)
     change(model)
-    plan = gl.interventions.custom(lambda states, context: states)
-    for ask in (lambda: model.run(kept), lambda: gl.sweep(model, plan, prompts, layers=[2])):
+    intervention = gl.interventions.custom(lambda states, context: states)
+    for ask in (lambda: model.run(kept), lambda: gl.sweep(model, intervention, prompts, layers=[2])):
         with pytest.raises(errors.MismatchError, match="before an attribute or a hook of its modules was changed"):
             ask()
 
@@ -371,9 +371,9 @@ class TestEvaluate:
 
     def test_a_function_counts_beside_its_name(self, model, tmp_path):
         def ask(factor):
-            plan = gl.interventions.custom(lambda states, context: states * factor, name="scale").at(layers=3)
-            gl.evaluate(model, {"scaled": plan}, QUERIES, text_only, out=tmp_path / "answers", **ASKED)
-            gl.collect(model, QUERIES, text_only, plan, out=tmp_path / "states")
+            intervention = gl.interventions.custom(lambda states, context: states * factor, name="scale").at(layers=3)
+            gl.evaluate(model, {"scaled": intervention}, QUERIES, text_only, out=tmp_path / "answers", **ASKED)
+            gl.collect(model, QUERIES, text_only, intervention, out=tmp_path / "states")
 
         ask(2)
         ask(2)

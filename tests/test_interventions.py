@@ -29,7 +29,7 @@ def test_closed_forms(seed, rank, alpha):
     V, P, h, r = setting(seed, rank)
     one, vector, M = V.truncate(1), gaussian(seed, 6), gaussian(seed, 6, 6)
     mean, v = V.harmful_mean, V.at(1)[0]
-    for plan, expected in [
+    for intervention, expected in [
         (iv.project_out(V), h - h @ P),
         (iv.amplify(V, alpha), h + alpha * h @ P),
         (iv.patch(V, vector), h + (vector - h) @ P),
@@ -45,7 +45,7 @@ def test_closed_forms(seed, rank, alpha):
         (iv.linear(M, alpha), h + alpha * h @ M),
         (iv.custom(lambda states, context: states * context.layer + 2), h + 2),
     ]:
-        close(apply(plan, h, 1, r), expected)
+        close(apply(intervention, h, 1, r), expected)
 
 
 @given(seeds, ranks)
@@ -88,7 +88,7 @@ linear_edits = st.sampled_from(["project_out", "amplify", "patch", "patch_mean",
 
 def make(name, seed):
     V = make_directions(seed)
-    plans = {
+    interventions = {
         "project_out": lambda: iv.project_out(V),
         "amplify": lambda: iv.amplify(V, 0.7),
         "patch": lambda: iv.patch(V, iv.text_twin),
@@ -98,19 +98,19 @@ def make(name, seed):
         "add_component": lambda: iv.add_component(V, iv.text_twin, 0.3),
         "broadcast": lambda: iv.amplify(V[1], 0.4),
     }
-    return plans[name]()
+    return interventions[name]()
 
 
 @given(st.lists(linear_edits, min_size=2, max_size=4), seeds, st.sampled_from([0, 1]), numbers)
 def test_a_chain_equals_its_folded_affine(names, seed, layer, strength):
-    plans = [make(name, seed % 1000 + i) for i, name in enumerate(names)]
+    interventions = [make(name, seed % 1000 + i) for i, name in enumerate(names)]
     h, r = gaussian(seed, 5, 6), gaussian(seed + 1, 5, 6)
     chained = h
-    for plan in plans:
-        chained = apply(plan, chained, layer, r)
-    folded = plans[0].steps[0].edit
-    for plan in plans[1:]:
-        folded = folded.then(plan.steps[0].edit)
+    for intervention in interventions:
+        chained = apply(intervention, chained, layer, r)
+    folded = interventions[0].steps[0].edit
+    for intervention in interventions[1:]:
+        folded = folded.then(intervention.steps[0].edit)
     close(folded(h, context(h, layer, r)), chained)
     close(folded.scaled(strength)(h, context(h, layer, r)), h + strength * (chained - h))
 
@@ -122,10 +122,10 @@ def test_composition_is_associative():
     assert (iv.nothing >> a).steps == (a >> iv.nothing).steps == a.steps
 
 
-def run(plan, value, n_layers=2):
-    """Every hook's value after a plan's taps, the values being independent tensors."""
+def run(intervention, value, n_layers=2):
+    """Every hook's value after an intervention's taps, the values being independent tensors."""
     batch = make_batch((5, 5))
-    taps, _ = compile_taps([plan], [], Layout.tile(2, 5, 1), batch, n_layers, {})
+    taps, _ = compile_taps([intervention], [], Layout.tile(2, 5, 1), batch, n_layers, {})
     values = {tap.point: value for tap in taps}
     for tap in taps:
         values[tap.point] = tap.fn(values[tap.point], 0)
@@ -146,22 +146,22 @@ def test_edits_at_disjoint_sites_commute(one, other):
 
 @given(seeds, st.sampled_from(["project_out", "amplify", "patch", "add", "linear", "add_component"]), st.integers(0, 5))
 def test_placebo_moves_as_far_elsewhere(seed, name, number):
-    plan, h, r = make(name, seed), gaussian(seed, 7, 6), gaussian(seed + 1, 7, 6)
-    placebo = plan.placebo(number)
-    real, fake = (apply(p, h, 1, r) - h for p in (plan, placebo))
+    intervention, h, r = make(name, seed), gaussian(seed, 7, 6), gaussian(seed + 1, 7, 6)
+    placebo = intervention.placebo(number)
+    real, fake = (apply(p, h, 1, r) - h for p in (intervention, placebo))
     close(fake.norm(dim=1), real.norm(dim=1), 1e-7)
     assert not torch.allclose(fake, real)
     assert torch.linalg.matrix_rank(fake) == torch.linalg.matrix_rank(real)
-    assert torch.equal(fake, apply(plan.placebo(number), h, 1, r) - h)
-    assert not torch.allclose(fake, apply(plan.placebo(number + 1), h, 1, r) - h)
+    assert torch.equal(fake, apply(intervention.placebo(number), h, 1, r) - h)
+    assert not torch.allclose(fake, apply(intervention.placebo(number + 1), h, 1, r) - h)
     constant = make("broadcast", seed).placebo(number)
     assert not torch.allclose(apply(constant, h, 0), apply(constant, h, 1))
 
 
 def test_placebo_of_other_edits_keeps_the_norm():
     h = gaussian(0, 4, 6)
-    for plan in (iv.custom(lambda states, context: states.tanh()), iv.add_relative(make_directions(rank=1), 0.5)):
-        close((apply(plan.placebo(), h) - h).norm(dim=1), (apply(plan, h) - h).norm(dim=1))
+    for intervention in (iv.custom(lambda states, context: states.tanh()), iv.add_relative(make_directions(rank=1), 0.5)):
+        close((apply(intervention.placebo(), h) - h).norm(dim=1), (apply(intervention, h) - h).norm(dim=1))
     assert torch.equal(apply(iv.amplify(make_directions(), 0.0).placebo(), h), h)
 
 
@@ -181,23 +181,25 @@ IN_HALF = {
 @pytest.mark.parametrize("name", IN_HALF)
 def test_half_precision_is_rounded_once(name, dtype):
     """Against the same map of the same numbers in float64: no further off than half a unit in the last place."""
-    plan = IN_HALF[name](make_directions(2, width=64, dtype=torch.float32))
+    intervention = IN_HALF[name](make_directions(2, width=64, dtype=torch.float32))
     h, r = (gaussian(seed, 200, 64).to(dtype) for seed in (1, 2))
-    found, exact = apply(plan, h, 1, r), apply(plan, h.double(), 1, r.double())
+    found, exact = apply(intervention, h, 1, r), apply(intervention, h.double(), 1, r.double())
     assert found.dtype == dtype
     assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6).all()
 
 
 def test_errors():
     V, h = make_directions(), gaussian(0, 2, 6)
-    for make_plan in (iv.add, iv.add_relative):
-        with pytest.raises(errors.PlanError, match=r"Found 2 directions per layer\.\nExpected one\.\nNext: .*directions.truncate\(1\)"):
-            make_plan(V)
-    for plan in (iv.project_out(V), iv.add_relative(V.truncate(1))):
+    for make_intervention in (iv.add, iv.add_relative):
+        with pytest.raises(
+            errors.InterventionError, match=r"Found 2 directions per layer\.\nExpected one\.\nNext: .*directions.truncate\(1\)"
+        ):
+            make_intervention(V)
+    for intervention in (iv.project_out(V), iv.add_relative(V.truncate(1))):
         with pytest.raises(errors.SiteError, match=r"at layer 5[\s\S]*\[0, 1\]|at layer 5[\s\S]*Next: collect that layer too"):
-            apply(plan, h, 5)
+            apply(intervention, h, 5)
     first, second = (iv.patch(V, state).steps[0].edit for state in (iv.text_twin, iv.own))
-    with pytest.raises(errors.PlanError, match=r"two held states[\s\S]*at most one in a folded map[\s\S]*a >> b"):
+    with pytest.raises(errors.InterventionError, match=r"two held states[\s\S]*at most one in a folded map[\s\S]*a >> b"):
         first.then(second)
-    with pytest.raises(errors.PlanError, match=r"maps of the layers \(0, 1\) and \(3, 4\)"):
+    with pytest.raises(errors.InterventionError, match=r"maps of the layers \(0, 1\) and \(3, 4\)"):
         first.then(iv.project_out(make_directions(numbers=(3, 4))).steps[0].edit)

@@ -216,8 +216,8 @@ def test_blocks_on_disk_are_the_same_model(directory, tmp_path):
         f"{blocks[-1]}.{name}" for name, _ in plain.hf.get_submodule(blocks[-1]).named_parameters()
     }
     assert spread.id == plain.id
-    plan = iv.custom(lambda states, context: states + 1).at(layers=range(plain.cfg.n_layers))
-    whole, carried = (model.run(model.batch(TEXTS, GREY), plan).logits for model in (plain, spread))
+    intervention = iv.custom(lambda states, context: states + 1).at(layers=range(plain.cfg.n_layers))
+    whole, carried = (model.run(model.batch(TEXTS, GREY), intervention).logits for model in (plain, spread))
     assert torch.equal(whole, carried) and not torch.allclose(whole[0], logits(plain), atol=1e-3)
 
 

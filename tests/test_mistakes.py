@@ -19,9 +19,9 @@ every, grey, q = gl.organism.queries("validation"), presentations.blank("grey"),
 queries = (*every[:2], *every[-2:])
 batch = model.batch(queries, grey)
 ssd = directions.from_vectors(torch.ones(model.cfg.d_model))
-plan, guard = iv.add(ssd).at(layers=[3]), defences.Defence("guard", iv.add(ssd).at(layers=[3]))
+added, guard = iv.add(ssd).at(layers=[3]), defences.Defence("guard", iv.add(ssd).at(layers=[3]))
 
-class Shouting:
+class Loud:
     name = "shouting"
 
     def __call__(self, query, answer):
@@ -41,49 +41,49 @@ print(json.dumps([outcome(code) for code in json.load(sys.stdin)]))
 
 MISTAKES = {
     "gl.collect(model, q, guard)": ("PresentationError", "something of type Defence as a presentation", "defence.present(presentation)"),
-    "model.run(batch, guard)": ("PlanError", "something of type Defence", "a defence's .intervention"),
-    "model.run(batch, [plan, guard])": ("PlanError", "something of type Defence", ".present(presentation)"),
-    "model.generate(q, grey, guard)": ("PlanError", "something of type Defence", "a defence's .intervention"),
-    "gl.attach(guard, model.hf, model.processor)": ("PlanError", "something of type Defence", "a defence's .intervention"),
-    "gl.attach(plan, model, model.processor)": ("ModelError", "something of type HookedModel", "its .hf and .processor"),
-    "model.generate(q, grey, [plan, plan])": ("PlanError", "something of type list", "something of type Intervention"),
+    "model.run(batch, guard)": ("InterventionError", "something of type Defence", "a defence's .intervention"),
+    "model.run(batch, [added, guard])": ("InterventionError", "something of type Defence", ".present(presentation)"),
+    "model.generate(q, grey, guard)": ("InterventionError", "something of type Defence", "a defence's .intervention"),
+    "gl.attach(guard, model.hf, model.processor)": ("InterventionError", "something of type Defence", "a defence's .intervention"),
+    "gl.attach(added, model, model.processor)": ("ModelError", "something of type HookedModel", "its .hf and .processor"),
+    "model.generate(q, grey, [added, added])": ("InterventionError", "something of type list", "something of type Intervention"),
     "gl.sweep(model, iv.add(ssd), queries, 'grey')": ("PresentationError", "something of type str", "as a presentation"),
     "gl.collect(model, queries, 'grey')": ("PresentationError", "something of type str", "as a presentation"),
-    "model.generate(q, grey, max_new_tokens=0)": ("PlanError", "max_new_tokens=0", "1 or more"),
-    "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Shouting(), max_new_tokens=0)": ("PlanError", "=0", "1 or more"),
-    "model.run(batch, [plan, plan], layout='Branch')": ("PlanError", "the layout 'Branch'", "auto, branch, fork, tile"),
-    "gl.sweep(model, iv.add(ssd), queries, scores=['kl'])": ("PlanError", "something of type str", "scores.AnswerKL()"),
-    "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Shouting(), max_new_tokens=1)":
-        ("PlanError", "the verdict 'Refused' of 'shouting'", "'refused', 'answered', 'other'"),
+    "model.generate(q, grey, max_new_tokens=0)": ("ArgumentError", "max_new_tokens=0", "1 or more"),
+    "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Loud(), max_new_tokens=0)": ("ArgumentError", "=0", "1 or more"),
+    "model.run(batch, [added, added], layout='Branch')": ("InterventionError", "the layout 'Branch'", "auto, branch, fork, tile"),
+    "gl.sweep(model, iv.add(ssd), queries, scores=['kl'])": ("InterventionError", "something of type str", "scores.AnswerKL()"),
+    "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Loud(), max_new_tokens=1)":
+        ("InterventionError", "the verdict 'Refused' of 'shouting'", "'refused', 'answered', 'other'"),
     "model.generate(q, Image.new('RGB', (8, 8)))": ("PresentationError", "something of type Image", "Query(text, images=(image,))"),
     "model.generate(q, 'grey')": ("PresentationError", "something of type str", "presentations.blank('grey')"),
     "model.generate(q, presentations.blank)": ("PresentationError", "blank as a presentation", "presentations.blank('grey')"),
-    "model.generate(q, plan)": ("PresentationError", "something of type Intervention as a presentation", "intervention=plan"),
-    "model.generate(batch, plan)": ("PresentationError", "something of type Intervention", "as a presentation"),
-    "evaluated({'guard': 3}, [grey])": ("PlanError", "something of type int", "something of type Defence"),
+    "model.generate(q, added)": ("PresentationError", "something of type Intervention as a presentation", "intervention=added"),
+    "model.generate(batch, added)": ("PresentationError", "something of type Intervention", "as a presentation"),
+    "evaluated({'guard': 3}, [grey])": ("InterventionError", "something of type int", "something of type Defence"),
     "evaluated({'guard': guard}, ['grey'])": ("PresentationError", "something of type str", "as a presentation"),
     "model.generate(batch.inputs)": ("QueryError", "something of type dict", "what model.batch makes of them, whole"),
     "model.run_with_cache(batch.inputs['input_ids'])": ("QueryError", "something of type Tensor", "something of type Query"),
     "model.generate(None)": ("QueryError", "something of type NoneType", "hand in texts"),
     "model.run('hi')": ("QueryError", "something of type str", "model.batch(queries, presentation)"),
     "model.run(batch, read=['resid_post'])": ("SiteError", "something of type str", "Site('resid_post')"),
-    "model.run(batch, iv.custom(lambda h, c: h[:1]).at(layers=[2]))": ("PlanError", "something of shape (1, 128)", "of shape (4, 128)"),
-    "model.run(batch, iv.custom(lambda h, c: None).at(layers=[2]))": ("PlanError", "custom(<lambda>) giving", "type NoneType"),
-    "model.run(batch, iv.custom(lambda h, c: h.numpy()).at(layers=[2]))": ("PlanError", "type ndarray", "floating-point numbers"),
-    "model.run(batch, iv.custom(lambda h, c: h.int()).at(layers=[2]))": ("PlanError", "torch.int32", "floating-point numbers"),
-    "model.run(batch, iv.custom(lambda h, c: h + 1j).at(layers=[2]))": ("PlanError", "torch.complex64", "floating-point numbers"),
+    "model.run(batch, iv.custom(lambda h, c: h[:1]).at(layers=[2]))": ("InterventionError", "something of shape (1, 128)", "(4, 128)"),
+    "model.run(batch, iv.custom(lambda h, c: None).at(layers=[2]))": ("InterventionError", "custom(<lambda>) giving", "type NoneType"),
+    "model.run(batch, iv.custom(lambda h, c: h.numpy()).at(layers=[2]))": ("InterventionError", "type ndarray", "floating-point numbers"),
+    "model.run(batch, iv.custom(lambda h, c: h.int()).at(layers=[2]))": ("InterventionError", "torch.int32", "floating-point numbers"),
+    "model.run(batch, iv.custom(lambda h, c: h + 1j).at(layers=[2]))": ("InterventionError", "torch.complex64", "floating-point numbers"),
     "model.run(batch, iv.custom(lambda h, c: c.held(iv.text_twin)).at(layers=[2]))":
-        ("PlanError", "which it does not require", "custom(fn, requires=(state,))"),
+        ("InterventionError", "which it does not require", "custom(fn, requires=(state,))"),
     "model.run(batch, iv.custom(lambda h, c: c.held(iv.own), (iv.text_twin,)).at(layers=[2]) >> iv.swap(iv.own).at(layers=[2]))":
-        ("PlanError", "which it does not require", "custom(fn, requires=(state,))"),
-    "model.run(batch, iv.custom(lambda h, c: c.held(None)).at(layers=[2]))": ("PlanError", "type NoneType", "something of type State"),
-    "iv.add(torch.randn(128), 2.0)": ("PlanError", "something of type Tensor", "directions.from_vectors"),
-    "iv.patch(torch.randn(128), iv.text_twin)": ("PlanError", "something of type Tensor", "directions.from_vectors"),
+        ("InterventionError", "which it does not require", "custom(fn, requires=(state,))"),
+    "model.run(batch, iv.custom(lambda h, c: c.held(None)).at(layers=[2]))": ("InterventionError", "type NoneType", "of type State"),
+    "iv.add(torch.randn(128), 2.0)": ("InterventionError", "something of type Tensor", "directions.from_vectors"),
+    "iv.patch(torch.randn(128), iv.text_twin)": ("InterventionError", "something of type Tensor", "directions.from_vectors"),
     "QueryPairs(['How to break it?'], ['How to mend it?', 'How?'])": ("QueryError", "1 harmful and 2 harmless", "twin"),
 }  # fmt: skip
 
 ALLOWED = {
-    "evaluated({'guard': plan, 'none': defences.none}, grey).columns['answer'].shape": "(8,)",
+    "evaluated({'guard': added, 'none': defences.none}, grey).columns['answer'].shape": "(8,)",
     "[(x.text, x.label, x.pair) for x in QueryPairs(['Break it.'], [Query('Mend it.', 'harmless')]).queries]": (
         "[('Break it.', 'harmful', 'pair 0'), ('Mend it.', 'harmless', 'pair 0')]"
     ),

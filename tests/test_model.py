@@ -84,7 +84,7 @@ def test_cache_is_a_copy(vlm, batch):
 def test_every_edit_equals_a_raw_hook(vlm, batch, basis, name, layer):
     basis_at, one = basis.at(layer), basis.truncate(1)
     matrix, vector = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)) / 12, basis.harmful_mean
-    plans = {
+    interventions = {
         "project_out": (iv.project_out(basis), lambda h: h - h @ basis_at.T @ basis_at),
         "amplify": (iv.amplify(basis, 3.0), lambda h: h + 3 * h @ basis_at.T @ basis_at),
         "replace": (iv.replace(basis, vector, 2.0), lambda h: h + (2 * vector[layer] - h) @ basis_at.T @ basis_at),
@@ -94,10 +94,10 @@ def test_every_edit_equals_a_raw_hook(vlm, batch, basis, name, layer):
         "linear": (iv.linear(matrix, 0.5), lambda h: h + 0.5 * h @ matrix),
         "custom": (iv.custom(lambda states, context: states.tanh()), torch.tanh),
     }
-    plan, edit = plans[name]
+    intervention, edit = interventions[name]
     expected = reference.with_hooks(vlm.hf, batch.inputs, edits={layer: reference.at_last(edit)})[:, -1]
     plain = reference.with_hooks(vlm.hf, batch.inputs)[:, -1]
-    mine = vlm.run(batch, plan.at(layers=[layer])).logits[0]
+    mine = vlm.run(batch, intervention.at(layers=[layer])).logits[0]
     close(mine, expected)
     assert (expected - plain).abs().max() > 1e-3
 
@@ -108,11 +108,11 @@ def test_the_unembedding_is_read_and_edited_where_its_other_tokens_could_be_left
     close(plain.reads[site][0, :, 0], plain.logits[0])
     tokens = vlm.run(batch, new_tokens=4).tokens[0]
     ban[tokens[:, 0].unique()] = -1e4
-    plan = iv.custom(lambda states, context: states + ban).at(hook="unembed")
-    assert torch.equal(vlm.run(batch, plan).logits[0], plain.logits[0] + ban)
-    first = vlm.run(batch, plan, new_tokens=4).tokens[0]
+    intervention = iv.custom(lambda states, context: states + ban).at(hook="unembed")
+    assert torch.equal(vlm.run(batch, intervention).logits[0], plain.logits[0] + ban)
+    first = vlm.run(batch, intervention, new_tokens=4).tokens[0]
     assert torch.equal(first[:, 0], (plain.logits[0] + ban).argmax(1))
-    assert not torch.isin(vlm.run(batch, plan.during("always"), new_tokens=4).tokens[0], tokens[:, 0].unique()).any()
+    assert not torch.isin(vlm.run(batch, intervention.during("always"), new_tokens=4).tokens[0], tokens[:, 0].unique()).any()
 
 
 def test_edits_at_other_hooks_and_positions(vlm, batch, basis):
@@ -148,19 +148,19 @@ def test_text_twin_is_read_from_the_image_free_run(vlm, batch, basis):
 def test_two_states_read_at_the_same_place(vlm, batch, basis):
     """A state of the asking layer and one of a fixed layer may coincide."""
     fixed = iv.State(run=text_only, layer=4)
-    plan = iv.patch(basis, iv.text_twin).at(layers=[4]) >> iv.patch(basis, fixed).at(layers=[5])
-    assert plan.requires(LAYERS) == {iv.State(text_only, "resid_post"): {4}, replace(fixed, hook="resid_post"): {4}}
+    intervention = iv.patch(basis, iv.text_twin).at(layers=[4]) >> iv.patch(basis, fixed).at(layers=[5])
+    assert intervention.requires(LAYERS) == {iv.State(text_only, "resid_post"): {4}, replace(fixed, hook="resid_post"): {4}}
     twin = vlm.run(vlm.batch(TEXTS), read=[Site()], logits=None).reads[Site()][0, :, 4]
     edits = {layer: reference.at_last(lambda h, V=basis.at(layer): h + (twin - h) @ V.T @ V) for layer in (4, 5)}
-    close(vlm.run(batch, plan).logits[0], reference.with_hooks(vlm.hf, batch.inputs, edits=edits)[:, -1])
+    close(vlm.run(batch, intervention).logits[0], reference.with_hooks(vlm.hf, batch.inputs, edits=edits)[:, -1])
 
 
 def test_gate_decides_per_row(vlm, batch, basis):
     """Mixed verdicts in one batch: closed rows are bit-identical to no edit, open ones to the ungated edit."""
     states = vlm.run(vlm.batch(TEXTS), read=[Site()], logits=None).reads[Site()][0, :, 3] @ basis.at(3)[0]
     threshold = float(states.median()) + 1e-4
-    plan = iv.amplify(basis, 5.0).when(gates.harmful(basis, threshold)).at(layers=[3])
-    run = vlm.run(batch, plan)
+    intervention = iv.amplify(basis, 5.0).when(gates.harmful(basis, threshold)).at(layers=[3])
+    run = vlm.run(batch, intervention)
     opened = run.verdicts[0, 0, 3]
     assert torch.equal(opened, states > threshold)
     assert 0 < opened.sum() < len(TEXTS)
@@ -172,12 +172,12 @@ def test_gate_decides_per_row(vlm, batch, basis):
 def test_strength_zero_and_closed_gate_are_bit_identical(vlm, batch, basis):
     plain = vlm.run(batch).logits
     closed = gates.harmful(basis, 1e9)
-    for plan in (
+    for intervention in (
         iv.amplify(basis, 5.0).scaled(0.0),
         iv.replace(basis, iv.text_twin).when(closed),
         iv.project_out(basis).scaled(0.0).at(positions="all"),
     ):
-        assert torch.equal(vlm.run(batch, plan).logits, plain)
+        assert torch.equal(vlm.run(batch, intervention).logits, plain)
 
 
 def test_strength_interpolates(vlm, batch, basis):
@@ -191,8 +191,8 @@ def test_generation_edits_exactly_the_steps_of_its_phase(vlm, batch, basis, phas
     """Trap: without iterating over steps, an edit silently changes only the prefill."""
     push = 12 * basis.at(6)[0]
     expected = reference.generate(vlm.hf, batch.inputs, 6, lambda h: h + push, phase, 8)
-    plan = iv.add(basis.truncate(1), 12.0).at(layers=[6]).during(phase)
-    assert torch.equal(vlm.run(batch, plan, new_tokens=8).tokens[0], expected)
+    intervention = iv.add(basis.truncate(1), 12.0).at(layers=[6]).during(phase)
+    assert torch.equal(vlm.run(batch, intervention, new_tokens=8).tokens[0], expected)
     others = [
         reference.generate(vlm.hf, batch.inputs, 6, lambda h: h + push, other, 8) for other in {"prefill", "decode", "always"} - {phase}
     ]
@@ -220,8 +220,8 @@ def test_gate_is_latched_for_decode_steps(vlm, batch, basis):
 
     states = vlm.run(vlm.batch(TEXTS), read=[Site()], logits=None).reads[Site()][0, :, 6] @ basis.at(6)[0]
     gate = gates.harmful(basis, float(states.median()) + 1e-4)
-    plan = iv.custom(note).when(gate).during("decode").at(layers=[6])
-    run = vlm.run(batch, plan, new_tokens=6)
+    intervention = iv.custom(note).when(gate).during("decode").at(layers=[6])
+    run = vlm.run(batch, intervention, new_tokens=6)
     plain = vlm.run(batch, new_tokens=6).tokens[0]
     pushed = vlm.run(batch, iv.add(basis.truncate(1), 12.0).at(layers=[6]).during("decode"), new_tokens=6).tokens[0]
     for row, opened in enumerate(run.verdicts[0, 0, 6].tolist()):
@@ -231,38 +231,40 @@ def test_gate_is_latched_for_decode_steps(vlm, batch, basis):
 
 @pytest.mark.parametrize("presentation", [text_only, GREY], ids=["text", "grey"])
 def test_alone_in_a_batch_in_any_order_with_either_padding(vlm, presentation, basis):
-    plan = iv.replace(basis, iv.text_twin).when(gates.harmful(basis, "midpoint")).at(layers=[3, 5])
+    intervention = iv.replace(basis, iv.text_twin).when(gates.harmful(basis, "midpoint")).at(layers=[3, 5])
     site = Site()
-    alone = [vlm.run(vlm.batch([text], presentation), plan, read=[site]) for text in TEXTS]
+    alone = [vlm.run(vlm.batch([text], presentation), intervention, read=[site]) for text in TEXTS]
     states, logits = torch.cat([run.reads[site] for run in alone], 1), torch.cat([run.logits for run in alone], 1)
     order = [2, 0, 3, 1]
     for rows, side in ((range(4), "left"), (order, "left"), (range(4), "right")):
-        run = vlm.run(vlm.batch([TEXTS[i] for i in rows], presentation, padding_side=side), plan, read=[site])
+        run = vlm.run(vlm.batch([TEXTS[i] for i in rows], presentation, padding_side=side), intervention, read=[site])
         close(run.reads[site], states[:, list(rows)])
         close(run.logits, logits[:, list(rows)])
 
 
 @pytest.mark.parametrize("layout", ["branch", "tile"])
 def test_lanes_equal_separate_runs(vlm, batch, basis, layout):
-    plans = [
+    interventions = [
         iv.nothing,
         iv.amplify(basis, 2.0).at(layers=[1]),
         iv.replace(basis, iv.text_twin).at(layers=[4]).when(gates.harmful(basis)),
         iv.add(basis.truncate(1), 5.0),
     ]
-    together = vlm.run(batch, plans, read=[Site()], layout=layout)
+    together = vlm.run(batch, interventions, read=[Site()], layout=layout)
     assert (together.layout, bool(together.why)) == (layout, layout == "tile")
-    for lane, plan in enumerate(plans):
-        single = vlm.run(batch, plan, read=[Site()])
+    for lane, intervention in enumerate(interventions):
+        single = vlm.run(batch, intervention, read=[Site()])
         close(together.logits[lane], single.logits[0])
         close(together.reads[Site()][lane], single.reads[Site()][0])
-    tokens = vlm.run(batch, plans, new_tokens=5).tokens
-    assert all(torch.equal(tokens[lane], vlm.run(batch, plan, new_tokens=5).tokens[0]) for lane, plan in enumerate(plans))
+    tokens = vlm.run(batch, interventions, new_tokens=5).tokens
+    assert all(
+        torch.equal(tokens[lane], vlm.run(batch, intervention, new_tokens=5).tokens[0]) for lane, intervention in enumerate(interventions)
+    )
 
 
 def test_own_state_is_read_before_its_edit_and_after_earlier_ones(vlm, batch, basis):
     V, push = basis.at(4), 5 * basis.at(2)[0]
-    plan = iv.add(basis.truncate(1), 5.0).at(layers=[2]) >> iv.patch(basis, iv.State(layer=2)).at(layers=[4])
+    intervention = iv.add(basis.truncate(1), 5.0).at(layers=[2]) >> iv.patch(basis, iv.State(layer=2)).at(layers=[4])
     kept = {}
     reference.with_hooks(vlm.hf, batch.inputs, edits={2: reference.at_last(lambda h: h + push)}, keep=kept)
 
@@ -272,7 +274,7 @@ def test_own_state_is_read_before_its_edit_and_after_earlier_ones(vlm, batch, ba
     expected = reference.with_hooks(vlm.hf, batch.inputs, edits={2: reference.at_last(lambda h: h + push), 4: reference.at_last(edit)})[
         :, -1
     ]
-    close(vlm.run(batch, plan).logits[0], expected)
+    close(vlm.run(batch, intervention).logits[0], expected)
     own = vlm.run(batch, iv.patch(basis, iv.own)).logits
     close(own, vlm.run(batch).logits)
 
@@ -348,14 +350,14 @@ def test_bfloat16_projects_in_float32(hf_vlm, processor, basis):
     half = gl.load(copy.deepcopy(hf_vlm).to(torch.bfloat16), processor=processor)
     batch = half.batch(TEXTS, GREY)
     anyone = directions.random(basis)
-    plan = iv.project_out(anyone.__class__(**{**vars(anyone), "provenance": half.provenance})).at(layers=[4])
+    intervention = iv.project_out(anyone.__class__(**{**vars(anyone), "provenance": half.provenance})).at(layers=[4])
     V = anyone.at(4)
 
     def edit(h):
         return (h.float() - h.float() @ V.T @ V).to(h.dtype)
 
     expected = reference.with_hooks(half.hf, batch.inputs, edits={4: reference.at_last(edit)})[:, -1]
-    assert torch.equal(half.run(batch, plan).logits[0], expected)
+    assert torch.equal(half.run(batch, intervention).logits[0], expected)
 
 
 class TestImagesThatAreNotShown:
@@ -391,9 +393,9 @@ class TestErrors:
         assert "anew" in str(caught.value)
 
     def test_mixed_widths(self, llm, basis):
-        plan = iv.linear(torch.eye(128))
+        intervention = iv.linear(torch.eye(128))
         with pytest.raises(errors.MismatchError, match=r"of width 128 at resid_post.\nExpected width 32"):
-            llm.run(llm.batch(TEXTS), plan)
+            llm.run(llm.batch(TEXTS), intervention)
 
     def test_image_on_a_text_model(self, llm):
         with pytest.raises(errors.PresentationError, match="'blank grey', which shows an image, for a text-only model"):
@@ -446,11 +448,11 @@ class TestErrors:
             model.run(batch, iv.replace(basis, iv.text_twin))
 
     def test_state_that_comes_too_late(self, vlm, batch, basis):
-        with pytest.raises(errors.PlanError, match=r"blocks.2.hook_resid_post that needs this run's own blocks.5.hook_resid_post"):
+        with pytest.raises(errors.InterventionError, match=r"blocks.2.hook_resid_post that needs this run's own blocks.5.hook_resid_post"):
             vlm.run(batch, iv.patch(basis, iv.State(layer=5)).at(layers=[2]))
 
     def test_generation_needs_left_padding(self, vlm):
-        with pytest.raises(errors.PlanError, match="padded on the right"):
+        with pytest.raises(errors.InterventionError, match="padded on the right"):
             vlm.run(vlm.batch(TEXTS, padding_side="right"), new_tokens=2)
 
     def test_loading(self, tmp_path, hf_vlm):

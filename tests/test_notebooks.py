@@ -110,8 +110,10 @@ def test_directions_say_for_each_layer_what_they_hold(collected):
 
 def test_an_intervention_is_a_row_per_step(collected):
     ssd = directions.ssd(collected)
-    plan = iv.replace(ssd, iv.text_twin).when(gates.harmful(ssd)) >> iv.add(ssd, 2.0).at(layers=[5, 6, 7]).during("decode").scaled(0.5)
-    (rows,) = tables(plan)
+    intervention = iv.replace(ssd, iv.text_twin).when(gates.harmful(ssd)) >> iv.add(ssd, 2.0).at(layers=[5, 6, 7]).during("decode").scaled(
+        0.5
+    )
+    (rows,) = tables(intervention)
     assert rows["edit"].tolist() == ["replace(ssd(rank=1), text_twin, gain=1)", "add(ssd(rank=1), alpha=2)"]
     assert rows["layers"].tolist() == ["free", "5 to 7"] and rows["gate"].tolist()[1] == "always open"
     assert rows["phase"].tolist() == ["prefill", "decode"] and rows["strength"].tolist() == [1.0, 0.5]

@@ -234,7 +234,7 @@ def by_hand(base, source, value, draws=4000):
 class TestRefusals:
     @pytest.mark.parametrize("hook", ["resid_mid", "embed", "unembed"])
     def test_hooks_that_are_not_in_the_blocks_or_only_read(self, vlm, hook):
-        with pytest.raises(errors.PlanError, match=f"patching at '{hook}'"):
+        with pytest.raises(errors.InterventionError, match=f"patching at '{hook}'"):
             gl.activation_patching(vlm, QUERIES, GREY, hooks=hook)
 
     def test_unknown_hooks_and_layers(self, vlm):
@@ -256,7 +256,7 @@ class TestSwap:
 
     def test_whole_state_or_one_stretch(self):
         states, held = self.states()
-        edit = lambda plan: plan.steps[0].edit(states, context(states, held=held))  # noqa: E731
+        edit = lambda intervention: intervention.steps[0].edit(states, context(states, held=held))  # noqa: E731
         assert torch.equal(edit(iv.swap(iv.text_twin)), held)
         expected = torch.cat([states[:, :2], held[:, 2:4], states[:, 4:]], dim=1)
         assert torch.equal(edit(iv.swap(iv.text_twin, part=(1, 3))), expected)
@@ -276,28 +276,28 @@ class TestSwap:
         np.testing.assert_allclose(odds(logits, vlm.tokenizer), expected, atol=1e-4)
 
     def test_it_acts_where_its_state_is_held(self):
-        plan = iv.swap(iv.State(run=text_only, hook="z", positions="image"), part=(3, 4))
-        assert (plan.steps[0].site.hook, plan.steps[0].site.positions) == ("z", "image")
-        assert plan.free and repr(plan).startswith("swap(") and "part=(3, 4)" in repr(plan)
+        intervention = iv.swap(iv.State(run=text_only, hook="z", positions="image"), part=(3, 4))
+        assert (intervention.steps[0].site.hook, intervention.steps[0].site.positions) == ("z", "image")
+        assert intervention.free and repr(intervention).startswith("swap(") and "part=(3, 4)" in repr(intervention)
 
     def test_strength_and_placebo(self, vlm):
         batch, site = vlm.batch(QUERIES, GREY), gl.Site(layers=(4,))
         swap = iv.swap(iv.text_twin).at(layers=4)
-        plans = [iv.nothing, swap, swap.scaled(0.5), swap.placebo(3)]
-        own, there, half, turned = vlm.run(batch, plans, read=[site], logits=None).reads[site][:, :, 0]
+        interventions = [iv.nothing, swap, swap.scaled(0.5), swap.placebo(3)]
+        own, there, half, turned = vlm.run(batch, interventions, read=[site], logits=None).reads[site][:, :, 0]
         torch.testing.assert_close(half, (own + there) / 2, atol=1e-5, rtol=0)
         torch.testing.assert_close((turned - own).norm(dim=-1), (there - own).norm(dim=-1), atol=1e-3, rtol=1e-4)
 
     def test_saved_and_loaded(self, tmp_path):
-        plan = iv.swap(iv.text_twin, part=(1, 4)).at(layers=[2])
-        plan.save(tmp_path / "swap.safetensors")
+        intervention = iv.swap(iv.text_twin, part=(1, 4)).at(layers=[2])
+        intervention.save(tmp_path / "swap.safetensors")
         again = gl.Intervention.load(tmp_path / "swap.safetensors")
-        assert again.fingerprint == plan.fingerprint != iv.swap(iv.text_twin, part=(2, 4)).at(layers=[2]).fingerprint
-        assert again.steps[0].edit == plan.steps[0].edit
+        assert again.fingerprint == intervention.fingerprint != iv.swap(iv.text_twin, part=(2, 4)).at(layers=[2]).fingerprint
+        assert again.steps[0].edit == intervention.steps[0].edit
 
     def test_refusals(self):
         states, held = self.states()
-        with pytest.raises(errors.PlanError, match="part 4 of 4"):
+        with pytest.raises(errors.InterventionError, match="part 4 of 4"):
             iv.swap(iv.text_twin, part=(4, 4))
         for part, other in (((0, 4), held), (None, held[:, :4])):
             with pytest.raises(errors.MismatchError, match="for states of width 6"):
@@ -327,14 +327,14 @@ class TestRowsThatAreLacking:
     ("change", "kind", "said"),
     [
         ({"model": "organism"}, errors.ModelError, "something of type str"),
-        ({"hooks": None}, errors.PlanError, "something of type NoneType"),
-        ({"hooks": []}, errors.PlanError, "no hooks"),
-        ({"hooks": [5]}, errors.PlanError, "something of type int"),
+        ({"hooks": None}, errors.InterventionError, "something of type NoneType"),
+        ({"hooks": []}, errors.InterventionError, "no hooks"),
+        ({"hooks": [5]}, errors.InterventionError, "something of type int"),
         ({"layers": []}, errors.SiteError, "no layers"),
         ({"layers": [5.0]}, errors.SiteError, r"layer=5\.0"),
         ({"layers": [True]}, errors.SiteError, "layer=True"),
         ({"source": "text"}, errors.PresentationError, "something of type str"),
-        ({"scores": []}, errors.PlanError, "scores in a list"),
+        ({"scores": []}, errors.InterventionError, "scores in a list"),
     ],
 )
 def test_met_at_the_door(vlm, unchecked, change, kind, said):

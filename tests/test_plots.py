@@ -29,10 +29,10 @@ def curves(metrics=("auroc", "d_prime"), runs=("text only", "grey image"), layer
     return pd.DataFrame(rows).assign(low=lambda f: f["value"] - 0.03, high=lambda f: f["value"] + 0.04)
 
 
-def effects(plans=("guard", "placebo"), layers=(0, 1, 2), strengths=(0.5, 1.0)):
+def effects(interventions=("guard", "placebo"), layers=(0, 1, 2), strengths=(0.5, 1.0)):
     rows = [
-        {"plan": p, "label": label, "layer": layer, "strength": s, "value": (2.0 * layer - 1) * s * (p == "guard"), "n": 54}
-        for p in plans
+        {"intervention": p, "label": label, "layer": layer, "strength": s, "value": (2.0 * layer - 1) * s * (p == "guard"), "n": 54}
+        for p in interventions
         for label in ("harmful", "harmless")
         for layer in layers
         for s in strengths
@@ -151,7 +151,7 @@ def test_effect_maps_say_their_unit_and_their_values():
 
 
 def test_effect_maps_mark_the_cells_whose_interval_holds_zero():
-    frame = effects(plans=("guard",))
+    frame = effects(interventions=("guard",))
     frame = frame.assign(low=frame["value"] - 0.6, high=frame["value"] + 0.6)
     ((harmful, _),) = axes = plots.effect_maps(frame, unit="nats")
     (dots,) = [line for line in harmful.lines if line.get_marker() == "."]

@@ -76,7 +76,7 @@ def test_like_lengths_fill_a_batch_and_an_outlier_does_not_pad_it():
 
 def test_no_queries_and_no_size():
     assert list(over_batches(Fake(None, None, "f"), [], text_only, lambda batch, prefix: 0)) == []
-    with pytest.raises(errors.QueryError, match="Found batch_size=0"):
+    with pytest.raises(errors.ArgumentError, match="Found batch_size=0"):
         list(over_batches(Fake(None, None, "f"), asked([5]), text_only, lambda batch, prefix: 0, 0))
 
 
@@ -232,14 +232,14 @@ class TestWhoseMemoryItWas:
         class Mine:
             name, unit, __call__ = "mine", "", self.full
 
-        plan = iv.custom(lambda states, context: states + 1)
+        intervention = iv.custom(lambda states, context: states + 1)
         with pytest.raises(errors.ModelError, match="the score mine, which ran out of memory"):
-            gl.sweep(vlm, plan, self.QUERIES, presentations.text_only, layers=[3], scores=[Mine()], placebos=0)
+            gl.sweep(vlm, intervention, self.QUERIES, presentations.text_only, layers=[3], scores=[Mine()], placebos=0)
 
     def test_an_edit(self, vlm):
-        plan = iv.custom(self.full)
+        intervention = iv.custom(self.full)
         with pytest.raises(errors.ModelError, match=r"the edit custom\(.*full\), which ran out of memory"):
-            gl.sweep(vlm, plan, self.QUERIES, presentations.text_only, layers=[3], placebos=0)
+            gl.sweep(vlm, intervention, self.QUERIES, presentations.text_only, layers=[3], placebos=0)
 
     def test_a_presentation(self, vlm):
         class Mine:

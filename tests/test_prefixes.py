@@ -12,7 +12,7 @@ from guardlens.models import hooked_model as engine
 from guardlens.models.engine import selftests as trials
 from guardlens.models.engine.batch import Batch
 from tests.strategies import make_batch
-from tests.test_branches import plans_of
+from tests.test_branches import interventions_of
 from tests.test_families import BY_NAME, close, loaded
 from tests.zoo.family import TEXTS
 
@@ -60,23 +60,23 @@ class TestEveryFamily:
 
     def test_branches_behind_a_prefix_are_whole_runs(self, name, eager_to_share):
         family, model = BY_NAME[name], loaded(name)
-        batch, plans = model.batch(TEXTS, shown(family, model)), plans_of(model)
+        batch, interventions = model.batch(TEXTS, shown(family, model)), interventions_of(model)
         prefix = model.share(batch)
         if prefix is None:
             return
         kept = model.prefill(batch, prefix)
         assert bool(kept.flaw) == bool(family.lacks("branches"))
-        close(model.run(kept, plans).logits, model.run(batch, plans, layout="tile").logits)
+        close(model.run(kept, interventions).logits, model.run(batch, interventions, layout="tile").logits)
         again = model.batch(TEXTS[:2], batch.presentation)
-        close(model.run(model.prefill(again, prefix), plans).logits, model.run(again, plans, layout="tile").logits)
+        close(model.run(model.prefill(again, prefix), interventions).logits, model.run(again, interventions, layout="tile").logits)
 
     def test_answers_behind_a_prefix_are_those_of_whole_prompts(self, name, eager_to_share):
         family, model = BY_NAME[name], loaded(name)
         batch = model.batch(TEXTS, shown(family, model))
-        prefix, plans = model.share(batch), [plan.during("always") for plan in plans_of(model)[:3]]
+        prefix, interventions = model.share(batch), [intervention.during("always") for intervention in interventions_of(model)[:3]]
         if prefix is not None:
-            behind = model.run(batch, plans, new_tokens=6, prefix=prefix).tokens
-            assert torch.equal(behind, model.run(batch, plans, new_tokens=6).tokens)
+            behind = model.run(batch, interventions, new_tokens=6, prefix=prefix).tokens
+            assert torch.equal(behind, model.run(batch, interventions, new_tokens=6).tokens)
 
 
 def test_most_families_share_their_prefix(eager_to_share):
@@ -143,12 +143,14 @@ class TestWhenItIsUsed:
         batch = vlm.batch(WORDS, GREY)
         prefix = vlm.share(batch)
         widths.clear()
-        for site, plan in (
+        for site, intervention in (
             (Site(positions="image"), iv.nothing),
             (Site(), iv.amplify(basis).at(positions="all")),
             (Site("embed"), iv.nothing),
         ):
-            close(vlm.run(batch, plan, read=[site], prefix=prefix).reads[site], vlm.run(batch, plan, read=[site]).reads[site])
+            close(
+                vlm.run(batch, intervention, read=[site], prefix=prefix).reads[site], vlm.run(batch, intervention, read=[site]).reads[site]
+            )
         assert [shape[1] for shape in widths[:4]] == [batch.mask.shape[1]] * 4
 
     def test_not_beside_another_picture(self, vlm, widths):

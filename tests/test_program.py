@@ -22,11 +22,11 @@ def times(number):
     return iv.custom(lambda states, context: states * number)
 
 
-def drive(plans, values, reads=(), batch=None, step=0, held=None, record=None, taps=None):
+def drive(interventions, values, reads=(), batch=None, step=0, held=None, record=None, taps=None):
     """Run taps over independent values of each point."""
     batch = batch or make_batch((3, 5))
     if taps is None:
-        taps, record = compile_taps(plans, reads, Layout.tile(2, 5, len(plans)), batch, 2, held or {})
+        taps, record = compile_taps(interventions, reads, Layout.tile(2, 5, len(interventions)), batch, 2, held or {})
     values = dict(values)
     for tap in taps:
         if step == 0 or tap.decode:
@@ -51,14 +51,14 @@ def test_order_at_a_point():
         return iv.custom(fn, (state,))
 
     values = both()
-    plan = (
+    intervention = (
         add(1).at(layers=[0])
         >> note("own", iv.own).at(layers=[0])
         >> add(10).at(layers=[0])
         >> note("later", iv.State(layer=0, positions="all")).at(layers=[1])
     )
     batch = make_batch((5, 5))
-    changed, record, _ = drive([plan], values, [Site(layers=(0,))], batch)
+    changed, record, _ = drive([intervention], values, [Site(layers=(0,))], batch)
     start = values[POST[0]]
     torch.testing.assert_close(seen["own"], start[:, -1] + 1)
     full = start.clone()
@@ -68,9 +68,11 @@ def test_order_at_a_point():
     torch.testing.assert_close(record.reads[Site(layers=(0,)), POST[0]][0], full[:, -1])
 
 
-def test_steps_at_one_point_follow_the_plan():
+def test_steps_at_one_point_follow_the_intervention():
     values = both()
-    one, other = (drive([plan.at(layers=[0])], values)[0][POST[0]][:, -1] for plan in (add(2) >> times(3), times(3) >> add(2)))
+    one, other = (
+        drive([intervention.at(layers=[0])], values)[0][POST[0]][:, -1] for intervention in (add(2) >> times(3), times(3) >> add(2))
+    )
     torch.testing.assert_close(one, (values[POST[0]][:, -1] + 2) * 3)
     torch.testing.assert_close(other, values[POST[0]][:, -1] * 3 + 2)
 
@@ -78,8 +80,8 @@ def test_steps_at_one_point_follow_the_plan():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_lanes_touch_only_their_rows_and_never_padding(side):
     batch, values = make_batch((3, 5), side), both(rows=6)
-    plans = [iv.nothing, add(1).at(positions="all", layers=[0]), times(2).at(layers=[0])]
-    changed, record, _ = drive(plans, values, [Site(positions="all")], batch)
+    interventions = [iv.nothing, add(1).at(positions="all", layers=[0]), times(2).at(layers=[0])]
+    changed, record, _ = drive(interventions, values, [Site(positions="all")], batch)
     before, after = values[POST[0]], changed[POST[0]]
     assert torch.equal(after[:2], before[:2]) and torch.equal(changed[POST[1]], values[POST[1]])
     torch.testing.assert_close(after[2:4], before[2:4] + batch.mask[..., None])
@@ -122,9 +124,9 @@ def test_reads_are_copies_and_inputs_are_not_written():
 @pytest.mark.parametrize(("phase", "prefill", "decode"), [("prefill", 1, 0), ("decode", 0, 1), ("always", 1, 1)])
 def test_phases(phase, prefill, decode):
     values, token = both(rows=4), both(seed=9, rows=4, width=1)
-    plans = [iv.nothing, add(1).during(phase).at(positions="image")]
-    first, record, taps = drive(plans, values)
-    later, _, _ = drive(plans, token, step=3, record=record, taps=taps)
+    interventions = [iv.nothing, add(1).during(phase).at(positions="image")]
+    first, record, taps = drive(interventions, values)
+    later, _, _ = drive(interventions, token, step=3, record=record, taps=taps)
     moved = (first[POST[0]] - values[POST[0]])[..., 0]
     expected = torch.zeros(4, 5)
     expected[2:] = make_batch((3, 5)).image * prefill
@@ -143,20 +145,20 @@ def test_a_gate_is_latched_for_decode_steps():
 
 
 def test_taps_come_in_order_of_execution():
-    plan = add(1).at(hook="resid_pre") >> add(1).at(hook="embed") >> add(1).at(hook="attn_out", layers=[1])
-    taps, _ = compile_taps([plan], [Site("ln_final")], Layout.tile(2, 5, 1), make_batch((3, 5)), 2, {})
+    intervention = add(1).at(hook="resid_pre") >> add(1).at(hook="embed") >> add(1).at(hook="attn_out", layers=[1])
+    taps, _ = compile_taps([intervention], [Site("ln_final")], Layout.tile(2, 5, 1), make_batch((3, 5)), 2, {})
     names = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "ln_final.hook_out"]
     assert [tap.point.name for tap in taps] == names
 
 
 def test_required_runs_are_united_and_leave_out_the_own_run():
     V, twin, white = make_directions(), iv.State(text_only, "resid_post"), iv.State(presentations.blank("white"), "resid_post")
-    plans = [
+    interventions = [
         iv.patch(V, iv.text_twin).at(layers=[0]),
         iv.patch(V, iv.text_twin).at(layers=[1]) >> iv.patch(V, white).at(layers=[1]),
         iv.patch(V, iv.own),
     ]
-    assert required_runs(plans, 2) == {twin: {0, 1}, white: {1}}
+    assert required_runs(interventions, 2) == {twin: {0, 1}, white: {1}}
 
 
 def test_a_layer_that_is_not_there():
@@ -176,14 +178,14 @@ def noting(seen, state, moved=100):
 
 def test_a_step_has_the_own_state_of_just_before_it():
     seen, values = [], both()
-    plan = noting(seen, iv.own).at(layers=[0])
-    drive([plan >> add(1).at(layers=[0]) >> plan], values)
+    intervention = noting(seen, iv.own).at(layers=[0])
+    drive([intervention >> add(1).at(layers=[0]) >> intervention], values)
     start = values[POST[0]][:, -1]
     assert torch.equal(seen[0], start) and torch.equal(seen[1], start + 101)
 
 
 def test_a_state_of_an_earlier_layer_is_that_after_all_its_edits_whoever_else_asks_there():
-    """A step at its very place sees it before itself; later ones, where the plan puts them or not, after all edits of the place."""
+    """A step at its very place sees it before itself; later ones, where the intervention puts them or not, after all edits of the place."""
     early, later, values, first = [], [], both(), iv.State(layer=0)
     drive([noting(later, first).at(layers=[1]) >> noting(early, first).at(layers=[0]) >> noting(later, first).at(layers=[1])], values)
     start = values[POST[0]][:, -1]
@@ -197,6 +199,6 @@ def test_steps_at_one_place_have_gates_of_their_own_states():
     gate = gates.harmful(V, 0.0, iv.own)
     values, push = both(), iv.custom(lambda states, context: states + 9 * V.at(0)[0])
     values[POST[0]][:, -1] = torch.stack([V.at(0)[0], -V.at(0)[0]])
-    plan = add(0).when(gate) >> push >> add(0).when(gate)
-    _, record, _ = drive([plan.at(layers=[0])], values)
+    intervention = add(0).when(gate) >> push >> add(0).when(gate)
+    _, record, _ = drive([intervention.at(layers=[0])], values)
     assert record.verdicts[0, 0, 0].tolist() == [True, False] and record.verdicts[0, 2, 0].tolist() == [True, True]

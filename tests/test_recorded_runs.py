@@ -39,13 +39,13 @@ def lanes(model):
             iv.replace(basis, iv.text_twin).at(layers=[7])]  # fmt: skip
 
 
-def everywhere(plans):
-    return [plan.at(positions="all").during("always") for plan in plans[1:4]]
+def everywhere(interventions):
+    return [intervention.at(positions="all").during("always") for intervention in interventions[1:4]]
 
 
 def recorded(model):
     """A name for each run -> the run. They come in a fixed order, as what is kept of one must not change the next."""
-    batch, plans = model.batch(TEXTS, GREY), lanes(model)
+    batch, interventions = model.batch(TEXTS, GREY), lanes(model)
     texts = model.batch(TEXTS)
     words = batch.inputs["input_ids"][:1, -3:].expand(len(TEXTS), 3)
     kept = model.prefill(batch)
@@ -53,21 +53,21 @@ def recorded(model):
     shared = model.share(model.batch(TEXTS * 8, GREY))
     assert shared is not None
     return {
-        "plain": model.run(batch, plans[1], read=[LATE]),
-        "plain, all tokens": model.run(batch, plans[3], logits="all", read=[MANY]),
-        "behind a prefix": model.run(batch, plans[1], read=[LATE], prefix=shared),
-        "tiles": model.run(batch, plans, read=[LATE], layout="tile"),
-        "tiles of text": model.run(texts, plans, layout="tile"),
-        "branches": model.run(batch, plans, read=[LATE]),
-        "branches of kept prompts": model.run(kept, plans),
-        "branches of longer ends": model.run(batch, [plan.at(positions=(-3, None)) for plan in plans[:4]]),
-        "branches of answers": model.run(said, [plan.during("always") for plan in plans], logits="answer"),
-        "tiles of answers": model.run(said, plans, logits="answer", layout="tile"),
-        "forks": model.run(batch, everywhere(plans), read=[LATE], layout="fork"),
-        "forks of text": model.run(texts, everywhere(plans), layout="fork"),
-        "generated": model.run(batch, plans, new_tokens=6),
-        "generated behind kept prompts": model.run(kept, plans, new_tokens=6),
-        "drawn": model.run(batch, plans[:2], new_tokens=6, seed=3, generation={"do_sample": True}),
+        "plain": model.run(batch, interventions[1], read=[LATE]),
+        "plain, all tokens": model.run(batch, interventions[3], logits="all", read=[MANY]),
+        "behind a prefix": model.run(batch, interventions[1], read=[LATE], prefix=shared),
+        "tiles": model.run(batch, interventions, read=[LATE], layout="tile"),
+        "tiles of text": model.run(texts, interventions, layout="tile"),
+        "branches": model.run(batch, interventions, read=[LATE]),
+        "branches of kept prompts": model.run(kept, interventions),
+        "branches of longer ends": model.run(batch, [intervention.at(positions=(-3, None)) for intervention in interventions[:4]]),
+        "branches of answers": model.run(said, [intervention.during("always") for intervention in interventions], logits="answer"),
+        "tiles of answers": model.run(said, interventions, logits="answer", layout="tile"),
+        "forks": model.run(batch, everywhere(interventions), read=[LATE], layout="fork"),
+        "forks of text": model.run(texts, everywhere(interventions), layout="fork"),
+        "generated": model.run(batch, interventions, new_tokens=6),
+        "generated behind kept prompts": model.run(kept, interventions, new_tokens=6),
+        "drawn": model.run(batch, interventions[:2], new_tokens=6, seed=3, generation={"do_sample": True}),
     }
 
 

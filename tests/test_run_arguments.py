@@ -26,19 +26,19 @@ def kept(vlm, batch):
 
 
 WRONG = {
-    "logits, a typo": ({"logits": "first"}, errors.PlanError, "logits='first'"),
-    "logits, a number": ({"logits": 5}, errors.PlanError, "logits=5"),
+    "logits, a typo": ({"logits": "first"}, errors.InterventionError, "logits='first'"),
+    "logits, a number": ({"logits": 5}, errors.InterventionError, "logits=5"),
     "no reads": ({"read": None}, errors.SiteError, "read="),
     "reads that are no sites": ({"read": ["resid_post"]}, errors.SiteError, "Site"),
-    "a negative count": ({"new_tokens": -1}, errors.PlanError, "new_tokens=-1"),
-    "a broken count": ({"new_tokens": 2.5}, errors.PlanError, "new_tokens=2.5"),
-    "a count of text": ({"new_tokens": "5"}, errors.PlanError, "new_tokens='5'"),
-    "a count that is true": ({"new_tokens": True}, errors.PlanError, "new_tokens=True"),
-    "a seed of text": ({"new_tokens": 2, "seed": "a"}, errors.PlanError, "seed='a'"),
-    "a broken seed": ({"new_tokens": 2, "seed": 1.5}, errors.PlanError, "seed=1.5"),
-    "options without tokens": ({"generation": {"do_sample": True}}, errors.PlanError, "generates nothing"),
-    "a prefix of a number": ({"prefix": 5}, errors.PlanError, "Prefix"),
-    "a layout of a number": ({"layout": 5}, errors.PlanError, "layout 5"),
+    "a negative count": ({"new_tokens": -1}, errors.ArgumentError, "new_tokens=-1"),
+    "a broken count": ({"new_tokens": 2.5}, errors.ArgumentError, "new_tokens=2.5"),
+    "a count of text": ({"new_tokens": "5"}, errors.ArgumentError, "new_tokens='5'"),
+    "a count that is true": ({"new_tokens": True}, errors.ArgumentError, "new_tokens=True"),
+    "a seed of text": ({"new_tokens": 2, "seed": "a"}, errors.ArgumentError, "seed='a'"),
+    "a broken seed": ({"new_tokens": 2, "seed": 1.5}, errors.ArgumentError, "seed=1.5"),
+    "options without tokens": ({"generation": {"do_sample": True}}, errors.InterventionError, "generates nothing"),
+    "a prefix of a number": ({"prefix": 5}, errors.InterventionError, "Prefix"),
+    "a layout of a number": ({"layout": 5}, errors.InterventionError, "layout 5"),
 }
 
 
@@ -74,7 +74,7 @@ def test_a_batch_of_another_tokenizer(vlm, batch, hf_vlm, processor):
     ids=["rows", "one axis", "floats", "negative", "beyond the vocabulary", "lists", "bools"],
 )  # fmt: skip
 def test_answers_that_are_none(unchecked, vlm, kept, tokens):
-    with pytest.raises(errors.PlanError, match=r"answer|Tensor"):
+    with pytest.raises(errors.InterventionError, match=r"answer|Tensor"):
         vlm.run(kept.answering(tokens), logits="answer")
 
 
@@ -86,13 +86,13 @@ def test_names_of_hooks(unchecked, vlm, batch, names):
 
 @pytest.mark.parametrize("hooks", [5, [5], ["blocks.3.hook_resid_post"], [("blocks.3.hook_resid_post", 5)], [("a", "b", "c")], "ab"])
 def test_hooks_that_are_no_pairs(unchecked, vlm, batch, hooks):
-    with pytest.raises(errors.PlanError, match="pairs of a hook name and a function"):
+    with pytest.raises(errors.InterventionError, match="pairs of a hook name and a function"):
         vlm.run_with_hooks(batch, fwd_hooks=hooks)
 
 
 @pytest.mark.parametrize("change", [lambda value, hook: value[:1], lambda value, hook: 1.0, lambda value, hook: value.mean()])
 def test_hook_functions_give_what_they_get(vlm, batch, change):
-    with pytest.raises(errors.PlanError, match=r"a hook function at blocks.3.hook_resid_post that gives"):
+    with pytest.raises(errors.InterventionError, match=r"a hook function at blocks.3.hook_resid_post that gives"):
         vlm.run_with_hooks(batch, fwd_hooks=[("blocks.3.hook_resid_post", change)])
 
 
@@ -111,13 +111,13 @@ def test_states_of_another_width(unchecked, vlm):
 
 @pytest.mark.parametrize("tokens", [torch.ones(2, 3), [[1.5]], torch.tensor([[-1]]), 2.5])
 def test_tokens_that_are_none(unchecked, vlm, tokens):
-    with pytest.raises(errors.PlanError, match="token ids that are none"):
+    with pytest.raises(errors.InterventionError, match="token ids that are none"):
         vlm.decode(tokens)
 
 
 @pytest.mark.parametrize("count", [1.5, "5", True, 0, None])
 def test_the_length_of_answers(unchecked, vlm, batch, count):
-    with pytest.raises(errors.PlanError, match="max_new_tokens="):
+    with pytest.raises(errors.ArgumentError, match="max_new_tokens="):
         vlm.generate(batch, max_new_tokens=count)
 
 
@@ -125,23 +125,23 @@ def test_a_fork_that_is_asked_for_is_tried_first():
     """Gemma 4 shares keys between blocks, which transformers can't find where the first ones are skipped."""
     family = ALL["Gemma 4"]
     model = gl.load(family.model(), processor=family.processor())
-    plans = [iv.custom(lambda states, context: states + 1).at(layers=3, positions="all")] * 2
-    with pytest.raises(errors.PlanError, match="can't run as forks: "):
-        model.run(model.batch("How to fold a paper boat?"), plans, layout="fork")
+    interventions = [iv.custom(lambda states, context: states + 1).at(layers=3, positions="all")] * 2
+    with pytest.raises(errors.InterventionError, match="can't run as forks: "):
+        model.run(model.batch("How to fold a paper boat?"), interventions, layout="fork")
 
 
 def test_offloaded_weights(vlm, batch, processor):
     """Their first weight is nowhere; inputs go to where weights are brought to run."""
     accelerate = pytest.importorskip("accelerate")
     push = 3 * torch.randn(128, generator=torch.Generator().manual_seed(0))
-    plan = iv.custom(lambda states, context: states + push).at(layers=[5])
-    everywhere = [plan.at(layers=[6], positions="all")] * 2
+    intervention = iv.custom(lambda states, context: states + push).at(layers=[5])
+    everywhere = [intervention.at(layers=[6], positions="all")] * 2
 
     def measured(model):
         prompts = model.batch(TEXTS, presentations.blank("grey", 32))
         return (
             model.run(prompts, everywhere).logits,
-            model.run(model.prefill(prompts), [plan, plan], new_tokens=2).tokens,
+            model.run(model.prefill(prompts), [intervention, intervention], new_tokens=2).tokens,
             model.run_with_cache(prompts, names_filter="resid_post")[1]["resid_post", 3],
         )
 

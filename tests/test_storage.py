@@ -296,7 +296,7 @@ def test_what_runs_compute_with_is_loaded_to_where_torch_puts_tensors(tmp_path):
     for length in range(8):
         made = replace(make_directions(width=10), method="m" * length)
         made.save(tmp_path / "directions.safetensors")
-        interventions.add(made.truncate(1)).save(tmp_path / "plan.safetensors")
-        step = Intervention.load(tmp_path / "plan.safetensors").steps[0].edit
+        interventions.add(made.truncate(1)).save(tmp_path / "intervention.safetensors")
+        step = Intervention.load(tmp_path / "intervention.safetensors").steps[0].edit
         loaded = Directions.load(tmp_path / "directions.safetensors")
         assert all(tensor.data_ptr() % 64 == 0 for tensor in (loaded.vectors, loaded.harmful_mean, step.shift))

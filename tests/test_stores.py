@@ -27,8 +27,8 @@ PAIRS = gl.QueryPairs(gl.organism.pairs().harmful[:5], gl.organism.pairs().harml
 TEXTS = PAIRS.queries
 
 
-def ask(model, out, queries=PAIRS, presentation=GREY, *plan, **options):
-    return gl.collect(model, queries, presentation, *plan, out=out, **{"batch_size": 3, **options})
+def ask(model, out, queries=PAIRS, presentation=GREY, *intervention, **options):
+    return gl.collect(model, queries, presentation, *intervention, out=out, **{"batch_size": 3, **options})
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ class TestResume:
                 ([dataclasses.replace(TEXTS[0], label=None), TEXTS[1]], GREY),
             ],
             r"presentations\.[a-z .]+": [(TEXTS[:2], text_only), (TEXTS[:2], presentations.blank("grey", 16))],
-            "plan": [(TEXTS[:2], GREY, iv.project_out(basis))],
+            "intervention": [(TEXTS[:2], GREY, iv.project_out(basis))],
         }  # fmt: skip
         for key, calls in refused.items():
             for call in calls:
@@ -318,7 +318,7 @@ class TestResume:
         with pytest.raises(errors.MismatchError, match=r'made with model.kind = "LlavaForC.*\nExpected model.kind = "LlamaForC'):
             ask(llm, tmp_path, ["how to mend the hat ?"], text_only)
 
-    def test_a_custom_plan_is_refused(self, vlm, tmp_path):
+    def test_a_custom_intervention_is_refused(self, vlm, tmp_path):
         with pytest.raises(errors.StorageError, match="a function without a name"):
             ask(vlm, tmp_path, TEXTS, GREY, iv.custom(lambda states, context: states))
 
@@ -355,7 +355,7 @@ class Stub(HookedModel):
     def share(self, batch):
         return None
 
-    def run(self, batch, plan, *, read, logits, prefix):
+    def run(self, batch, intervention, *, read, logits, prefix):
         numbers = torch.tensor([float(query.id) for query in batch.queries])
         return SimpleNamespace(reads={read[0]: numbers[None, :, None, None].expand(1, -1, LAYERS, WIDTH).contiguous()})
 

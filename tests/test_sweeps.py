@@ -25,14 +25,14 @@ STRENGTHS = (0.5, -1.0)
 
 
 @pytest.fixture(scope="module")
-def plan(basis):
+def intervention(basis):
     """Gated, so that mixed verdicts of the gate are under test too."""
     return iv.amplify(basis, 8.0).when(gates.harmful(basis, 0.0))
 
 
 @pytest.fixture(scope="module")
-def swept(vlm, plan):
-    return gl.sweep(vlm, plan, QUERIES, GREY, strengths=STRENGTHS, placebos=2, batch_size=3)
+def swept(vlm, intervention):
+    return gl.sweep(vlm, intervention, QUERIES, GREY, strengths=STRENGTHS, placebos=2, batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def cell(table, **where):
     return rows.columns["value"]
 
 
-def test_every_cell_equals_its_own_run(vlm, swept, plan, batch):
+def test_every_cell_equals_its_own_run(vlm, swept, intervention, batch):
     base = vlm.run(batch).logits[0]
-    arms = {"edit": plan, "placebo 0": plan.placebo(0), "placebo 1": plan.placebo(1)}
+    arms = {"edit": intervention, "placebo 0": intervention.placebo(0), "placebo 1": intervention.placebo(1)}
     assert len(swept) == 3 * 8 * 2 * 2 * len(QUERIES)
     for arm, acting in arms.items():
         for layer in range(8):
@@ -98,16 +98,28 @@ def test_placebos_move_as_much_elsewhere(swept):
 
 def test_columns_name_every_cell(swept):
     frame = swept.frame
-    assert list(frame.columns) == ["plan", "arm", "layers", "layer", "strength", "query", "label", "cluster", "score", "value", "base"]
-    assert not frame.duplicated(["plan", "arm", "layers", "strength", "query", "score"]).any()
+    assert list(frame.columns) == [
+        "intervention",
+        "arm",
+        "layers",
+        "layer",
+        "strength",
+        "query",
+        "label",
+        "cluster",
+        "score",
+        "value",
+        "base",
+    ]
+    assert not frame.duplicated(["intervention", "arm", "layers", "strength", "query", "score"]).any()
     assert dict(zip(frame["query"], frame["label"], strict=True)) == {query.id: query.label for query in QUERIES}
-    assert set(frame["strength"]) == {0.5, -1.0} and set(frame["plan"]) == {"edit"}
+    assert set(frame["strength"]) == {0.5, -1.0} and set(frame["intervention"]) == {"edit"}
 
 
-def test_batch_size_lanes_and_progress_do_not_matter(vlm, plan, swept, capsys, monkeypatch):
+def test_batch_size_lanes_and_progress_do_not_matter(vlm, intervention, swept, capsys, monkeypatch):
     monkeypatch.setattr("guardlens.models.engine.request.TOKENS", 12)
     with gl.progress_bars(True):
-        again = gl.sweep(vlm, plan, QUERIES, GREY, layers=[2, 6], strengths=STRENGTHS, batch_size=5)
+        again = gl.sweep(vlm, intervention, QUERIES, GREY, layers=[2, 6], strengths=STRENGTHS, batch_size=5)
     assert "sweep, 8 cells, blank grey" in capsys.readouterr().err
     for layer in (2, 6):
         for score in ("kl", "refusal_logodds"):
@@ -119,8 +131,8 @@ def test_batch_size_lanes_and_progress_do_not_matter(vlm, plan, swept, capsys, m
 def test_scores_of_an_answer_are_those_of_raw_hooks_on_prompts_and_answers(vlm, basis, batch, phase):
     """Log-probability of a text, and KL along the model's own answer: each token after the hooked ones before it."""
     text, (V,) = "sorry , i can not", (basis.at(5).T @ basis.at(5),)
-    scores, plan = [AnswerLogProb(text), kl, AnswerKL(tokens=4)], iv.amplify(basis, 8.0).during(phase)
-    found = gl.sweep(vlm, plan, QUERIES, GREY, scores=scores, layers=[5], placebos=0)
+    scores, intervention = [AnswerLogProb(text), kl, AnswerKL(tokens=4)], iv.amplify(basis, 8.0).during(phase)
+    found = gl.sweep(vlm, intervention, QUERIES, GREY, scores=scores, layers=[5], placebos=0)
     assert found.facts["layout"] == ["branch"] and found.facts["units"]["answer_logprob"] == "log p('sorry , i can not') (nats)"
     own = reference.generate(vlm.hf, batch.inputs, 5, lambda h: h, "always", 4)
     given = torch.tensor(vlm.tokenizer(text, add_special_tokens=False)["input_ids"]).expand(len(QUERIES), -1)
@@ -147,34 +159,34 @@ def test_scores_of_an_answer_are_those_of_raw_hooks_on_prompts_and_answers(vlm, 
     assert np.abs(found.where(score="answer_kl").columns["base"]).max() < 1e-6 < expected.min()
 
 
-def test_an_answer_that_the_tokenizer_does_not_know_is_refused(vlm, plan):
+def test_an_answer_that_the_tokenizer_does_not_know_is_refused(vlm, intervention):
     for text in ("", "flibbertigibbet"):
         with pytest.raises(errors.ModelError, match="that the tokenizer does not know"):
-            gl.sweep(vlm, plan, QUERIES, scores=[AnswerLogProb(text)], layers=[4])
+            gl.sweep(vlm, intervention, QUERIES, scores=[AnswerLogProb(text)], layers=[4])
 
 
-def test_groups_of_layers_are_edited_together(vlm, plan, batch):
-    found = gl.sweep(vlm, plan, QUERIES, GREY, scores=[kl], layers=[(2, 5), 3, [6]], placebos=0)
+def test_groups_of_layers_are_edited_together(vlm, intervention, batch):
+    found = gl.sweep(vlm, intervention, QUERIES, GREY, scores=[kl], layers=[(2, 5), 3, [6]], placebos=0)
     assert list(dict.fromkeys(zip(found.columns["layers"], found.columns["layer"], strict=True))) == [("2+5", 2), ("3", 3), ("6", 6)]
     base = vlm.run(batch).logits[0]
-    together = by_hand(vlm.run(batch, plan.at(layers=[2, 5])).logits[0], base, vlm.tokenizer)["kl"]
+    together = by_hand(vlm.run(batch, intervention.at(layers=[2, 5])).logits[0], base, vlm.tokenizer)["kl"]
     np.testing.assert_allclose(cell(found, layers="2+5"), together, atol=2e-4, rtol=1e-4)
     assert set(found.columns["arm"]) == {"edit"}
 
 
-def test_strength_zero_is_left_out(vlm, plan):
-    found = gl.sweep(vlm, plan, QUERIES, scores=[kl], strengths=(0.0, 1.0, 0.0), layers=[4], placebos=0)
+def test_strength_zero_is_left_out(vlm, intervention):
+    found = gl.sweep(vlm, intervention, QUERIES, scores=[kl], strengths=(0.0, 1.0, 0.0), layers=[4], placebos=0)
     assert found.columns["strength"].tolist() == [1.0] * len(QUERIES)
 
 
-def test_cells_are_named_once_whatever_names_their_layers_and_strengths(vlm, plan):
+def test_cells_are_named_once_whatever_names_their_layers_and_strengths(vlm, intervention):
     options = {"scores": [kl], "placebos": 1}
     strengths = (strength for strength in (1.0, np.float32(2), 1))
-    found = gl.sweep(vlm, plan, QUERIES, layers=np.array([5, 5]), strengths=strengths, **options)
+    found = gl.sweep(vlm, intervention, QUERIES, layers=np.array([5, 5]), strengths=strengths, **options)
     assert len(found) == 2 * 2 * len(QUERIES) and set(found.columns["strength"]) == {1.0, 2.0}  # both for the placebo, too
-    found = gl.sweep(vlm, plan, QUERIES, layers=[(5, 6), (6, 5), torch.tensor(6)], strengths=[1.0], **options)
+    found = gl.sweep(vlm, intervention, QUERIES, layers=[(5, 6), (6, 5), torch.tensor(6)], strengths=[1.0], **options)
     assert list(dict.fromkeys(found.columns["layers"])) == ["5+6", "6"]
-    assert len(gl.sweep(vlm, plan, QUERIES, layers=np.int64(5), **options)) == 2 * len(QUERIES)
+    assert len(gl.sweep(vlm, intervention, QUERIES, layers=np.int64(5), **options)) == 2 * len(QUERIES)
 
 
 def test_only_free_steps_move_and_scale(vlm, basis, batch):
@@ -185,14 +197,14 @@ def test_only_free_steps_move_and_scale(vlm, basis, batch):
     np.testing.assert_allclose(cell(found), expected, atol=2e-4, rtol=1e-4)
 
 
-def test_several_plans_by_name(vlm, basis, batch):
-    plans = {"weak": iv.amplify(basis, 1.0), "strong": iv.amplify(basis, 9.0)}
-    found = gl.sweep(vlm, plans, QUERIES, GREY, scores=[refusal_logodds], layers=[4])
+def test_several_interventions_by_name(vlm, basis, batch):
+    interventions = {"weak": iv.amplify(basis, 1.0), "strong": iv.amplify(basis, 9.0)}
+    found = gl.sweep(vlm, interventions, QUERIES, GREY, scores=[refusal_logodds], layers=[4])
     base = vlm.run(batch).logits[0]
-    for name, plan in plans.items():
-        expected = by_hand(vlm.run(batch, plan.at(layers=[4])).logits[0], base, vlm.tokenizer)["refusal_logodds"]
-        np.testing.assert_allclose(cell(found, plan=name, arm="edit"), expected, atol=2e-4)
-    assert found.facts["plans"] == {name: repr(plan) for name, plan in plans.items()}
+    for name, intervention in interventions.items():
+        expected = by_hand(vlm.run(batch, intervention.at(layers=[4])).logits[0], base, vlm.tokenizer)["refusal_logodds"]
+        np.testing.assert_allclose(cell(found, intervention=name, arm="edit"), expected, atol=2e-4)
+    assert found.facts["interventions"] == {name: repr(intervention) for name, intervention in interventions.items()}
 
 
 def test_summary_is_the_mean_change_of_each_cell(swept):
@@ -210,7 +222,7 @@ def test_summary_is_the_mean_change_of_each_cell(swept):
 def test_intervals_resample_clusters_of_queries(swept):
     changes, clusters = np.array([0.0, 1.0, 4.0, 5.0, 9.0, 10.0]), np.repeat(["a", "b", "c"], 2)
     rows = [
-        {"plan": "edit", "arm": "edit", "layers": "3", "layer": 3, "strength": 1.0, "query": f"q{5 - i}", "label": "harmful"}
+        {"intervention": "edit", "arm": "edit", "layers": "3", "layer": 3, "strength": 1.0, "query": f"q{5 - i}", "label": "harmful"}
         | {"cluster": cluster, "score": "kl", "value": 7.0 + change, "base": 7.0}
         for i, (change, cluster) in enumerate(zip(changes, clusters, strict=True))
     ]
@@ -225,7 +237,7 @@ def test_intervals_resample_clusters_of_queries(swept):
 def hand_made(effects, strengths=(1.0,), **more):
     """A sweep with these changes: {(layer, label): change, or one per strength}; two queries per label."""
     rows = [
-        {"plan": "edit", "arm": "edit", "layers": str(layer), "layer": int(str(layer).split("+")[0]), "strength": strength}
+        {"intervention": "edit", "arm": "edit", "layers": str(layer), "layer": int(str(layer).split("+")[0]), "strength": strength}
         | {"query": f"{label}{i}", "label": label, "score": "refusal_logodds", "value": 2.0 + change + i, "base": 2.0 + i}
         | more
         for (layer, label), changes in effects.items()
@@ -256,14 +268,14 @@ class TestBest:
             {(layer, label): float(label == "harmful") for layer in (0, 1, 2) for label in ("harmful", "harmless")}
         ).best() == (2,)
 
-    def test_placebos_groups_other_scores_and_plans_do_not_count(self):
+    def test_placebos_groups_other_scores_and_interventions_do_not_count(self):
         best = {(0, "harmful"): 9.0, (0, "harmless"): 0.0}
-        others = [hand_made(best, arm="placebo 0"), hand_made(best, score="kl"), hand_made(best, plan="other")]
+        others = [hand_made(best, arm="placebo 0"), hand_made(best, score="kl"), hand_made(best, intervention="other")]
         others.append(hand_made({("0+3", "harmful"): 9.0, ("0+3", "harmless"): 0.0}))
         tables = [hand_made(self.EFFECTS), *others]
         table = Sweep({name: np.concatenate([t.columns[name] for t in tables]) for name in tables[0].columns})
-        assert table.best(plan="edit") == (3,)
-        assert table.best(plan="other") == (0,)
+        assert table.best(intervention="edit") == (3,)
+        assert table.best(intervention="other") == (0,)
 
     def test_errors(self):
         with pytest.raises(
@@ -318,8 +330,10 @@ class OddAnswer(AnswerLogProb):
 
 
 class TestErrors:
-    def test_a_plan_without_a_free_step(self, vlm, basis):
-        with pytest.raises(errors.PlanError, match=r"Found the plan 'set', whose layers are all set.\nExpected a step without layers"):
+    def test_an_intervention_without_a_free_step(self, vlm, basis):
+        with pytest.raises(
+            errors.InterventionError, match=r"Found the intervention 'set', whose layers are all set.\nExpected a step without layers"
+        ):
             gl.sweep(vlm, {"free": iv.project_out(basis), "set": iv.project_out(basis).at(layers=[2])}, QUERIES)
 
     def test_no_queries(self, vlm, basis):
@@ -341,28 +355,32 @@ class TestErrors:
             (lambda logits: logits[:, 0] * 1j, r"torch.complex64 of shape \(5,\)"),
         ],
     )
-    def test_a_score_gives_one_number_per_query(self, vlm, plan, make, found):
-        with pytest.raises(errors.PlanError, match=rf"Found {found}[\s\S]*\nExpected a tensor of one number per query, of shape \(5,\)"):
-            gl.sweep(vlm, plan, QUERIES, scores=[Odd(make)], layers=[4], placebos=0)
+    def test_a_score_gives_one_number_per_query(self, vlm, intervention, make, found):
+        with pytest.raises(
+            errors.InterventionError, match=rf"Found {found}[\s\S]*\nExpected a tensor of one number per query, of shape \(5,\)"
+        ):
+            gl.sweep(vlm, intervention, QUERIES, scores=[Odd(make)], layers=[4], placebos=0)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_score_that_is_not_finite_is_refused_and_named(self, vlm, plan, value):
+    def test_a_score_that_is_not_finite_is_refused_and_named(self, vlm, intervention, value):
         odd = Odd(lambda logits: torch.where(torch.arange(len(logits)) == 1, value, logits[:, 0]))
         with pytest.raises(errors.NumericsError, match=rf"Found {value} as the score 'odd' of query '.*' under amplify\(.*layers=\[4\]"):
-            gl.sweep(vlm, plan, QUERIES, scores=[kl, odd], layers=[4], placebos=0)
+            gl.sweep(vlm, intervention, QUERIES, scores=[kl, odd], layers=[4], placebos=0)
 
-    def test_whole_numbers_and_truths_are_scores(self, vlm, plan):
+    def test_whole_numbers_and_truths_are_scores(self, vlm, intervention):
         for make in (lambda logits: logits.argmax(1), lambda logits: logits[:, 0] > 0):
-            found = gl.sweep(vlm, plan, QUERIES, scores=[Odd(make)], layers=[4], placebos=0)
+            found = gl.sweep(vlm, intervention, QUERIES, scores=[Odd(make)], layers=[4], placebos=0)
             expected = make(vlm.run(vlm.batch(QUERIES)).logits[0])
             assert found.columns["base"].tolist() == expected.double().tolist()
 
-    def test_a_score_can_not_change_what_others_see(self, vlm, plan):
+    def test_a_score_can_not_change_what_others_see(self, vlm, intervention):
         odd, options = OddAnswer("sorry , i can not", name="odd"), {"layers": [4, 5], "placebos": 0}
         with pytest.warns(UserWarning, match="changes no score"):  # it answers the same to everything
-            alone = gl.sweep(vlm, plan, QUERIES, scores=[odd], **options)
-        both = gl.sweep(vlm, plan, QUERIES, scores=[odd, AnswerLogProb("sorry , i can not")], **options).where(score="answer_logprob")
-        sober = gl.sweep(vlm, plan, QUERIES, scores=[AnswerLogProb("sorry , i can not")], **options)
+            alone = gl.sweep(vlm, intervention, QUERIES, scores=[odd], **options)
+        both = gl.sweep(vlm, intervention, QUERIES, scores=[odd, AnswerLogProb("sorry , i can not")], **options).where(
+            score="answer_logprob"
+        )
+        sober = gl.sweep(vlm, intervention, QUERIES, scores=[AnswerLogProb("sorry , i can not")], **options)
         assert np.array_equal(both.columns["value"], sober.columns["value"])
         assert len(set(np.round(alone.columns["value"], 3))) == 1
 
@@ -379,9 +397,9 @@ def test_saved_and_loaded(swept, tmp_path):
     assert loaded.facts == swept.facts and loaded.provenance == swept.provenance
 
 
-def test_unlabelled_queries_are_kept_in_their_order(vlm, plan):
+def test_unlabelled_queries_are_kept_in_their_order(vlm, intervention):
     unlabelled = [dataclasses.replace(query, label=None) for query in QUERIES]
-    found = gl.sweep(vlm, plan, unlabelled, scores=[kl], layers=[4], placebos=0)
+    found = gl.sweep(vlm, intervention, unlabelled, scores=[kl], layers=[4], placebos=0)
     assert found.columns["query"].tolist() == [query.id for query in QUERIES] and set(found.columns["label"]) == {""}
     assert len(found.summary()) == 1
 
@@ -407,6 +425,6 @@ def test_plot_is_a_heat_map_per_arm_and_label(swept):
     ],
     ids=["a closed gate", "later tokens than are scored", "a text twin of text"],
 )
-def test_a_plan_that_changes_no_score_is_said_to(vlm, basis, idle):
-    with pytest.warns(UserWarning, match="the plan 'idle' changes no score in any cell"):
+def test_an_intervention_that_changes_no_score_is_said_to(vlm, basis, idle):
+    with pytest.warns(UserWarning, match="the intervention 'idle' changes no score in any cell"):
         gl.sweep(vlm, {"idle": idle(basis), "busy": iv.amplify(basis, 8.0)}, QUERIES, layers=[2, 5])

@@ -18,7 +18,7 @@ from guardlens.models.engine import kv_cache as prefixes
 from guardlens.models.engine import request as ways
 from guardlens.models.engine import selftests as trials
 from guardlens.models.engine.request import Asked
-from tests.test_branches import plans_of
+from tests.test_branches import interventions_of
 from tests.test_families import BY_NAME, a_push, batch_of, close, loaded, picture, pushing
 from tests.zoo.family import TEXTS, tokenizer
 from tests.zoo.text import SMALL, TEMPLATE
@@ -32,11 +32,11 @@ def test_branches_that_hold_in_text_are_checked_again_beside_an_image(name):
     family = BY_NAME[name]
     model = gl.load(family.model(), processor=family.processor())
     long = model.batch([f"{text} {text} {text}" for text in TEXTS])
-    assert model.run(long, plans_of(model)).layout == "branch"
+    assert model.run(long, interventions_of(model)).layout == "branch"
     batch = batch_of(family, model)
-    run = model.run(batch, plans_of(model)[:3])
+    run = model.run(batch, interventions_of(model)[:3])
     assert run.layout == ("tile" if family.lacks("branches") else "branch")
-    close(run.logits, model.run(batch, plans_of(model)[:3], layout="tile").logits)
+    close(run.logits, model.run(batch, interventions_of(model)[:3], layout="tile").logits)
 
 
 @pytest.mark.filterwarnings("ignore:.* and 60 positions in")
@@ -61,10 +61,10 @@ class TestInPlace:
 
         batch = vlm.batch(WORDS, GREY)
         for change in (
-            lambda plan: plan.when(gates.harmful(basis, 1e9)),
-            lambda plan: plan.scaled(0.5),
-            lambda plan: plan.placebo(),
-            lambda plan: plan,
+            lambda intervention: intervention.when(gates.harmful(basis, 1e9)),
+            lambda intervention: intervention.scaled(0.5),
+            lambda intervention: intervention.placebo(),
+            lambda intervention: intervention,
         ):
             mine, fresh = (change(iv.custom(fn).at(layers=[3])) for fn in (in_place, lambda states, context: states + 1.0))
             for layout in ("tile", "branch"):
@@ -78,10 +78,10 @@ class TestInPlace:
                 base.mul_(0.5)
                 return logits.mul_(0.5).amax(-1)
 
-        kept, plan = gl.keep(vlm, WORDS, GREY), pushing(a_push(vlm))
-        before = gl.sweep(vlm, plan, kept, scores=[kl]).columns["value"]
-        gl.sweep(vlm, plan, kept, scores=[Halving(), refusal_logodds])
-        after = gl.sweep(vlm, plan, kept, scores=[kl]).columns["value"]
+        kept, intervention = gl.keep(vlm, WORDS, GREY), pushing(a_push(vlm))
+        before = gl.sweep(vlm, intervention, kept, scores=[kl]).columns["value"]
+        gl.sweep(vlm, intervention, kept, scores=[Halving(), refusal_logodds])
+        after = gl.sweep(vlm, intervention, kept, scores=[kl]).columns["value"]
         assert (before == after).all()
 
 
@@ -108,10 +108,10 @@ class TestWhoseItIs:
 
     def test_an_attached_guard_knows_the_cache_that_its_prompts_filled(self):
         model = loaded("Llama")
-        plan = iv.swap(iv.State(layer=0)).at(layers=[1]).during("always")
+        intervention = iv.swap(iv.State(layer=0)).at(layers=[1]).during("always")
         one, other = (model.batch(text).inputs["input_ids"] for text in ("I want to paint it.", "I want to plant it."))
         width = min(one.shape[1], other.shape[1])
-        with gl.attach(plan, model.hf, model.processor), torch.no_grad():
+        with gl.attach(intervention, model.hf, model.processor), torch.no_grad():
             caches = [DynamicCache(), DynamicCache()]
             for ids, cache in zip((one, other), caches, strict=True):
                 model.hf(input_ids=ids[:, -width:], past_key_values=cache, use_cache=True)
@@ -121,9 +121,9 @@ class TestWhoseItIs:
 
 def test_a_decode_step_that_needs_the_prompt_has_it(vlm):
     batch = vlm.batch(WORDS, GREY)
-    plan = iv.swap(iv.State(layer=0, positions="instruction")).at(layers=[1]).during("decode")
-    close(vlm.run(batch, [iv.nothing, plan]).logits, vlm.run(batch, [iv.nothing, plan], layout="tile").logits)
-    whole, kept = (vlm.run(prompts, [plan], new_tokens=6).tokens for prompts in (batch, vlm.prefill(batch)))
+    intervention = iv.swap(iv.State(layer=0, positions="instruction")).at(layers=[1]).during("decode")
+    close(vlm.run(batch, [iv.nothing, intervention]).logits, vlm.run(batch, [iv.nothing, intervention], layout="tile").logits)
+    whole, kept = (vlm.run(prompts, [intervention], new_tokens=6).tokens for prompts in (batch, vlm.prefill(batch)))
     assert torch.equal(whole, kept)
 
 
@@ -166,10 +166,10 @@ class TestFoundByTheSecondReader:
     def test_logits_of_a_prompt_with_a_forced_answer_are_its_own(self, vlm, basis):
         batch = vlm.batch(WORDS, GREY)
         kept = vlm.prefill(batch).answering(batch.inputs["input_ids"][:, -4:])
-        plans = [iv.amplify(basis, 2.0).at(layers=[layer]) for layer in (2, 5, 7)]
-        expected = vlm.run(batch, plans, layout="tile").logits
+        interventions = [iv.amplify(basis, 2.0).at(layers=[layer]) for layer in (2, 5, 7)]
+        expected = vlm.run(batch, interventions, layout="tile").logits
         for layout in ("tile", "branch", "fork"):
-            close(vlm.run(kept, plans, layout=layout).logits, expected)
+            close(vlm.run(kept, interventions, layout=layout).logits, expected)
 
     def test_images_in_some_prompts_only_are_computed(self):
         model, size = fresh("Qwen2.5-VL"), BY_NAME["Qwen2.5-VL"].images[0]
@@ -192,20 +192,20 @@ class TestFoundByTheSecondReader:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = gl.load(LlamaForCausalLM(config).eval(), processor=tokenizer(TEMPLATE))
-        batch, plans = model.batch(TEXTS), [iv.nothing, *plans_of(model)[1:3]]
+        batch, interventions = model.batch(TEXTS), [iv.nothing, *interventions_of(model)[1:3]]
         kept = model.prefill(batch).answering(batch.inputs["input_ids"][:, :1].expand(-1, 60))
-        mine, tiles = model.run(kept, plans, logits="answer"), model.run(kept, plans, logits="answer", layout="tile")
+        mine, tiles = model.run(kept, interventions, logits="answer"), model.run(kept, interventions, logits="answer", layout="tile")
         assert mine.layout == ("tile" if rope == "dynamic" else "branch")
         close(mine.logits, tiles.logits)
 
     def test_forks_refuse_what_they_cant_do(self, vlm, basis):
         batch = vlm.batch(WORDS, GREY)
-        plan = iv.amplify(basis).at(positions="all")
+        intervention = iv.amplify(basis).at(positions="all")
         embedding = iv.custom(lambda states, context: states + 1).at(hook="embed", positions="all")
-        everywhere = [embedding, *(plan.at(layers=[layer]) for layer in (6, 7))]
-        for plans, options in ((everywhere, {}), ([plan] * 2, {"logits": "all"})):
-            with pytest.raises(errors.PlanError, match="plans that can't run as forks"):
-                vlm.run(batch, plans, layout="fork", **options)
+        everywhere = [embedding, *(intervention.at(layers=[layer]) for layer in (6, 7))]
+        for interventions, options in ((everywhere, {}), ([intervention] * 2, {"logits": "all"})):
+            with pytest.raises(errors.InterventionError, match="interventions that can't run as forks"):
+                vlm.run(batch, interventions, layout="fork", **options)
         run = vlm.run(batch, everywhere)
         assert run.layout == "tile"
         close(run.logits, vlm.run(batch, everywhere, layout="tile").logits)
@@ -231,8 +231,8 @@ class TestFoundByTheSecondReader:
         model = fresh("Llama 3.2 Vision")
         batch, push = model.batch(TEXTS), pushing(a_push(model)).at(positions="all")
         layers = [point.layer for point in model.cfg.computed(False) if point.hook == "attn_out"]
-        plans = [push.at(layers=[layer]) for layer in layers]
-        close(model.run(batch, plans, layout="fork").logits, model.run(batch, plans, layout="tile").logits)
+        interventions = [push.at(layers=[layer]) for layer in layers]
+        close(model.run(batch, interventions, layout="fork").logits, model.run(batch, interventions, layout="tile").logits)
 
     def test_generation_with_a_cache_of_ones_own(self, vlm, basis):
         batch, options = vlm.batch(WORDS, GREY), {"cache_implementation": "static"}
@@ -249,11 +249,11 @@ class TestFoundByTheSecondReader:
             if rows[-1] > 9:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-        plan, options = iv.amplify(basis).at(positions="all"), {"layers": [0], "placebos": 0, "scores": [kl]}
-        expected = gl.sweep(vlm, plan, WORDS, GREY, strengths=[0.1 * step for step in range(1, 20)], **options).columns["value"]
+        intervention, options = iv.amplify(basis).at(positions="all"), {"layers": [0], "placebos": 0, "scores": [kl]}
+        expected = gl.sweep(vlm, intervention, WORDS, GREY, strengths=[0.1 * step for step in range(1, 20)], **options).columns["value"]
         handle = decoder.register_forward_pre_hook(cramped, with_kwargs=True)
         try:
-            found = gl.sweep(vlm, plan, WORDS, GREY, strengths=[0.1 * step for step in range(1, 20)], **options).columns["value"]
+            found = gl.sweep(vlm, intervention, WORDS, GREY, strengths=[0.1 * step for step in range(1, 20)], **options).columns["value"]
         finally:
             handle.remove()
         assert max(rows) == 16 and max(rows[2:]) <= 9
@@ -294,8 +294,8 @@ class TestFoundByTheSecondReader:
         stem = prefix.stem(batch)
         longest = int(batch.mask.sum(1).max()) - len(prefix)
         assert stem.row.bincount().max() == max(1, len(prefix) // longest) and 1 < int(stem.row.max()) + 1 == len(stem.cache.layers[0].keys)
-        expected = model.run(batch, plans_of(model), layout="tile").logits
-        close(model.run(model.prefill(batch, prefix), plans_of(model)).logits, expected)
+        expected = model.run(batch, interventions_of(model), layout="tile").logits
+        close(model.run(model.prefill(batch, prefix), interventions_of(model)).logits, expected)
 
     def test_half_precision_answers_are_not_refused_for_a_tie(self):
         """Of a trained model; a random one may be all noise in half precision."""
@@ -308,16 +308,16 @@ class TestFoundByTheSecondReader:
 class TestWhatTheThirdReadersMissed:
     def test_gates_of_forks_have_a_verdict_for_each_lane(self, vlm, basis):
         batch = vlm.batch(WORDS, GREY)
-        plans = [iv.amplify(basis).when(gates.harmful(basis, bound)).at(layers=[6], positions="all") for bound in (-1e9, 1e9, -1e9)]
-        forks, tiles = (vlm.run(batch, plans, layout=layout) for layout in ("fork", "tile"))
+        interventions = [iv.amplify(basis).when(gates.harmful(basis, bound)).at(layers=[6], positions="all") for bound in (-1e9, 1e9, -1e9)]
+        forks, tiles = (vlm.run(batch, interventions, layout=layout) for layout in ("fork", "tile"))
         assert forks.verdicts.keys() == tiles.verdicts.keys() and len(tiles.verdicts) == 3
         assert all(torch.equal(opened, tiles.verdicts[key]) for key, opened in forks.verdicts.items())
         close(forks.logits, tiles.logits)
 
     def test_a_fork_that_reads_before_its_edit_begins_there(self, vlm, basis):
         batch, site = vlm.batch(WORDS, GREY), Site(layers=(1,), positions="all")
-        plans = [iv.amplify(basis).at(layers=[layer], positions="all") for layer in (5, 6)]
-        forks, tiles = (vlm.run(batch, plans, read=[site], layout=layout) for layout in ("fork", "tile"))
+        interventions = [iv.amplify(basis).at(layers=[layer], positions="all") for layer in (5, 6)]
+        forks, tiles = (vlm.run(batch, interventions, read=[site], layout=layout) for layout in ("fork", "tile"))
         close(forks.reads[site], tiles.reads[site])
 
     def test_ends_that_reach_the_image_never_branch(self, vlm, basis):
@@ -326,9 +326,9 @@ class TestWhatTheThirdReadersMissed:
         late = torch.zeros_like(batch.image)
         late[:, -3] = True
         moved = replace(batch, image=late)
-        plans = [iv.amplify(basis).at(positions=(-3, None), layers=[layer]) for layer in (2, 3)]
-        assert Asked(vlm.cfg, batch, plans).unbranchable == ""
-        assert Asked(vlm.cfg, moved, plans).unbranchable == "the positions (-3, None) are edited or read"
+        interventions = [iv.amplify(basis).at(positions=(-3, None), layers=[layer]) for layer in (2, 3)]
+        assert Asked(vlm.cfg, batch, interventions).unbranchable == ""
+        assert Asked(vlm.cfg, moved, interventions).unbranchable == "the positions (-3, None) are edited or read"
 
     def test_a_prefix_never_ends_before_an_image_of_another_prompt(self, vlm, eager_to_share):
         batch = vlm.batch(WORDS, GREY)
@@ -352,19 +352,21 @@ class TestWhatTheThirdReadersMissed:
         monkeypatch.setitem(vlm.__dict__, "_trials", trials.Trials(vlm._engine))
         real = trials.Trials._branches
 
-        def leaking(self, stem, plans):
-            found = real(self, stem, plans)
-            return found + 0.1 * found.abs().max() * torch.tensor([0.0, float(len(plans) == 3), 0.0])[: len(plans), None, None]
+        def leaking(self, stem, interventions):
+            found = real(self, stem, interventions)
+            return (
+                found + 0.1 * found.abs().max() * torch.tensor([0.0, float(len(interventions) == 3), 0.0])[: len(interventions), None, None]
+            )
 
         monkeypatch.setattr(trials.Trials, "_branches", leaking)
         assert vlm.prefill(vlm.batch(WORDS, GREY)).flaw == "an edited branch changes the one beside it"
 
     def test_a_row_of_branches_is_bounded(self, vlm, basis):
         kept = vlm.prefill(vlm.batch(WORDS, GREY))
-        plans = [iv.amplify(basis).at(layers=[0])] * 5000
-        sizes = [len(part) for part in vlm.together(kept, plans)]
+        interventions = [iv.amplify(basis).at(layers=[0])] * 5000
+        sizes = [len(part) for part in vlm.together(kept, interventions)]
         assert max(sizes) == ways.BESIDE and sum(sizes) == 5000
-        everywhere = [plan.at(positions="all") for plan in plans[:9]]
+        everywhere = [intervention.at(positions="all") for intervention in interventions[:9]]
         assert [len(part) for part in vlm.together(kept, everywhere)] == [ways.COPIES, ways.COPIES, 1]
 
 
@@ -375,32 +377,32 @@ class TestWhatIsTakenForSomethingElse:
             with pytest.raises(errors.MismatchError, match="a batch that shows 'blank grey', with the presentation 'blank white'"):
                 call(batch, white)
 
-    def test_no_plans(self, vlm):
-        with pytest.raises(errors.PlanError, match="no plans"):
+    def test_no_interventions(self, vlm):
+        with pytest.raises(errors.InterventionError, match="no interventions"):
             vlm.run(vlm.batch(WORDS), [])
 
     def test_a_layout_of_answers(self, vlm):
-        with pytest.raises(errors.PlanError, match="the layout 'fork' of generated answers"):
+        with pytest.raises(errors.InterventionError, match="the layout 'fork' of generated answers"):
             vlm.run(vlm.batch(WORDS), [iv.nothing] * 2, layout="fork", new_tokens=2)
 
     def test_scores_and_queries_that_a_table_would_take_for_one(self, vlm, basis):
-        plan, options = iv.amplify(basis), {"layers": 4, "placebos": 0}
-        with pytest.raises(errors.PlanError, match="two scores of one name"):
-            gl.sweep(vlm, plan, WORDS, scores=[AnswerLogProb("sorry"), AnswerLogProb("sure")], **options)
+        intervention, options = iv.amplify(basis), {"layers": 4, "placebos": 0}
+        with pytest.raises(errors.InterventionError, match="two scores of one name"):
+            gl.sweep(vlm, intervention, WORDS, scores=[AnswerLogProb("sorry"), AnswerLogProb("sure")], **options)
         with pytest.raises(errors.QueryError, match="two queries with one id"):
-            gl.sweep(vlm, plan, [Query("how ?", id="a"), Query("why ?", id="a")], **options)
-        with pytest.raises(errors.PlanError, match="0 layers"):
-            gl.sweep(vlm, plan, WORDS, layers=[])
-        with pytest.raises(errors.PlanError, match="strength 0 is none"):
-            gl.sweep(vlm, plan, WORDS, strengths=[0.0])
-        with pytest.raises(errors.MismatchError, match="several plans"):
-            gl.sweep(vlm, {"a": plan, "b": plan}, gl.organism.queries("test")[:4], **options).best()
+            gl.sweep(vlm, intervention, [Query("how ?", id="a"), Query("why ?", id="a")], **options)
+        with pytest.raises(errors.InterventionError, match="0 layers"):
+            gl.sweep(vlm, intervention, WORDS, layers=[])
+        with pytest.raises(errors.InterventionError, match="strength 0 is none"):
+            gl.sweep(vlm, intervention, WORDS, strengths=[0.0])
+        with pytest.raises(errors.MismatchError, match="several interventions"):
+            gl.sweep(vlm, {"a": intervention, "b": intervention}, gl.organism.queries("test")[:4], **options).best()
 
     def test_answers_behind_kept_prompts_by_generate(self, vlm, basis):
-        batch, plan = vlm.batch(WORDS, GREY), iv.amplify(basis, 3.0)
-        assert vlm.generate(vlm.prefill(batch), intervention=plan, max_new_tokens=4) == vlm.generate(
-            batch, intervention=plan, max_new_tokens=4
+        batch, intervention = vlm.batch(WORDS, GREY), iv.amplify(basis, 3.0)
+        assert vlm.generate(vlm.prefill(batch), intervention=intervention, max_new_tokens=4) == vlm.generate(
+            batch, intervention=intervention, max_new_tokens=4
         )
-        kept = vlm.run(vlm.prefill(batch), [plan, plan], new_tokens=2)
+        kept = vlm.run(vlm.prefill(batch), [intervention, intervention], new_tokens=2)
         assert (kept.layout, kept.why) == ("branch", "")
         assert all(len(repr(value)) < 200 for value in (batch, vlm.prefill(batch), kept, vlm.run(batch)))

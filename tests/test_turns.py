@@ -28,13 +28,13 @@ def push(layer, size, positions="last"):
 
 
 def test_threads_give_what_one_alone_gives(vlm, batch):
-    kept, plans, everywhere = vlm.prefill(batch), [push(3, 2.0), push(5, 4.0)], [push(6, 2.0, "all")] * 2
+    kept, interventions, everywhere = vlm.prefill(batch), [push(3, 2.0), push(5, 4.0)], [push(6, 2.0, "all")] * 2
     jobs = [
-        lambda: vlm.run(batch, plans[0]).logits,
-        lambda: vlm.run(vlm.batch(TEXTS, GREY), plans[1]).logits,
-        lambda: vlm.run(kept, plans).logits,
+        lambda: vlm.run(batch, interventions[0]).logits,
+        lambda: vlm.run(vlm.batch(TEXTS, GREY), interventions[1]).logits,
+        lambda: vlm.run(kept, interventions).logits,
         lambda: vlm.run(batch, everywhere, layout="fork").logits,
-        lambda: vlm.run(batch, plans, new_tokens=3).tokens,
+        lambda: vlm.run(batch, interventions, new_tokens=3).tokens,
         lambda: vlm.run_with_cache(batch, names_filter="blocks.2.hook_resid_post")[0],
     ]
     alone, found = [job() for job in jobs], {}
@@ -69,11 +69,16 @@ class TestInsideOfARun:
             call(vlm, batch)
             return states
 
-        plan, before = iv.custom(edit).at(layers=[5]), vlm.run(batch).logits
-        for asked in ({}, {"plans": [plan] * 2}, {"new_tokens": 2}, {"plans": [plan.at(positions="all")] * 2, "layout": "fork"}):
-            with pytest.raises(errors.PlanError, match="a run of a model inside of a run"):
-                vlm.run(batch, **{"plans": plan, **asked})
-        with pytest.raises(errors.PlanError, match="a run of a model inside of a run"):
+        intervention, before = iv.custom(edit).at(layers=[5]), vlm.run(batch).logits
+        for asked in (
+            {},
+            {"interventions": [intervention] * 2},
+            {"new_tokens": 2},
+            {"interventions": [intervention.at(positions="all")] * 2, "layout": "fork"},
+        ):
+            with pytest.raises(errors.InterventionError, match="a run of a model inside of a run"):
+                vlm.run(batch, **{"interventions": intervention, **asked})
+        with pytest.raises(errors.InterventionError, match="a run of a model inside of a run"):
             vlm.run_with_hooks(batch, fwd_hooks=[("vision.blocks.1.hook_resid_post", lambda value, hook: call(vlm, batch) and None)])
         assert torch.equal(vlm.run(batch).logits, before) and not any(vlm._trials.flaws.values())
 

@@ -214,7 +214,7 @@ axes = plots.layer_curves(pd.concat([found, chance]), titles={"d_prime": "d′ o
 #
 # A direction may show a difference that the model doesn't use. So add it to the state of the last token and see whether the model refuses
 # more. `gl.sweep` adds it at each layer in turn; its placebos add random directions of the same length. The placebo pairs' direction is a
-# second plan.
+# second intervention.
 
 # %%
 prompts = gl.keep(model, queries, grey)
@@ -229,7 +229,9 @@ control = gl.sweep(model, iv.add(ssd), prompts, placebos=20, **options)
 # %%
 draws = control.frame.query("arm != 'edit'").assign(change=lambda rows: rows["value"] - rows["base"])
 means = draws.groupby(["label", "layer", "arm"], sort=False)["change"].mean().groupby(["label", "layer"], sort=False)
-curves = effect.summary().assign(metric=lambda rows: rows["label"], run=lambda rows: rows["plan"], value=lambda rows: rows["change"])
+curves = effect.summary().assign(
+    metric=lambda rows: rows["label"], run=lambda rows: rows["intervention"], value=lambda rows: rows["change"]
+)
 band = means.agg(value="median", low="min", high="max").reset_index()
 curves = pd.concat(
     [curves, band.assign(metric=band["label"], run="random, 20 draws", n=band["label"].map({"harmful": 72, "harmless": 144}))]

@@ -24,11 +24,11 @@ model, grey = gl.load("organism"), presentations.blank("grey")
 ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
 
 # %% [markdown]
-# ## A plan that can move
+# ## An intervention that can move
 #
-# A plan says what to change. This one is VLM-Guard's `replace`: at the prompt's last token, the component along the safety direction
-# becomes that of the *text twin*, the same request as the LLM sees it, if that looks harmful. It names no layer, so it is *free*: a sweep
-# may move it.
+# An intervention says what to change. This one is VLM-Guard's `replace`: at the prompt's last token, the component along the safety
+# direction becomes that of the *text twin*, the same request as the LLM sees it, if that looks harmful. It names no layer, so it is *free*:
+# a sweep may move it.
 
 # %%
 guard = defences.vlm_guard(ssd).intervention
@@ -164,11 +164,11 @@ print(prompts)
 
 # %%
 edit = iv.replace(ssd, iv.text_twin)
-plans = {"midpoint": edit.when(gates.harmful(ssd)), "no gate": edit, "threshold 0": edit.when(gates.harmful(ssd, 0.0))}
+interventions = {"midpoint": edit.when(gates.harmful(ssd)), "no gate": edit, "threshold 0": edit.when(gates.harmful(ssd, 0.0))}
 began = time.perf_counter()
-gated = gl.sweep(model, plans, prompts, scores=[scores.refusal_logodds], layers=[3, 5, 7], placebos=0)
+gated = gl.sweep(model, interventions, prompts, scores=[scores.refusal_logodds], layers=[3, 5, 7], placebos=0)
 print(f"{time.perf_counter() - began:.2f} s,", gated.facts["layout"])
-gated.summary().pivot_table(index=["plan", "label"], columns="layer", values=["change", "low", "high"], sort=False).round(2)
+gated.summary().pivot_table(index=["intervention", "label"], columns="layer", values=["change", "low", "high"], sort=False).round(2)
 
 # %% [markdown]
 # Without the gate harmless requests rise, too: the image has moved them down as well, and they are moved back up. The midpoint and 0 do
@@ -217,7 +217,7 @@ axes = strong.plot()
 # ```python
 # readings = {name: defences.vlm_guard(ssd, reading=name).intervention for name in ("replace", "add", "amplify", "project")}
 # again = gl.sweep(model, readings, prompts)
-# {name: again.best(1, plan=name) for name in readings}
+# {name: again.best(1, intervention=name) for name in readings}
 # ```
 #
 # *How much does the edit change at all?* Without `scores=`, a sweep also measures the KL divergence from the unedited run:

@@ -31,10 +31,10 @@ ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
 
 
 # %%
-def measure(**plans):
-    table = gl.evaluate(model, plans, queries, grey, judge=gl.organism.judge, max_new_tokens=10, batch_size=256)
+def measure(**interventions):
+    table = gl.evaluate(model, interventions, queries, grey, judge=gl.organism.judge, max_new_tokens=10, batch_size=256)
     return pd.DataFrame(
-        {rate: {name: str(table.rate(rate, name, grey.name)) for name in plans} for rate in ("asr", "over_refusal", "helpful")}
+        {rate: {name: str(table.rate(rate, name, grey.name)) for name in interventions} for rate in ("asr", "over_refusal", "helpful")}
     )
 
 
@@ -74,8 +74,8 @@ measure(by_the_twin=push.when(twin_says), by_its_own_state=push.when(own_says))
 hidden = push.when(twin_says & ~own_says)
 batch = model.batch(queries, grey)
 harmful = torch.tensor([query.label == "harmful" for query in queries])
-for name, plan in {"twin": push.when(twin_says), "twin and not own": hidden}.items():
-    (opened,) = model.run(batch, plan).verdicts.values()
+for name, intervention in {"twin": push.when(twin_says), "twin and not own": hidden}.items():
+    (opened,) = model.run(batch, intervention).verdicts.values()
     print(
         f"{name:17} opens for {opened[harmful].float().mean():.0%} of harmful, {opened[~harmful].float().mean():.0%} of harmless requests"
     )
@@ -108,8 +108,8 @@ site = gl.Site("resid_post")
 few = model.batch(queries[68:76], grey)
 
 
-def states(plan):
-    return model.run(few, plan, read=[site]).reads[site][0]
+def states(intervention):
+    return model.run(few, intervention, read=[site]).reads[site][0]
 
 
 print(
@@ -129,8 +129,8 @@ guarded = patch.when(twin_says)
 phases = {"no edit": iv.nothing, **{phase: guarded.during(phase) for phase in ("prefill", "decode", "always")}}
 for query in (queries[0], queries[2]):
     print(query.text)
-    for phase, plan in phases.items():
-        print(f"   {phase:8}", model.generate(query, grey, plan, max_new_tokens=10))
+    for phase, intervention in phases.items():
+        print(f"   {phase:8}", model.generate(query, grey, intervention, max_new_tokens=10))
 
 # %% [markdown]
 # The first request is refused anyway, the second is answered without an edit. The rates of all:
@@ -159,7 +159,7 @@ print("two layers: ", difference((push >> out.at(layers=3)), (out.at(layers=3) >
 
 # %% [markdown]
 # Now a guard of our own. At layer 5 it gives each request its twin's component back; at layer 7 it adds a push, but only for requests of
-# which the twin is harmful *and* the run still looks harmless there. Each step has its gate, and the plan prints as it is.
+# which the twin is harmful *and* the run still looks harmless there. Each step has its gate, and the intervention prints as it is.
 
 # %%
 still_hidden = gates.harmful(ssd) & ~gates.harmful(ssd, state=iv.own)
@@ -189,8 +189,8 @@ measure(soft=iv.custom(softly, requires=(iv.text_twin,)).at(layers=5))
 #
 # ## Out of the lab
 #
-# A plan is data: it is saved in one file, and the loaded one has the same fingerprint. `gl.attach` puts it on the Hugging Face model as
-# plain torch hooks, for any code that calls `generate`.
+# An intervention is data: it is saved in one file, and the loaded one has the same fingerprint. `gl.attach` puts it on the Hugging Face
+# model as plain torch hooks, for any code that calls `generate`.
 
 # %%
 file = Path(tempfile.mkdtemp()) / "guard.safetensors"

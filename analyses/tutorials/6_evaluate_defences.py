@@ -44,8 +44,8 @@ print(f"{len(pairs)} pairs, {len(validation)} validation and {len(test)} test re
 readings = {name: defences.vlm_guard(ssd, reading=name).intervention for name in ("replace", "add", "amplify")}
 effect = gl.sweep(model, readings, validation, grey, scores=[gl.scores.refusal_logodds])
 opens = effect.frame.assign(refused=effect.frame["value"] > 0)
-opens = opens[opens["arm"] == "edit"].groupby(["plan", "layer", "label"], sort=False)["refused"].mean().unstack()
-print((100 * opens.unstack("plan")).round(0).to_string())
+opens = opens[opens["arm"] == "edit"].groupby(["intervention", "layer", "label"], sort=False)["refused"].mean().unstack()
+print((100 * opens.unstack("intervention")).round(0).to_string())
 
 # %% [markdown]
 # These are percent of requests whose answer opens with a refusal. `replace` in the last layers comes closest to refusing all harmful
@@ -214,7 +214,7 @@ kept.plot()
 #
 # ## Try next
 #
-# - Your own arm: a plan is a defence, so `{"mine": iv.add(ssd, 4.0).at(layers=[5])}` is one. See [compose your own
+# - Your own arm: an intervention is a defence, so `{"mine": iv.add(ssd, 4.0).at(layers=[5])}` is one. See [compose your own
 #   guard](4_compose_a_guard.md).
 # - A second rank, or a gate at 5 % false positives: `defences.vlm_guard(ssd.truncate(2), gate=gl.gates.threshold_at_fpr(...))`.
 # - Reference: [evaluate](../api/evaluate.md), [defences](../api/defences.md), [judges](../api/judges.md), [intervals](../api/tables.md).

@@ -222,7 +222,7 @@ class Activations:
         positions: The tokens that were read (averaged where several).
         presentation: The name of the presentation.
         provenance: Model, template, versions, date.
-        plan: What was changed in the run, as its plan says; empty for a run as it is.
+        intervention: What was changed in the run, as its intervention says; empty for a run as it is.
         shows_images: Whether a query was shown an image.
         checked: Whether all states are known to be finite, as those of a file are.
 
@@ -249,7 +249,7 @@ class Activations:
     positions: Any = "last"
     presentation: str = "text"
     provenance: Provenance = field(default_factory=Provenance)
-    plan: str = ""
+    intervention: str = ""
     shows_images: bool = False
     checked: InitVar[bool] = False
 
@@ -360,7 +360,7 @@ class Activations:
     @property
     def header(self) -> dict[str, Any]:
         """Everything but the states and the queries' images, as JSON has it."""
-        facts = {f: getattr(self, f) for f in ("layers", "hook", "positions", "presentation", "plan", "shows_images")}
+        facts = {f: getattr(self, f) for f in ("layers", "hook", "positions", "presentation", "intervention", "shows_images")}
         queries = [{**asdict(replace(query, images=())), "images": ()} for query in self.queries]
         return {**facts, "queries": queries, "provenance": asdict(self.provenance)}
 
@@ -393,7 +393,7 @@ class Activations:
             tuple(positions) if isinstance(positions, list) else positions,
             header["presentation"],
             Provenance(**header["provenance"]),
-            header.get("plan", ""),
+            header.get("intervention", ""),
             header.get("shows_images", False),
             checked=True,
         )

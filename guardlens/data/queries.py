@@ -316,7 +316,7 @@ def require_presentation(presentation: Any) -> None:
 
 
 _INSTEAD = {
-    "Intervention": "name a plan: intervention=plan",
+    "Intervention": "name an intervention: intervention=intervention",
     "Defence": "take both of its parts: defence.present(presentation), intervention=defence.intervention",
     "": "put an image of your own into Query(text, images=(image,)), and show it with presentations.own",
 }

@@ -8,12 +8,12 @@ from typing import Literal, get_args
 
 from guardlens.defences.base import Defence
 from guardlens.directions import Directions
-from guardlens.errors import PlanError, one_of, quoted, require_type
+from guardlens.errors import InterventionError, one_of, quoted, require_type
 from guardlens.hooks import Layers, Positions
 from guardlens.interventions import Intervention, add_component, amplify, gates, project_out, replace, text_twin
 from guardlens.interventions.gates import Gate
 from guardlens.interventions.held_states import State
-from guardlens.interventions.plan import Phase
+from guardlens.interventions.intervention import Phase
 
 Reading = Literal["replace", "add", "amplify", "project"]
 """How the projection and the alignment of the paper join; see `vlm_guard`.
@@ -57,31 +57,37 @@ def vlm_guard(
         phase: Likewise; the prefill by default.
 
     Raises:
-        PlanError: An unknown reading or `closed`, `closed="project"` with another reading than `"replace"`, or what is no directions, no
-            number, no gate or no state where one is asked for.
+        InterventionError: An unknown reading or `closed`, `closed="project"` with another reading than `"replace"`, or what is no
+            directions, no number, no gate or no state where one is asked for.
 
     Examples:
         >>> defence = defences.vlm_guard(ssd, layers=7)
         >>> defence.intervention
         replace(ssd(rank=1), text_twin, gain=1).at(layers=[7], positions='last').when(harmful(ssd(rank=1), threshold=midpoint))
-        >>> [model.generate(queries[1], grey, plan).split()[0] for plan in (iv.nothing, defence.intervention)]
+        >>> [model.generate(queries[1], grey, intervention).split()[0] for intervention in (iv.nothing, defence.intervention)]
         ['sure', 'sorry']
     """
     if not one_of(reading, get_args(Reading)):
-        raise PlanError(f"the reading {quoted(reading)}", f"one of {', '.join(get_args(Reading))}", "see the docstring of vlm_guard")
+        raise InterventionError(
+            f"the reading {quoted(reading)}", f"one of {', '.join(get_args(Reading))}", "see the docstring of vlm_guard"
+        )
     if not one_of(closed, get_args(Closed)):
-        raise PlanError(f"closed={quoted(closed)}", f"one of {', '.join(map(repr, get_args(Closed)))}", "see the docstring of vlm_guard")
+        raise InterventionError(
+            f"closed={quoted(closed)}", f"one of {', '.join(map(repr, get_args(Closed)))}", "see the docstring of vlm_guard"
+        )
     if closed == "project" and reading != "replace":
-        raise PlanError(f"closed='project' with the reading {reading!r}", "the reading 'replace'", "leave closed out")
-    require_type(reference, State, PlanError, "read h(q) in a State, such as interventions.text_twin")
+        raise InterventionError(f"closed='project' with the reading {reading!r}", "the reading 'replace'", "leave closed out")
+    require_type(reference, State, InterventionError, "read h(q) in a State, such as interventions.text_twin")
     own_gate = gate if isinstance(gate, Gate) or gate is None else gates.harmful(directions, gate, reference)
-    plan = _literal(directions, alpha, own_gate, reference) if closed == "project" else _plan(directions, reading, alpha, reference)
+    intervention = (
+        _literal(directions, alpha, own_gate, reference) if closed == "project" else _intervention(directions, reading, alpha, reference)
+    )
     gated = own_gate is not None and closed == "untouched" and (reading != "project" or isinstance(gate, Gate))
-    plan = plan.when(own_gate) if gated and own_gate is not None else plan
-    return Defence(f"vlm_guard[{reading}]", plan.at(layers=layers, positions=positions).during(phase))
+    intervention = intervention.when(own_gate) if gated and own_gate is not None else intervention
+    return Defence(f"vlm_guard[{reading}]", intervention.at(layers=layers, positions=positions).during(phase))
 
 
-def _plan(directions: Directions, reading: Reading, alpha: float, reference: State) -> Intervention:
+def _intervention(directions: Directions, reading: Reading, alpha: float, reference: State) -> Intervention:
     match reading:
         case "replace":
             return replace(directions, reference, gain=alpha)

@@ -1,11 +1,11 @@
-"""What a defence is: a way to change the prompt and a plan of edits, either of which may be empty."""
+"""What a defence is: a way to change the prompt and an intervention of edits, either of which may be empty."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from guardlens.data.queries import Presentation
-from guardlens.errors import PlanError, quoted, require_type
-from guardlens.interventions.plan import Intervention, nothing, require_plan
+from guardlens.errors import InterventionError, quoted, require_type
+from guardlens.interventions.intervention import Intervention, nothing, require_intervention
 
 
 def unchanged(presentation: Presentation) -> Presentation:
@@ -23,7 +23,7 @@ class Defence:
         present: What it makes of a presentation.
 
     Raises:
-        PlanError: A name that is no text, no plan, or a `present` that can't be called.
+        InterventionError: A name that is no text, no intervention, or a `present` that can't be called.
 
     Examples:
         >>> def reminded(inner):
@@ -40,17 +40,17 @@ class Defence:
     present: Callable[[Presentation], Presentation] = unchanged
 
     def __post_init__(self) -> None:
-        require_type(self.name, str, PlanError, "name it first, as in Defence('guard', plan)")
-        require_plan(self.intervention)
+        require_type(self.name, str, InterventionError, "name it first, as in Defence('guard', intervention)")
+        require_intervention(self.intervention)
         if not callable(self.present):
-            raise PlanError(
+            raise InterventionError(
                 f"present={quoted(self.present)}", "a function of a presentation", "hand in one that gives the presentation to show"
             )
 
     def __repr__(self) -> str:
-        plan = f", {self.intervention!r}" if self.intervention.steps else ""
+        intervention = f", {self.intervention!r}" if self.intervention.steps else ""
         shown = f", present={getattr(self.present, '__name__', type(self.present).__name__)}" if self.present is not unchanged else ""
-        return f"Defence({self.name!r}{plan}{shown})"
+        return f"Defence({self.name!r}{intervention}{shown})"
 
 
 none = Defence("none")

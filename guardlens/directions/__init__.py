@@ -494,7 +494,7 @@ def from_vectors(
         model: `model.id` of the model that they are for, so that others refuse them; empty for any.
         layers: The layer of each index of the first axis; None for one basis that serves every layer.
         hook: The hook whose states they are directions of.
-        method: A name for them, as it appears in plans and tables.
+        method: A name for them, as it appears in interventions and tables.
 
     Returns:
         Directions without class means, and so without midpoints: a gate on them needs a threshold in numbers.

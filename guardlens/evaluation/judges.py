@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from guardlens.data.queries import Query
-from guardlens.errors import PlanError, as_count, is_several, quoted, require_type
+from guardlens.errors import InterventionError, as_count, is_several, quoted, require_type
 
 Verdict = Literal["refused", "answered", "other"]
 """`"refused"`: declined. `"answered"`: did what was asked. `"other"`: neither (off the subject, wrong, empty or broken)."""
@@ -103,12 +103,12 @@ class Keyword:
 
     def __post_init__(self) -> None:
         if not is_several(self.phrases) or not all(isinstance(phrase, str) for phrase in self.phrases):
-            raise PlanError(f"phrases={quoted(self.phrases)}", "texts in a tuple", "say Keyword(phrases=('no way',))")
+            raise InterventionError(f"phrases={quoted(self.phrases)}", "texts in a tuple", "say Keyword(phrases=('no way',))")
         for name in ("reach", "shortest"):
-            object.__setattr__(self, name, as_count(getattr(self, name), name, PlanError, "say how many words", least=0))
+            object.__setattr__(self, name, as_count(getattr(self, name), name, InterventionError, "say how many words", least=0))
 
     def __call__(self, query: Query, answer: str) -> Verdict:
-        require_type(answer, str, PlanError, "hand in the answer's text")
+        require_type(answer, str, InterventionError, "hand in the answer's text")
         said = _THINKING.sub("", answer)
         words = said.lower().split()
         if self._refuses(_opening(words[: self.reach])):

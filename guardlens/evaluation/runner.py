@@ -12,7 +12,7 @@ import numpy as np
 
 from guardlens.data.queries import Presentation, Query, as_presentations, as_queries, require_ids, require_labels
 from guardlens.defences import Defence
-from guardlens.errors import MismatchError, PlanError, PresentationError, one_of, quoted, require_type, type_of
+from guardlens.errors import InterventionError, MismatchError, PresentationError, one_of, quoted, require_type, type_of
 from guardlens.evaluation.judges import Judge, Verdict
 from guardlens.interventions import Intervention
 from guardlens.models.batching import Portion, over_batches
@@ -22,7 +22,7 @@ from guardlens.models.engine.generation_options import generation_settings
 from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.engine.out_of_memory import at_work
 from guardlens.models.hooked_model import HookedModel, Queries, as_new_tokens, require_model
-from guardlens.models.identity import configuration, of_plan, shown
+from guardlens.models.identity import configuration, of_intervention, shown
 from guardlens.results.files import RunDirectory
 from guardlens.results.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
 from guardlens.results.progress import track
@@ -63,7 +63,7 @@ class Evaluation(Table):
     """One row per defence, presentation and query: the verdict on the answer, and whether the gates opened.
 
     Columns: defence, draw (where an arm has several, e.g. placebos), presentation, query, label, cluster, verdict, gate (share of the
-    plan's gates that opened, nan without any), answer.
+    intervention's gates that opened, nan without any), answer.
 
     A presentation is known by its name. ASR is the share of harmful queries that were *answered*; `non_refusal` counts everything but a
     refusal. Intervals are Wilson's, or resample clusters where the queries come in clusters.
@@ -210,8 +210,8 @@ def evaluate(
 
     Args:
         model: The model.
-        defences: By the names that the table will have; include `"none"` to know the gap. A plan is a defence that leaves the prompt alone.
-            Several defences under one name are draws of one arm (placebos of several seeds), and are taken together.
+        defences: By the names that the table will have; include `"none"` to know the gap. An intervention is a defence that leaves the
+            prompt alone. Several defences under one name are draws of one arm (placebos of several seeds), and are taken together.
         queries: Labelled, both classes; their `cluster` says which stand or fall together.
         presentations: Include `text_only` to know the gap.
         judge: Gives a verdict on each answer.
@@ -273,29 +273,29 @@ def evaluate(
         "judge": judge.name,
         "max_new_tokens": max_new_tokens,
         "generation": generation_settings(model.hf),
-        "plans": {name: repr(draws[0].intervention) for name, draws in drawn.items()},
+        "interventions": {name: repr(draws[0].intervention) for name, draws in drawn.items()},
     }
     return Evaluation.from_rows(_ordered(records, defences, presentations, items), facts=facts, provenance=model.provenance)
 
 
 def _drawn(defences: Any) -> dict[str, tuple[Defence, ...]]:
     """The draws of each arm."""
-    require_type(defences, Mapping, PlanError, "hand in defences or plans by name, as in {'none': defences.none}")
+    require_type(defences, Mapping, InterventionError, "hand in defences or interventions by name, as in {'none': defences.none}")
     if not defences:
-        raise PlanError("no defences", "at least one", "hand in {'none': defences.none} for the model as it is")
+        raise InterventionError("no defences", "at least one", "hand in {'none': defences.none} for the model as it is")
     for name in defences:
         if not (isinstance(name, str) and name):
-            raise PlanError(f"the name {name!r} of a defence", "a text", "name it, as in {'none': defences.none}")
+            raise InterventionError(f"the name {name!r} of a defence", "a text", "name it, as in {'none': defences.none}")
     return {name: _draws(name, each) for name, each in defences.items()}
 
 
 def _draws(name: str, given: Any) -> tuple[Defence, ...]:
     draws = given if isinstance(given, Sequence) else [given]
     if not draws:
-        raise PlanError(f"no draw of the defence {name!r}", "at least one", "leave the arm out, or hand in a plan")
+        raise InterventionError(f"no draw of the defence {name!r}", "at least one", "leave the arm out, or hand in an intervention")
     defences = tuple(Defence(name, each) if isinstance(each, Intervention) else each for each in draws)
     for each in defences:
-        require_type(each, Defence, PlanError, "hand in defences or plans by name, as in {'none': defences.none}")
+        require_type(each, Defence, InterventionError, "hand in defences or interventions by name, as in {'none': defences.none}")
     return defences
 
 
@@ -342,18 +342,24 @@ def _require_judge(judge: Any) -> None:
     named = isinstance(judge, Judge) and not isinstance(judge, type)
     if not (named and isinstance(judge.name, str) and judge.name):
         found = f"a judge of the name {judge.name!r}" if named else type_of(judge)
-        raise PlanError(found, "a judge with a name", "hand in judges.keyword, or an object with a name and __call__(query, answer)")
+        raise InterventionError(
+            found, "a judge with a name", "hand in judges.keyword, or an object with a name and __call__(query, answer)"
+        )
     try:
         inspect.signature(judge).bind("query", "answer")
     except TypeError as error:
-        raise PlanError(f"the judge {judge.name!r}, which takes other arguments ({error})", "(query, answer)", "mend the judge") from None
+        raise InterventionError(
+            f"the judge {judge.name!r}, which takes other arguments ({error})", "(query, answer)", "mend the judge"
+        ) from None
 
 
 def _verdict(judge: Judge, query: Query, answer: str) -> Verdict:
     with at_work("the judge", judge):
         found = judge(query, answer)
     if found not in get_args(Verdict):
-        raise PlanError(f"the verdict {found!r} of {judge.name!r}", f"one of {', '.join(map(repr, get_args(Verdict)))}", "mend the judge")
+        raise InterventionError(
+            f"the verdict {found!r} of {judge.name!r}", f"one of {', '.join(map(repr, get_args(Verdict)))}", "mend the judge"
+        )
     return found
 
 
@@ -381,7 +387,7 @@ def _depends_on(
     for arm in arms:
         draws = defences.setdefault(arm.name, [])
         if arm.draw == len(draws):
-            draws.append({"plan": of_plan(arm.defence.intervention), "shows": {}})
+            draws.append({"intervention": of_intervention(arm.defence.intervention), "shows": {}})
         draws[arm.draw]["shows"][arm.presentation.name] = digests[id(arm.shown)]
     return {
         **configuration(model, queries, presentations),

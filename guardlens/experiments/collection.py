@@ -13,12 +13,12 @@ from guardlens.data.activations import Activations
 from guardlens.data.queries import Presentation, as_queries, require_presentation, text_only
 from guardlens.errors import SiteError, require_type
 from guardlens.hooks import Site
-from guardlens.interventions.plan import Intervention, nothing, require_plan
+from guardlens.interventions.intervention import Intervention, nothing, require_intervention
 from guardlens.models.batching import Portion, joined, over_batches
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
-from guardlens.models.identity import configuration, of_plan
+from guardlens.models.identity import configuration, of_intervention
 from guardlens.results.progress import track
 
 LARGEST = 32
@@ -48,7 +48,7 @@ def collect(
         site: Hook, layers and positions; by default the residual stream after every block at the prompt's last token.
         out: A directory to stream to, for more states than memory holds. Each batch is on the disk before the next one runs, and what is
             returned is mapped into memory from there, as it is by `Activations.load(out)`. The same call again resumes; another model,
-            presentation, plan or site, other queries or another dtype are refused.
+            presentation, intervention or site, other queries or another dtype are refused.
         dtype: What states are kept in. `"bfloat16"` takes half the room, and loses nothing of a model that runs in it, unless several
             positions are averaged.
         batch_size: Queries per forward; by default as many as free memory holds, at most 32. Halved where memory runs out. Queries of like
@@ -59,12 +59,12 @@ def collect(
 
     Raises:
         QueryError: No queries.
-        ModelError, PlanError, SiteError: Something else in the place of the model, the plan or the site.
+        ModelError, InterventionError, SiteError: Something else in the place of the model, the intervention or the site.
         NumericsError: NaN or infinity; layer and query are named.
         MismatchError: `out` was made by another call; the first difference is named.
         PresentationError: With `out`, a presentation that shows a query otherwise every time.
-        StorageError: No room on the disk, `out` is open in another process or can't be read or written, or a plan with custom functions
-            without names and `out`.
+        StorageError: No room on the disk, `out` is open in another process or can't be read or written, or an intervention with custom
+            functions without names and `out`.
 
     Warns:
         UserWarning: Rows in `out` that aren't what was written; they are made again.
@@ -79,12 +79,15 @@ def collect(
     """
     require_model(model)
     require_presentation(presentation)
-    require_plan(intervention)
+    require_intervention(intervention)
     require_type(site, Site, SiteError, "say site=Site('resid_post')")
     items, kept = as_queries(queries), dtype_of(dtype)
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
     about = (layers, items, site.hook, site.positions, presentation.name, model.provenance)
-    ran = {"plan": repr(intervention) if intervention.steps else "", "shows_images": any(presentation(query).images for query in items)}
+    ran = {
+        "intervention": repr(intervention) if intervention.steps else "",
+        "shows_images": any(presentation(query).images for query in items),
+    }
 
     def states(batch: Batch, prefix: Prefix | None) -> Tensor:
         run = model.run(batch, intervention, read=[site], logits=None, prefix=prefix)
@@ -97,7 +100,7 @@ def collect(
     if out is None:
         return Activations(joined(portions(range(len(items))), len(items)), *about, **ran, checked=True)
     header = Activations(torch.empty(len(items), len(layers), 0), *about, **ran).header
-    depends_on = {**configuration(model, items, [presentation]), "site": repr(site), "plan": of_plan(intervention)}
+    depends_on = {**configuration(model, items, [presentation]), "site": repr(site), "intervention": of_intervention(intervention)}
     with StateStore(out, depends_on, len(items), dtype, model.provenance) as store:
         todo = store.missing
         for portion in portions(todo):

@@ -26,8 +26,8 @@ Probes = dict[int, tuple[Bool[np.ndarray, "query"], Bool[np.ndarray, "query"]]]
 class Comparison(Table):
     """One row per metric, run and layer, with a 95 % interval, and the paired change against the LLM with its own.
 
-    Columns: metric, run, layer, value, low, high, change, change_low, change_high, n. A run is called by its presentation, and by its plan
-    where it was edited. The metrics:
+    Columns: metric, run, layer, value, low, high, change, change_low, change_high, n. A run is called by its presentation, and by its
+    intervention where it was edited. The metrics:
 
     - `auroc`, `d_prime`: of the coordinate along v1.
     - `midpoint_accuracy`: by the threshold between the LLM's class means: what a gate of the LLM would decide on this run. (Not for
@@ -199,7 +199,10 @@ def _change(here: Measured, there: Measured | None, n: int) -> Interval:
 
 def _names(runs: Sequence[Activations]) -> list[str]:
     """What the runs are called in tables: the LLM's comes first."""
-    names = [f"{'LLM' if place == 0 else 'VLM'}, {run.presentation}{f', {run.plan}' if run.plan else ''}" for place, run in enumerate(runs)]
+    names = [
+        f"{'LLM' if place == 0 else 'VLM'}, {run.presentation}{f', {run.intervention}' if run.intervention else ''}"
+        for place, run in enumerate(runs)
+    ]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise MismatchError(f"two runs of the name {twice!r}", "a name for each", "compare one of them in a call of its own")
@@ -217,10 +220,10 @@ def _require_directions(directions: Directions, runs: Sequence[Activations]) -> 
 
 def _require_plain_text(llm: Activations) -> None:
     """In the LLM's place, the model as it is, without an image."""
-    if llm.shows_images or llm.plan:
+    if llm.shows_images or llm.intervention:
         raise MismatchError(
-            f"the run {llm.presentation!r}{f' with the plan {llm.plan}' if llm.plan else ''} in the LLM's place",
-            "the run without an image and without an edit first" if llm.plan else "the run without an image first",
+            f"the run {llm.presentation!r}{f' with the intervention {llm.intervention}' if llm.intervention else ''} in the LLM's place",
+            "the run without an image and without an edit first" if llm.intervention else "the run without an image first",
             "compare(collect(model.llm, queries), collect(model, queries, presentation), directions)",
         )
 

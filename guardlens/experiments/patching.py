@@ -11,11 +11,11 @@ from torch import Tensor
 
 from guardlens import interventions as iv
 from guardlens.data.queries import Presentation, Query, require_presentation, text_only
-from guardlens.errors import MismatchError, NumericsError, PlanError, is_several, one_of, quoted, require_type, warn
+from guardlens.errors import InterventionError, MismatchError, NumericsError, is_several, one_of, quoted, require_type, warn
 from guardlens.experiments.scores import refusal_logodds
 from guardlens.experiments.sweeps import AnyScore, require_told_apart, scored
 from guardlens.hooks import HOOKS, Point, as_layers, parse
-from guardlens.interventions.plan import Intervention
+from guardlens.interventions.intervention import Intervention
 from guardlens.models.batching import joined
 from guardlens.models.checks import warn_of_more
 from guardlens.models.engine.kv_cache import Prefill
@@ -40,7 +40,7 @@ class Cell:
     head: int = WHOLE
     heads: int = 1
 
-    def plan(self, source: Presentation) -> Intervention:
+    def intervention(self, source: Presentation) -> Intervention:
         """What patches it at the prompt's last token."""
         part = None if self.head == WHOLE else (self.head, self.heads)
         return iv.swap(iv.State(run=source, hook=self.hook), part).at(layers=self.layer)
@@ -149,7 +149,7 @@ def activation_patching(
     Raises:
         QueryError: No queries, or two of one id.
         SiteError: Unknown hook, or a layer without it.
-        PlanError: No hooks, a hook that can't be patched layer by layer, or something else than scores.
+        InterventionError: No hooks, a hook that can't be patched layer by layer, or something else than scores.
         ModelError, PresentationError: Something else in the place of the model or of a presentation.
 
     Warns:
@@ -171,11 +171,11 @@ def activation_patching(
     names = _hooks(hooks)
     if not set(names) <= {"resid_pre", "resid_post"}:
         warn_of_more(model)
-    plans = {cell: cell.plan(source) for name in names for cell in _cells(model, name, layers)}
+    interventions = {cell: cell.intervention(source) for name in names for cell in _cells(model, name, layers)}
     ran: set[str] = set()
-    title = f"activation patching, {len(plans)} cells, {presentation.name}"
+    title = f"activation patching, {len(interventions)} cells, {presentation.name}"
     prompts = queries if isinstance(queries, Kept) else items
-    work = partial(_score_part, model, source, plans, scores, ran)
+    work = partial(_score_part, model, source, interventions, scores, ran)
     parts = over_prompts(model, prompts, presentation, work, batch_size)
     values = joined(track(parts, len(items), title), len(items), axis=2).numpy()
     if source != presentation and np.allclose(values[:, -1], values[:, -2], rtol=1e-4, atol=1e-4):
@@ -189,23 +189,25 @@ def activation_patching(
         "source_model": (model.llm if source == text_only else model).id,
         "units": {score.name: score.unit for score in scores},
     }
-    return Patching(_columns(list(plans), items, scores, values), facts, model.provenance)
+    return Patching(_columns(list(interventions), items, scores, values), facts, model.provenance)
 
 
 def _hooks(given: Any) -> list[str]:
     """The short names of the hooks, each once, in their order."""
     names = list(given) if is_several(given) else [given]
     for name in names:
-        require_type(name, str, PlanError, "name hooks, as in hooks=['resid_post', 'z']")
+        require_type(name, str, InterventionError, "name hooks, as in hooks=['resid_post', 'z']")
     if not names:
-        raise PlanError("no hooks", "at least one", "leave hooks out for resid_post")
+        raise InterventionError("no hooks", "at least one", "leave hooks out for resid_post")
     return list(dict.fromkeys(parse(name).hook for name in names))
 
 
 def _cells(model: HookedModel, name: str, layers: Any) -> list[Cell]:
     hook = HOOKS[name]
     if not (hook.layered and hook.writable and hook.width):
-        raise PlanError(f"patching at {name!r}", "a hook of the blocks that can be written", "choose resid_post, attn_out, mlp_out or z")
+        raise InterventionError(
+            f"patching at {name!r}", "a hook of the blocks that can be written", "choose resid_post, attn_out, mlp_out or z"
+        )
     anywhere = [point.layer for point in model.cfg.computed(beside_image=False) if point.hook == name]
     wanted = as_layers(layers) or [layer for layer in anywhere if layer is not None]
     heads = {layer: model.cfg.locate(Point(name, layer)).heads for layer in wanted}
@@ -217,10 +219,15 @@ def _cells(model: HookedModel, name: str, layers: Any) -> list[Cell]:
 
 
 def _score_part(
-    model: HookedModel, source: Presentation, plans: Mapping[Cell, Intervention], scores: Sequence[AnyScore], ran: set[str], kept: Prefill
+    model: HookedModel,
+    source: Presentation,
+    interventions: Mapping[Cell, Intervention],
+    scores: Sequence[AnyScore],
+    ran: set[str],
+    kept: Prefill,
 ) -> Float[Tensor, "score run query"]:
     """Scores of all cells, then of the unpatched run, then of the source's."""
-    return scored(model, kept, list(plans.values()), scores, ran, [model.source(kept.batch, source)])
+    return scored(model, kept, list(interventions.values()), scores, ran, [model.source(kept.batch, source)])
 
 
 def _columns(cells: Sequence[Cell], queries: Sequence[Query], scores: Sequence[AnyScore], values: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens.data.queries import as_text
-from guardlens.errors import ModelError, PlanError, QueryError, as_count, quoted, require_type
+from guardlens.errors import InterventionError, ModelError, QueryError, as_count, quoted, require_type
 
 
 @runtime_checkable
@@ -83,7 +83,7 @@ class RefusalLogOdds:
         starts: Openings of refusals; those whose first token is unknown to the tokenizer are left out.
 
     Raises:
-        PlanError: Openings that are no texts.
+        InterventionError: Openings that are no texts.
 
     Source: Arditi et al. 2024 (arXiv 2406.11717).
 
@@ -99,10 +99,10 @@ class RefusalLogOdds:
 
     def __post_init__(self) -> None:
         if isinstance(self.starts, str) or not isinstance(self.starts, Sequence) or not self.starts:
-            raise PlanError(f"the openings {quoted(self.starts)}", "texts in a tuple", "say RefusalLogOdds(('Sorry', 'I cannot'))")
+            raise InterventionError(f"the openings {quoted(self.starts)}", "texts in a tuple", "say RefusalLogOdds(('Sorry', 'I cannot'))")
         object.__setattr__(self, "starts", tuple(self.starts))
         for start in self.starts:
-            require_type(start, str, PlanError, "name the openings as texts")
+            require_type(start, str, InterventionError, "name the openings as texts")
 
     def token_ids(self, tokenizer: Any) -> list[int]:
         """The first tokens of the openings.
@@ -154,7 +154,7 @@ class AnswerLogProb:
         text: The answer, as it follows the chat template's generation prompt.
 
     Raises:
-        PlanError: What is no text.
+        InterventionError: What is no text.
 
     Examples:
         >>> refusal = scores.AnswerLogProb("sorry , i can not")
@@ -167,7 +167,7 @@ class AnswerLogProb:
     name: str = "answer_logprob"
 
     def __post_init__(self) -> None:
-        require_type(self.text, str, PlanError, "say AnswerLogProb('I am sorry')")
+        require_type(self.text, str, InterventionError, "say AnswerLogProb('I am sorry')")
 
     @property
     def unit(self) -> str:
@@ -204,7 +204,7 @@ class AnswerKL:
         tokens: How long the answers are at most.
 
     Raises:
-        PlanError: A length below 1, or no whole number.
+        InterventionError: A length below 1, or no whole number.
 
     Examples:
         >>> effect = gl.sweep(model, guard, queries, grey, scores=[scores.AnswerKL(tokens=4)])
@@ -217,7 +217,7 @@ class AnswerKL:
     unit: str = "KL divergence along the answer (nats/token)"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", as_count(self.tokens, "tokens", PlanError, "say AnswerKL(tokens=16)"))
+        object.__setattr__(self, "tokens", as_count(self.tokens, "tokens", InterventionError, "say AnswerKL(tokens=16)"))
 
     def answer(self, model: Any, kept: Any) -> Answer:
         """What the unedited model says, its end included; what fills up answers that ended otherwise (by a stop string) is left out."""

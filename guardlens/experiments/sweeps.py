@@ -1,4 +1,4 @@
-"""`sweep`: plans at every layer and strength, scored for every query, with a placebo of equal norm beside them."""
+"""`sweep`: interventions at every layer and strength, scored for every query, with a placebo of equal norm beside them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from guardlens.data.queries import Presentation, Query, require_ids
 from guardlens.errors import (
+    InterventionError,
     MismatchError,
     NumericsError,
-    PlanError,
     as_count,
     as_number,
     is_several,
@@ -27,7 +27,7 @@ from guardlens.errors import (
 )
 from guardlens.experiments.scores import AnswerScore, Score, kl, refusal_logodds
 from guardlens.hooks import Layers, as_layers
-from guardlens.interventions.plan import Intervention, require_plan
+from guardlens.interventions.intervention import Intervention, require_intervention
 from guardlens.models.batching import joined
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.kv_cache import Prefill
@@ -42,15 +42,15 @@ from guardlens.results.tables import Frame, Table
 AnyScore = Score | AnswerScore
 
 
-CELL = ["score", "plan", "arm", "layers", "strength"]
+CELL = ["score", "intervention", "arm", "layers", "strength"]
 """What tells the cells of a sweep apart."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the grid: a plan, as itself or as a placebo, at some layers and a strength."""
+    """One cell of the grid: an intervention, as itself or as a placebo, at some layers and a strength."""
 
-    plan: str
+    intervention: str
     arm: str
     layers: tuple[int, ...]
     strength: float
@@ -62,9 +62,9 @@ class Cell:
 
 
 class Sweep(Table):
-    """Scores per plan, arm (`"edit"`, `"placebo 0"`, ...), layers, strength and query; `base` is the unedited run's score.
+    """Scores per intervention, arm (`"edit"`, `"placebo 0"`, ...), layers, strength and query; `base` is the unedited run's score.
 
-    Columns: plan, arm, layers, layer (the first of them), strength, query, label, cluster, score, value, base.
+    Columns: intervention, arm, layers, layer (the first of them), strength, query, label, cluster, score, value, base.
 
     Examples:
         >>> effect = gl.sweep(model, guard, queries, grey, layers=[5, 7, (6, 7)])
@@ -93,7 +93,7 @@ class Sweep(Table):
         frame = self.frame.assign(arm=self.frame["arm"].str.split().str[0], change=self.frame["value"] - self.frame["base"])
         asked = {label: part.drop_duplicates("query") for label, part in frame.groupby("label", sort=False)}
         resampled = {label: resample_counts(len(part), part["cluster"].to_numpy()) for label, part in asked.items()}
-        keys = ["score", "plan", "arm", "layers", "layer", "strength", "label"]
+        keys = ["score", "intervention", "arm", "layers", "layer", "strength", "label"]
         rows = []
         for key, part in frame.groupby(keys, sort=False):
             changes, counts = part.groupby("query")["change"].mean()[asked[key[-1]]["query"]].to_numpy(), resampled[key[-1]]
@@ -118,30 +118,36 @@ class Sweep(Table):
                 "filter all cells alike, as with .where(score='kl')",
             )
 
-    def best(self, k: int = 1, plan: str | None = None) -> tuple[int, ...]:
-        """The k single layers at which a plan raises the refusal of harmful queries most and that of harmless ones least.
+    def best(self, k: int = 1, intervention: str | None = None) -> tuple[int, ...]:
+        """The k single layers at which an intervention raises the refusal of harmful queries most and that of harmless ones least.
 
         The rule: mean change of the refusal log-odds over harmful queries minus that over harmless ones where it is a rise,
         averaged over the strengths; ties go to the later layer.
 
         Args:
             k: How many layers.
-            plan: Its name; needed where the sweep holds several.
+            intervention: Its name; needed where the sweep holds several.
 
         Raises:
-            MismatchError: The sweep has no refusal log-odds, no labels, fewer single layers, or several plans and none was named; or a cell
-                lacks a query or has one twice.
+            MismatchError: The sweep has no refusal log-odds, no labels, fewer single layers, or several interventions and none was named;
+                or a cell lacks a query or has one twice.
             NumericsError: A layer's log-odds are nan.
         """
         k = as_count(k, "k", MismatchError, "ask for one layer or more, as in best(2)")
         self._require_whole()
-        frame, plans = self.frame, sorted(map(str, set(self.columns["plan"])))
-        if not one_of(plan, plans) if plan is not None else len(plans) > 1:
+        frame, interventions = self.frame, sorted(map(str, set(self.columns["intervention"])))
+        if not one_of(intervention, interventions) if intervention is not None else len(interventions) > 1:
             raise MismatchError(
-                f"the plan {quoted(plan)}" if plan is not None else "several plans", f"one of {plans}", "say best(k, plan=...)"
+                f"the intervention {quoted(intervention)}" if intervention is not None else "several interventions",
+                f"one of {interventions}",
+                "say best(k, intervention=...)",
             )
         frame = frame[(frame["arm"] == "edit") & (frame["score"] == refusal_logodds.name) & ~frame["layers"].str.contains("+", regex=False)]
-        frame = frame[frame["plan"] == (frame["plan"].iloc[0] if plan is None else plan)] if len(frame) else frame
+        frame = (
+            frame[frame["intervention"] == (frame["intervention"].iloc[0] if intervention is None else intervention)]
+            if len(frame)
+            else frame
+        )
         if frame["layer"].nunique() < k or set(frame["label"]) != {"harmful", "harmless"}:
             raise MismatchError(
                 f"{frame['layer'].nunique()} single layers and the labels {sorted(set(frame['label']))}",
@@ -160,7 +166,7 @@ class Sweep(Table):
         return tuple(sorted(int(layer) for layer in ranked[:k]))
 
     def plot(self, score: str | None = None, ax: Any = None) -> Any:
-        """Heat maps of the mean change, layer x strength, one per plan, arm and label.
+        """Heat maps of the mean change, layer x strength, one per intervention, arm and label.
 
         Args:
             score: Its name; the first one without it.
@@ -177,19 +183,25 @@ class Sweep(Table):
         if not one_of(score, known):
             raise MismatchError(f"the score {quoted(score)}", f"one of {known}", "name a score that was swept")
         summary = summary[summary["score"] == score]
-        several = summary["plan"].nunique() > 1
-        names = summary["plan"] + ", " + summary["arm"] if several else summary["arm"].replace("edit", str(summary["plan"].iloc[0]))
+        several = summary["intervention"].nunique() > 1
+        names = (
+            summary["intervention"] + ", " + summary["arm"]
+            if several
+            else summary["arm"].replace("edit", str(summary["intervention"].iloc[0]))
+        )
         unit = self.facts.get("units", {}).get(score, score)
-        frame = summary.assign(plan=names, value=summary["change"]).drop(columns=["arm"])
+        frame = summary.assign(intervention=names, value=summary["change"]).drop(columns=["arm"])
         return plots.effect_maps(frame, unit=f"Δ {unit}", axes=ax)
 
     def __repr__(self) -> str:
-        return f"Sweep({len(set(self.columns['plan']))} plans, {len(set(self.columns['layers']))} layer sets, {len(self)} rows)"
+        interventions = len(set(self.columns["intervention"]))
+        layer_sets = len(set(self.columns["layers"]))
+        return f"Sweep({interventions} interventions, {layer_sets} layer sets, {len(self)} rows)"
 
 
 def sweep(
     model: HookedModel,
-    plans: Intervention | Mapping[str, Intervention],
+    interventions: Intervention | Mapping[str, Intervention],
     queries: Queries | Kept,
     presentation: Presentation | None = None,
     *,
@@ -199,30 +211,31 @@ def sweep(
     placebos: int = 1,
     batch_size: int | None = None,
 ) -> Sweep:
-    """Score plans at every layer and strength.
+    """Score interventions at every layer and strength.
 
-    Only steps whose layers are free are moved and scaled; a plan's other steps stay as they are in every cell.
+    Only steps whose layers are free are moved and scaled; an intervention's other steps stay as they are in every cell.
 
     Args:
         model: The model.
-        plans: One plan, or several by name (other gains, ranks, directions).
+        interventions: One intervention, or several by name (other gains, ranks, directions).
         queries: What to ask; labels are kept. Or prompts that `keep` has computed: asking about them again costs one token per cell.
         presentation: How to show it; without it as text alone, and kept prompts as they are kept.
         scores: What to measure: at the prompt's last token, or along an answer (`AnswerLogProb`, `AnswerKL`).
         strengths: Strength 0 is always "untouched" (and left out: it is the baseline), 1 the edit itself.
         layers: Layers, or groups of layers that are edited together; None for every single layer.
         placebos: How many placebos of equal norm ride along each cell (`Intervention.placebo`); 0 for none.
-        batch_size: Queries per forward; chosen from free memory without it. Plans for the ends of the prompts ride beside each other as
-            branches, others as forks or as copies of the batch; `facts["layout"]` says what ran, and why not as branches.
+        batch_size: Queries per forward; chosen from free memory without it. Interventions for the ends of the prompts ride beside each
+            other as branches, others as forks or as copies of the batch; `facts["layout"]` says what ran, and why not as branches.
 
     Raises:
-        PlanError: A plan has no free layer, or plans, scores, strengths or placebos are none, or scores don't give one number per query.
+        InterventionError: An intervention has no free layer, or interventions, scores, strengths or placebos are none, or scores don't give
+            one number per query.
         SiteError: Layers that are none, or that the model has not.
-        NumericsError: A score that is nan or infinite; plan and query are named.
+        NumericsError: A score that is nan or infinite; intervention and query are named.
         QueryError: No queries.
 
     Warns:
-        UserWarning: A plan that changes no score in any cell, so that there is nothing to choose from.
+        UserWarning: An intervention that changes no score in any cell, so that there is nothing to choose from.
 
     Examples:
         >>> effect = gl.sweep(model, guard, queries, grey, strengths=[0.5, 1.0])
@@ -234,23 +247,23 @@ def sweep(
     require_model(model)
     items, presentation = shown(queries, presentation)
     require_told_apart(items, scores)
-    named = _named(plans)
+    named = _named(interventions)
     groups = _groups(range(model.cfg.n_layers) if layers is None else layers)
-    strengths = [as_number(each, "strength", PlanError, "say strengths=[0.5, 1.0]") for each in _several(strengths)]
-    placebos = as_count(placebos, "placebos", PlanError, "say placebos=0 for none", least=0)
+    strengths = [as_number(each, "strength", InterventionError, "say strengths=[0.5, 1.0]") for each in _several(strengths)]
+    placebos = as_count(placebos, "placebos", InterventionError, "say placebos=0 for none", least=0)
     grid = _grid(named, groups, strengths, placebos)
     if not grid:
-        found = f"{len(named)} plans, {len(groups)} layers and the strengths {strengths}"
-        raise PlanError(found, "a cell at least; strength 0 is none", "name some")
+        found = f"{len(named)} interventions, {len(groups)} layers and the strengths {strengths}"
+        raise InterventionError(found, "a cell at least; strength 0 is none", "name some")
     ran: set[str] = set()
     title = f"sweep, {len(grid)} cells, {presentation.name}"
     prompts = queries if isinstance(queries, Kept) else items
-    work = partial(scored, model, plans=list(grid.values()), scores=scores, ran=ran)
+    work = partial(scored, model, interventions=list(grid.values()), scores=scores, ran=ran)
     parts = over_prompts(model, prompts, presentation, work, batch_size)
     values = joined(track(parts, len(items), title), len(items), axis=2).numpy()
     _warn_of_no_change(list(grid), values)
     facts = {
-        "plans": {name: repr(plan) for name, plan in named.items()},
+        "interventions": {name: repr(intervention) for name, intervention in named.items()},
         "presentation": presentation.name,
         "placebos": placebos,
         "layout": sorted(ran),
@@ -260,13 +273,13 @@ def sweep(
 
 
 def _warn_of_no_change(cells: Sequence[Cell], values: Float[np.ndarray, "score run query"]) -> None:
-    """Say so where no cell of a plan gives another score than the unedited run, which is the last."""
-    for plan in dict.fromkeys(cell.plan for cell in cells):
-        edited = [place for place, cell in enumerate(cells) if (cell.plan, cell.arm) == (plan, "edit")]
+    """Say so where no cell of an intervention gives another score than the unedited run, which is the last."""
+    for intervention in dict.fromkeys(cell.intervention for cell in cells):
+        edited = [place for place, cell in enumerate(cells) if (cell.intervention, cell.arm) == (intervention, "edit")]
         if np.allclose(values[:, edited], values[:, -1:], rtol=1e-4, atol=1e-4):
             warn(
-                f"the plan {plan!r} changes no score in any cell: its gate is closed for all queries, it edits later tokens than are "
-                "scored, or it puts in what is there already, as the text twin is where no image is shown",
+                f"the intervention {intervention!r} changes no score in any cell: its gate is closed for all queries, it edits later tokens "
+                "than are scored, or it puts in what is there already, as the text twin is where no image is shown"
             )
 
 
@@ -274,33 +287,35 @@ def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> 
     """Refuse queries of one id and scores of one name, which a table would take for one; and what are no scores.
 
     Raises:
-        QueryError, PlanError: As said.
+        QueryError, InterventionError: As said.
     """
     require_ids(queries)
     if isinstance(scores, Score) or not isinstance(scores, Sequence) or not len(scores):
-        raise PlanError("no scores" if is_several(scores) else type_of(scores), "scores in a list", "say scores=[scores.kl]")
+        raise InterventionError("no scores" if is_several(scores) else type_of(scores), "scores in a list", "say scores=[scores.kl]")
     for score in scores:
         if isinstance(score, type):
-            raise PlanError(type_of(score), "a score", f"make one of it: {score.__name__}()")
-        require_type(score, Score, PlanError, "hand in scores such as [scores.kl, scores.AnswerKL()]")
-        require_type(score.name, str, PlanError, "name each score by a text")
+            raise InterventionError(type_of(score), "a score", f"make one of it: {score.__name__}()")
+        require_type(score, Score, InterventionError, "hand in scores such as [scores.kl, scores.AnswerKL()]")
+        require_type(score.name, str, InterventionError, "name each score by a text")
     if len({score.name for score in scores}) < len(scores):
-        raise PlanError("two scores of one name", "a name for each", "say scores.AnswerLogProb(text, name=...)")
+        raise InterventionError("two scores of one name", "a name for each", "say scores.AnswerLogProb(text, name=...)")
 
 
-def _named(plans: Any) -> dict[str, Intervention]:
-    """The plans by name, each with a step that the sweep can move; one alone is called "edit".
+def _named(interventions: Any) -> dict[str, Intervention]:
+    """The interventions by name, each with a step that the sweep can move; one alone is called "edit".
 
     Raises:
-        PlanError: Something else.
+        InterventionError: Something else.
     """
-    named = dict(plans) if isinstance(plans, Mapping) else {"edit": plans}
-    for name, plan in named.items():
-        require_type(name, str, PlanError, "name each plan by a text")
-        require_plan(plan)
-        if not plan.free:
-            raise PlanError(
-                f"the plan {name!r}, whose layers are all set", "a step without layers, for the sweep to move", "leave .at(layers=...) out"
+    named = dict(interventions) if isinstance(interventions, Mapping) else {"edit": interventions}
+    for name, intervention in named.items():
+        require_type(name, str, InterventionError, "name each intervention by a text")
+        require_intervention(intervention)
+        if not intervention.free:
+            raise InterventionError(
+                f"the intervention {name!r}, whose layers are all set",
+                "a step without layers, for the sweep to move",
+                "leave .at(layers=...) out",
             )
     return named
 
@@ -321,11 +336,11 @@ def _groups(layers: Any) -> list[tuple[int, ...]]:
 
 
 def _grid(
-    plans: Mapping[str, Intervention], groups: Sequence[tuple[int, ...]], strengths: Sequence[float], placebos: int
+    interventions: Mapping[str, Intervention], groups: Sequence[tuple[int, ...]], strengths: Sequence[float], placebos: int
 ) -> dict[Cell, Intervention]:
     cells = {}
-    for name, plan in plans.items():
-        arms = {"edit": plan} | {f"placebo {seed}": plan.placebo(seed) for seed in range(placebos)}
+    for name, intervention in interventions.items():
+        arms = {"edit": intervention} | {f"placebo {seed}": intervention.placebo(seed) for seed in range(placebos)}
         for arm, acting in arms.items():
             for group in groups:
                 for strength in strengths:
@@ -337,12 +352,12 @@ def _grid(
 def scored(
     model: HookedModel,
     kept: Prefill,
-    plans: Sequence[Intervention],
+    interventions: Sequence[Intervention],
     scores: Sequence[AnyScore],
     ran: set[str],
     others: Sequence[tuple[HookedModel, Batch]] = (),
 ) -> Float[Tensor, "score run query"]:
-    """The scores of each plan, then of the unedited run, then of unedited runs of other prompts, each against the unedited one.
+    """The scores of each intervention, then of the unedited run, then of unedited runs of other prompts, each against the unedited one.
 
     Those of the next token share their runs, and each score of an answer has its own.
     """
@@ -350,7 +365,7 @@ def scored(
     found: dict[int, Tensor] = {}
     if of_next:
         base = kept.logits
-        runs = chain(_lanes(model, kept, plans, ran), [base], (_only(other.run(batch)).to(base.device) for other, batch in others))
+        runs = chain(_lanes(model, kept, interventions, ran), [base], (_only(other.run(batch)).to(base.device) for other, batch in others))
         asked = [[_scored(score, run, base, model.tokenizer, len(kept)) for score in of_next] for run in runs]
         each = torch.stack([torch.stack(values) for values in asked], dim=1)
         found = {id(score): values for score, values in zip(of_next, each, strict=True)}
@@ -360,10 +375,10 @@ def scored(
             givers = [(model, kept), *((other, other.prefill(batch)) for other, batch in others)]
             prompts, *beside = [(giver, prefill.answering(answer.tokens)) for giver, prefill in givers]
             base, *rest = [_only(giver.run(prefill, logits="answer")).to(kept.logits.device) for giver, prefill in (prompts, *beside)]
-            runs = chain(_lanes(*prompts, plans, ran), [base], rest)
+            runs = chain(_lanes(*prompts, interventions, ran), [base], rest)
             found[id(score)] = torch.stack([_scored(score, run, base, answer, len(kept)) for run in runs])
     values = torch.stack([found[id(score)] for score in scores]).double().cpu()
-    _require_finite(values, scores, plans, kept.batch)
+    _require_finite(values, scores, interventions, kept.batch)
     return values
 
 
@@ -377,11 +392,11 @@ def _checked(score: AnyScore, values: Any, queries: int) -> Float[Tensor, "query
     """What a score gave, as floating-point numbers.
 
     Raises:
-        PlanError: Other than one number per query.
+        InterventionError: Other than one number per query.
     """
     if not isinstance(values, Tensor) or values.shape != (queries,) or values.is_complex():
         made = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type_of(values)
-        raise PlanError(
+        raise InterventionError(
             f"{made} from the score {score.name!r}",
             f"a tensor of one number per query, of shape ({queries},)",
             "score each row of the logits",
@@ -390,17 +405,17 @@ def _checked(score: AnyScore, values: Any, queries: int) -> Float[Tensor, "query
 
 
 def _require_finite(
-    values: Float[Tensor, "score run query"], scores: Sequence[AnyScore], plans: Sequence[Intervention], batch: Batch
+    values: Float[Tensor, "score run query"], scores: Sequence[AnyScore], interventions: Sequence[Intervention], batch: Batch
 ) -> None:
     """Refuse scores that are nan or infinite.
 
     Raises:
-        NumericsError: Score, query and plan are named.
+        NumericsError: Score, query and intervention are named.
     """
     if values.isfinite().all():
         return
     score, run, query = (~values.isfinite()).nonzero()[0].tolist()
-    under = repr(plans[run]) if run < len(plans) else "a run without a plan"
+    under = repr(interventions[run]) if run < len(interventions) else "a run without an intervention"
     raise NumericsError(
         f"{values[score, run, query].item()} as the score {scores[score].name!r} of query {batch.queries[query].id!r} under {under}",
         "a finite number for each query",
@@ -408,9 +423,9 @@ def _require_finite(
     )
 
 
-def _lanes(model: HookedModel, kept: Prefill, plans: Sequence[Intervention], ran: set[str]) -> Iterator[Float[Tensor, "query ..."]]:
-    """Logits of each plan, as many at once as fit; what ran is noted in `ran`."""
-    for part in model.together(kept, plans):
+def _lanes(model: HookedModel, kept: Prefill, interventions: Sequence[Intervention], ran: set[str]) -> Iterator[Float[Tensor, "query ..."]]:
+    """Logits of each intervention, as many at once as fit; what ran is noted in `ran`."""
+    for part in model.together(kept, interventions):
         run = model.run(kept, part, logits="answer" if kept.batch.answered else "last")
         assert run.logits is not None
         ran.add(f"{run.layout}: {run.why}" if run.why else run.layout)
@@ -418,7 +433,7 @@ def _lanes(model: HookedModel, kept: Prefill, plans: Sequence[Intervention], ran
 
 
 def _only(run: Run) -> Float[Tensor, "query ..."]:
-    """The logits of a run of one plan."""
+    """The logits of a run of one intervention."""
     assert run.logits is not None
     return run.logits[0]
 
@@ -427,7 +442,7 @@ def _columns(cells: Sequence[Cell], queries: Sequence[Any], scores: Sequence[Any
     """Tidy columns of `values` (score, cell + baseline, query)."""
     n_scores, n_cells, n = len(scores), len(cells), len(queries)
     per_cell = {
-        "plan": [cell.plan for cell in cells],
+        "intervention": [cell.intervention for cell in cells],
         "arm": [cell.arm for cell in cells],
         "layers": [cell.where for cell in cells],
         "layer": [cell.layers[0] for cell in cells],

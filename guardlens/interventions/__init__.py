@@ -1,4 +1,4 @@
-"""Interventions: what to change in a run. The constructors here make plans of one step; modifiers and `>>` make the rest.
+"""Interventions: what to change in a run. The constructors here make interventions of one step; modifiers and `>>` make the rest.
 
     project_out(V)          h - h V^T V
     amplify(V, alpha)       h + alpha h V^T V
@@ -25,12 +25,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.directions import Directions
-from guardlens.errors import PlanError, as_number, type_of
+from guardlens.errors import InterventionError, as_number, type_of
 from guardlens.hooks import Site
 from guardlens.interventions import gates
 from guardlens.interventions.edits import Affine, Custom, Edit, RelativeAdd, Swap, Turned, require_directions
 from guardlens.interventions.held_states import Context, State, own, text_twin
-from guardlens.interventions.plan import Intervention, Phase, Step, nothing
+from guardlens.interventions.intervention import Intervention, Phase, Step, nothing
 
 __all__ = [
     "Affine",
@@ -94,8 +94,8 @@ def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> 
     VLM-Guard's edit with r the text twin (the gain is its alpha); `gain=1` is `patch`, `gain=0` is `project_out`.
 
     Examples:
-        >>> plan = iv.replace(ssd, iv.text_twin).at(layers=7)
-        >>> [model.generate(queries[1], grey, each).split()[0] for each in (iv.nothing, plan)]
+        >>> intervention = iv.replace(ssd, iv.text_twin).at(layers=7)
+        >>> [model.generate(queries[1], grey, each).split()[0] for each in (iv.nothing, intervention)]
         ['sure', 'sorry']
     """
     vectors, gain = _vectors(directions), _number(gain=gain)
@@ -133,7 +133,7 @@ def add(directions: Directions, alpha: float = 1.0) -> Intervention:
     """h + alpha v, with the unit vector v of each layer (rank 1).
 
     Raises:
-        PlanError: The directions have another rank than 1.
+        InterventionError: The directions have another rank than 1.
 
     Examples:
         >>> site = gl.Site(layers=[5])
@@ -150,7 +150,7 @@ def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
     """h + alpha |h| v, with the unit vector v of each layer (rank 1).
 
     Raises:
-        PlanError: The directions have another rank than 1.
+        InterventionError: The directions have another rank than 1.
 
     Examples:
         >>> iv.add_relative(ssd, 0.1)  # a tenth of each state's norm
@@ -166,7 +166,7 @@ def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Inte
     """h + alpha h M, the same matrix in every layer (a null-space map, an erasure, ...).
 
     Raises:
-        PlanError: No square matrix.
+        InterventionError: No square matrix.
         NumericsError: NaN or infinity in it.
 
     Examples:
@@ -176,7 +176,7 @@ def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Inte
     """
     if not isinstance(matrix, Tensor | np.ndarray) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         found = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor | np.ndarray) else f"{type_of(matrix)}"
-        raise PlanError(f"a matrix of {found}", "a square tensor, d_model by d_model", "hand in torch.eye(d_model) or its like")
+        raise InterventionError(f"a matrix of {found}", "a square tensor, d_model by d_model", "hand in torch.eye(d_model) or its like")
     matrix, alpha, width = _real(matrix), _number(alpha=alpha), len(matrix)
     read, none = torch.eye(width, dtype=matrix.dtype)[None], matrix.new_zeros(1, 0, width)
     edit = Affine(f"linear({width} x {width}, alpha={alpha:g})", None, read, alpha * matrix[None], none, none, matrix.new_zeros(1, width))
@@ -193,7 +193,7 @@ def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
         part: `(index, of)` puts in one of several equal stretches alone: `(3, 32)` is the fourth of 32 heads at the hook z.
 
     Raises:
-        PlanError: The reference is no state, or there is no such part.
+        InterventionError: The reference is no state, or there is no such part.
 
     Examples:
         >>> iv.swap(iv.State(run=presentations.text_only, hook="z"), part=(3, 4)).at(layers=5).steps[0].site
@@ -212,7 +212,7 @@ def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] 
         name: What stands for the function in fingerprints, so that runs with `out=` know it again. Give another name to another function.
 
     Raises:
-        PlanError: What is no function, requires anything but states, or a name that is no text.
+        InterventionError: What is no function, requires anything but states, or a name that is no text.
 
     Examples:
         >>> def half(states, context):
@@ -249,13 +249,13 @@ def _affine(
 def _component(vectors: Float[Tensor, "layer rank d"], reference: Tensor | float) -> Float[Tensor, "layer d"]:
     (layers, _, width), each = vectors.shape, _real(reference)
     if each.shape not in ((), (width,), (layers, width)):
-        raise PlanError(
+        raise InterventionError(
             f"a reference of shape {tuple(each.shape)}",
             f"a vector of width {width}, {layers} of them, one per layer, or 0",
             "take a class mean of the same directions, such as directions.harmless_mean",
         )
     if not each.ndim and each:
-        raise PlanError(
+        raise InterventionError(
             f"the number {each:g} as a reference, which is no state",
             "a vector, or 0 for none",
             "for a coordinate, say number * directions.at(layer)[0]",
@@ -272,14 +272,14 @@ def _vectors(directions: Any) -> Float[Tensor, "layer rank d"]:
 def _single(directions: Directions) -> Float[Tensor, "layer d"]:
     vectors = _vectors(directions)
     if directions.rank != 1:
-        raise PlanError(f"{directions.rank} directions per layer", "one", "take the first with directions.truncate(1)")
+        raise InterventionError(f"{directions.rank} directions per layer", "one", "take the first with directions.truncate(1)")
     return vectors[:, 0]
 
 
 def _number(**named: Any) -> float:
     """The one number that is named, as Python's own."""
     ((name, value),) = named.items()
-    return as_number(value, name, PlanError, "give a number, such as 1.0")
+    return as_number(value, name, InterventionError, "give a number, such as 1.0")
 
 
 def _real(values: Any) -> Tensor:
@@ -287,7 +287,7 @@ def _real(values: Any) -> Tensor:
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
-        raise PlanError(type_of(values), "numbers: one, a vector, or a vector per layer", "hand in a tensor") from None
+        raise InterventionError(type_of(values), "numbers: one, a vector, or a vector per layer", "hand in a tensor") from None
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
@@ -297,4 +297,4 @@ def _name(reference: Any) -> str:
         return named.get(reference, str(reference))
     if isinstance(reference, Tensor | np.ndarray) and reference.ndim:
         return "constant"
-    return f"{as_number(reference, 'reference', PlanError, 'take interventions.text_twin, a State, a number or a class mean'):g}"
+    return f"{as_number(reference, 'reference', InterventionError, 'take interventions.text_twin, a State, a number or a class mean'):g}"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from guardlens.directions import Directions
 from guardlens.errors import (
+    InterventionError,
     MismatchError,
     NumericsError,
-    PlanError,
     SiteError,
     as_count,
     as_number,
@@ -67,7 +67,7 @@ class Affine:
         NumericsError: NaN or infinity in a factor.
 
     Examples:
-        >>> out, back = (plan.steps[0].edit for plan in (iv.project_out(ssd), iv.add(ssd, 2.0)))
+        >>> out, back = (intervention.steps[0].edit for intervention in (iv.project_out(ssd), iv.add(ssd, 2.0)))
         >>> out.then(back)  # one map instead of two
         project_out(ssd(rank=1)) >> add(ssd(rank=1), alpha=2)
     """
@@ -86,7 +86,7 @@ class Affine:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
         if self.held is not None:
-            require_type(self.held, State, PlanError, "hold a State, such as interventions.text_twin")
+            require_type(self.held, State, InterventionError, "hold a State, such as interventions.text_twin")
         factors = {name: getattr(self, name) for name in _FACTORS}
         require_factors(self.label, self.layers, **factors)
         pairs = (self.read, self.write), (self.held_read, self.held_write)
@@ -130,17 +130,17 @@ class Affine:
         """One map that does this one first, then `after`.
 
         Raises:
-            PlanError: They hold different states, or have other layers.
+            InterventionError: They hold different states, or have other layers.
             MismatchError: They were made for different models, or of directions in different spaces.
         """
         require_same_model(f"the directions of {after!r}", after.model, self.model)
         require_same_space(f"{after!r}, with directions", after.hook, *filter(None, (self.hook,)))
         if None not in (self.held, after.held) and self.held != after.held:
-            raise PlanError(
+            raise InterventionError(
                 f"two held states, {self.held} and {after.held}", "at most one in a folded map", "keep them as two steps (a >> b)"
             )
         if self.layers is not None and after.layers is not None and self.layers != after.layers:
-            raise PlanError(
+            raise InterventionError(
                 f"maps of the layers {self.layers} and {after.layers}", "the same layers", "restrict them with directions[layer]"
             )
 
@@ -195,7 +195,7 @@ class RelativeAdd:
     Raises:
         MismatchError: Other than one vector per layer.
         NumericsError: NaN or infinity in a vector.
-        PlanError: An alpha that is no finite number.
+        InterventionError: An alpha that is no finite number.
 
     Examples:
         >>> iv.add_relative(ssd, 0.1).steps[0].edit
@@ -212,7 +212,7 @@ class RelativeAdd:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
-        object.__setattr__(self, "alpha", as_number(self.alpha, "alpha", PlanError, "say add_relative(directions, 0.1)"))
+        object.__setattr__(self, "alpha", as_number(self.alpha, "alpha", InterventionError, "say add_relative(directions, 0.1)"))
         require_factors(self.label, self.layers, vectors=self.vectors)
 
     @property
@@ -241,7 +241,7 @@ class Swap:
         model: Empty: it fits any.
 
     Raises:
-        PlanError: No state, or no such part.
+        InterventionError: No state, or no such part.
 
     Examples:
         >>> iv.swap(iv.text_twin, part=(3, 4)).steps[0].edit.part
@@ -253,15 +253,15 @@ class Swap:
     model: str = ""
 
     def __post_init__(self) -> None:
-        require_type(self.held, State, PlanError, "put in a State, such as interventions.text_twin")
+        require_type(self.held, State, InterventionError, "put in a State, such as interventions.text_twin")
         if self.part is None:
             return
         next_step = "give (index, of), as in (3, 32)"
         if not isinstance(self.part, tuple | list) or len(self.part) != 2:
-            raise PlanError(f"part={quoted(self.part)}", "an index and a number of parts", next_step)
-        number, of = (as_count(each, "part", PlanError, next_step, least=0) for each in self.part)
+            raise InterventionError(f"part={quoted(self.part)}", "an index and a number of parts", next_step)
+        number, of = (as_count(each, "part", InterventionError, next_step, least=0) for each in self.part)
         if number >= of:
-            raise PlanError(f"part {number} of {of}", f"an index from 0 to {of - 1}", next_step)
+            raise InterventionError(f"part {number} of {of}", f"an index from 0 to {of - 1}", next_step)
         object.__setattr__(self, "part", (number, of))
 
     @property
@@ -295,7 +295,7 @@ class Custom:
         name: What stands for the function in fingerprints: another name for whatever does something else. Empty for no fingerprint.
 
     Raises:
-        PlanError: What is no function, requires anything but states, or a name that is no text.
+        InterventionError: What is no function, requires anything but states, or a name that is no text.
 
     Examples:
         >>> iv.custom(lambda states, context: states * 0.5).steps[0].edit.requires
@@ -308,14 +308,14 @@ class Custom:
     name: str = ""
 
     def __post_init__(self) -> None:
-        require_type(self.name, str, PlanError, "say name='...'")
+        require_type(self.name, str, InterventionError, "say name='...'")
         if not callable(self.fn) or isinstance(self.fn, type):
-            raise PlanError(type_of(self.fn), "a function (states, context) -> states", "hand in a function, or an object to call")
+            raise InterventionError(type_of(self.fn), "a function (states, context) -> states", "hand in a function, or an object to call")
         if not is_several(self.requires):
-            raise PlanError(f"requires={quoted(self.requires)}", "states in a tuple", "say requires=(state,)")
+            raise InterventionError(f"requires={quoted(self.requires)}", "states in a tuple", "say requires=(state,)")
         object.__setattr__(self, "requires", tuple(self.requires))
         for state in self.requires:
-            require_type(state, State, PlanError, "name states in requires=, as in requires=(interventions.text_twin,)")
+            require_type(state, State, InterventionError, "name states in requires=, as in requires=(interventions.text_twin,)")
 
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
         # Copies: a function that works in place must not change what the edit is compared with, nor whose states these are.
@@ -342,7 +342,7 @@ class Turned:
 
     def __post_init__(self) -> None:
         require_edit(self.edit)
-        object.__setattr__(self, "seed", as_count(self.seed, "seed", PlanError, "say placebo(0), placebo(1), ...", least=0))
+        object.__setattr__(self, "seed", as_count(self.seed, "seed", InterventionError, "say placebo(0), placebo(1), ...", least=0))
 
     @property
     def requires(self) -> tuple[State, ...]:
@@ -375,19 +375,19 @@ def require_edit(edit: Any) -> None:
     """Refuse what maps no states.
 
     Raises:
-        PlanError: As said.
+        InterventionError: As said.
     """
     if isinstance(edit, type) or not isinstance(edit, Edit):
-        raise PlanError(type_of(edit), "an edit", "take one of interventions, such as custom(fn); plans are joined with >>")
+        raise InterventionError(type_of(edit), "an edit", "take one of interventions, such as custom(fn); interventions are joined with >>")
 
 
 def require_directions(directions: Any) -> None:
     """Refuse what are no directions, and such as are zero at a layer.
 
     Raises:
-        PlanError, NumericsError: As said.
+        InterventionError, NumericsError: As said.
     """
-    require_type(directions, Directions, PlanError, "make directions of a vector of your own: directions.from_vectors(vector)")
+    require_type(directions, Directions, InterventionError, "make directions of a vector of your own: directions.from_vectors(vector)")
     directions.require_some()
 
 
@@ -395,13 +395,13 @@ def require_factors(label: str, layers: tuple[int, ...] | None, **factors: Any) 
     """Refuse factors that are no tensors with one index per layer first, or that are not finite.
 
     Raises:
-        PlanError, MismatchError, NumericsError: As said.
+        InterventionError, MismatchError, NumericsError: As said.
     """
     number = 1 if layers is None else len(layers)
     for name, factor in factors.items():
-        require_type(factor, Tensor, PlanError, f"make {name} a tensor")
+        require_type(factor, Tensor, InterventionError, f"make {name} a tensor")
         if not factor.is_floating_point():
-            raise PlanError(f"{name} of {factor.dtype} in {label}", "floating-point numbers", f"say {name}.float()")
+            raise InterventionError(f"{name} of {factor.dtype} in {label}", "floating-point numbers", f"say {name}.float()")
         if factor.ndim == 0 or len(factor) != number:
             raise MismatchError(f"{name} of shape {tuple(factor.shape)} in {label}", f"{number} on the first axis", "give one per layer")
         if not torch.isfinite(factor).all():

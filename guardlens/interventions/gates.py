@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guardlens.data.activations import Activations
 from guardlens.directions import Directions
-from guardlens.errors import MismatchError, NumericsError, PlanError, SiteError, as_number, quoted, require_type
+from guardlens.errors import InterventionError, MismatchError, NumericsError, SiteError, as_number, quoted, require_type
 from guardlens.hooks import numbered
 from guardlens.interventions.edits import require_directions, require_factors
 from guardlens.interventions.held_states import State, own, text_twin
@@ -55,7 +55,7 @@ class Gate(ABC):
         return Combined("~", (self,))
 
     def __bool__(self) -> bool:
-        raise PlanError(
+        raise InterventionError(
             f"{self!r} as yes or no", "one answer for each query, in a run", "combine gates with &, | and ~, not with and, or, not"
         )
 
@@ -74,7 +74,7 @@ class Linear(Gate):
     Raises:
         MismatchError: Other than one row of weights and one threshold per layer.
         NumericsError: NaN or infinity among them.
-        PlanError: Weights that are all zero, or no state.
+        InterventionError: Weights that are all zero, or no state.
 
     Examples:
         >>> gate = gates.Linear("mine", None, torch.ones(1, 128), torch.zeros(1), made_for=model.id)
@@ -93,13 +93,13 @@ class Linear(Gate):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
-        require_type(self.state, State, PlanError, "look at a State, such as interventions.text_twin")
+        require_type(self.state, State, InterventionError, "look at a State, such as interventions.text_twin")
         require_factors(self.label, self.layers, weights=self.weights, thresholds=self.thresholds)
         if self.weights.ndim != 2 or self.thresholds.ndim != 1:
             shapes = f"weights {tuple(self.weights.shape)} and thresholds {tuple(self.thresholds.shape)}"
             raise MismatchError(f"{shapes} in {self.label}", "a row of weights and a threshold per layer", "index both by the layer")
         if not self.weights.any():
-            raise PlanError(
+            raise InterventionError(
                 f"weights of {self.label} that are all zero", "a direction", "a gate along nothing decides nothing: leave it out"
             )
 
@@ -139,7 +139,7 @@ class Combined(Gate):
     """Open where all of its gates are (`&`), where any is (`|`), or where its one gate is not (`~`).
 
     Raises:
-        PlanError: Another operation, or other than gates.
+        InterventionError: Another operation, or other than gates.
         MismatchError: Gates of several models.
 
     Examples:
@@ -154,9 +154,11 @@ class Combined(Gate):
     def __post_init__(self) -> None:
         object.__setattr__(self, "gates", tuple(self.gates))
         for gate in self.gates:
-            require_type(gate, Gate, PlanError, "combine gates such as gates.harmful(directions)")
+            require_type(gate, Gate, InterventionError, "combine gates such as gates.harmful(directions)")
         if self.operation not in get_args(Operation) or not self.gates or (self.operation == "~" and len(self.gates) > 1):
-            raise PlanError(f"{len(self.gates)} gates under {self.operation!r}", "gates under '&' or '|', or one under '~'", "write a & ~b")
+            raise InterventionError(
+                f"{len(self.gates)} gates under {self.operation!r}", "gates under '&' or '|', or one under '~'", "write a & ~b"
+            )
         for gate in self.gates:
             require_same_model(f"the gate {gate!r}", gate.model, self.model)
 
@@ -185,7 +187,7 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
         state: What the gate sees, by default at the hook that the directions were read at; the text twin, so an image can't fool it.
 
     Raises:
-        PlanError: Another word than "midpoint", directions that have none, other than a finite number for each layer, or no state.
+        InterventionError: Another word than "midpoint", directions that have none, other than a finite number for each layer, or no state.
         NumericsError: Directions that are zero at a layer.
 
     Source: VLM-Guard's g = 1[h(q) v1 > t].
@@ -197,7 +199,7 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
         tensor([ True,  True,  True, False, False, False])
     """
     require_directions(directions)
-    require_type(state, State, PlanError, "look at a State, such as interventions.text_twin")
+    require_type(state, State, InterventionError, "look at a State, such as interventions.text_twin")
     values, shown = _thresholds(threshold, directions)
     seen = "" if state == text_twin else f", state={'own' if state == own else state}"
     label = f"harmful({directions.method}, threshold={shown}{seen})"
@@ -210,15 +212,17 @@ def _thresholds(threshold: Any, directions: Directions) -> tuple[Float[Tensor, "
     layers, next_step = len(directions.vectors), "say 'midpoint' or 0.0, or see gates.threshold_at_fpr"
     if isinstance(threshold, str):
         if threshold != "midpoint":
-            raise PlanError(f"the threshold {quoted(threshold)}", "'midpoint', a number, or one number per layer", next_step)
+            raise InterventionError(f"the threshold {quoted(threshold)}", "'midpoint', a number, or one number per layer", next_step)
         if directions.midpoints.isnan().any():
-            raise PlanError("directions without class means", "a threshold in numbers", "choose one with gates.threshold_at_fpr, or 0")
+            raise InterventionError(
+                "directions without class means", "a threshold in numbers", "choose one with gates.threshold_at_fpr, or 0"
+            )
         return directions.midpoints.contiguous(), threshold
     if isinstance(threshold, Tensor | np.ndarray | list | tuple) and np.ndim(threshold):
         if len(threshold) != layers:
-            raise PlanError(f"{len(threshold)} thresholds", f"one number, or one for each of {layers} layers", next_step)
-        return torch.tensor([as_number(each, "threshold", PlanError, next_step) for each in threshold]), "per layer"
-    number = as_number(threshold, "threshold", PlanError, next_step)
+            raise InterventionError(f"{len(threshold)} thresholds", f"one number, or one for each of {layers} layers", next_step)
+        return torch.tensor([as_number(each, "threshold", InterventionError, next_step) for each in threshold]), "per layer"
+    number = as_number(threshold, "threshold", InterventionError, next_step)
     return torch.full((layers,), number), number
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from guardlens.data.queries import Presentation, require_presentation, text_only
-from guardlens.errors import PlanError, require_type
+from guardlens.errors import InterventionError, require_type
 from guardlens.hooks import Positions, Site, as_layer
 
 
@@ -97,7 +97,7 @@ class Context:
         """The held vector of each state's query.
 
         Raises:
-            PlanError: The edit does not name `state` in its `requires`.
+            InterventionError: The edit does not name `state` in its `requires`.
         """
-        require_type(state, State, PlanError, "ask for a State, such as interventions.text_twin")
+        require_type(state, State, InterventionError, "ask for a State, such as interventions.text_twin")
         return self.lookup(state).to(self.query.device)[self.query]

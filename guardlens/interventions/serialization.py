@@ -1,4 +1,4 @@
-"""Saving plans: frozen dataclasses as JSON, their tensors beside it. Only the types of `TAGS` are read back, and no code."""
+"""Saving interventions: frozen dataclasses as JSON, their tensors beside it. Only the types of `TAGS` are read back, and no code."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ from guardlens.results.files import checksum, digest, in_memory, load_tensors, r
 KIND = "intervention"
 
 TAGS = {
-    "intervention": "guardlens.interventions.plan:Intervention",
-    "step": "guardlens.interventions.plan:Step",
+    "intervention": "guardlens.interventions.intervention:Intervention",
+    "step": "guardlens.interventions.intervention:Step",
     "affine": "guardlens.interventions.edits:Affine",
     "relative_add": "guardlens.interventions.edits:RelativeAdd",
     "swap": "guardlens.interventions.edits:Swap",
@@ -34,39 +34,41 @@ TAGS = {
     "framed": "guardlens.data.presentations:Framed",
     "chat": "guardlens.data.presentations:Chat",
 }
-"""What a plan may consist of: the name of a type in files and fingerprints, which stays when the type moves -> where it is."""
+"""What an intervention may consist of: the name of a type in files and fingerprints, which stays when the type moves -> where it is."""
 
 _TAG_OF = {place: tag for tag, place in TAGS.items()}
 
 
-def save(plan: Any, path: str | Path) -> None:
-    """Write a plan to one safetensors file."""
-    for step in plan.steps:
+def save(intervention: Any, path: str | Path) -> None:
+    """Write an intervention to one safetensors file."""
+    for step in intervention.steps:
         edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
         if isinstance(edit, Custom):
-            raise StorageError(f"{edit!r} in the plan", "data only", "rebuild a plan with custom functions in code; save the rest of it")
+            raise StorageError(
+                f"{edit!r} in the intervention", "data only", "rebuild an intervention with custom functions in code; save the rest of it"
+            )
     tensors: dict[str, Tensor] = {}
-    header = _encode(plan, tensors, "plan")
+    header = _encode(intervention, tensors, "intervention")
     save_tensors(path, KIND, tensors, header)
 
 
 def load(path: str | Path) -> Any:
-    """Read a plan.
+    """Read an intervention.
 
     Raises:
-        StorageError: Not such a file, or one that holds something else than a plan of `TAGS`.
+        StorageError: Not such a file, or one that holds something else than an intervention of `TAGS`.
     """
     tensors, header = load_tensors(path, KIND)
-    with reading(Path(path), "a plan that this version saved"):
+    with reading(Path(path), "an intervention that this version saved"):
         if header["type"] != KIND:
-            raise StorageError(f"the type {header['type']!r} in {path}", "a plan", "save the plan anew with this version")
+            raise StorageError(f"the type {header['type']!r} in {path}", "an intervention", "save the intervention anew with this version")
         return _decode(header, in_memory(tensors))
 
 
-def fingerprint(plan: Any) -> str:
-    """A digest of everything that a plan consists of; of a custom function, its name."""
+def fingerprint(intervention: Any) -> str:
+    """A digest of everything that an intervention consists of; of a custom function, its name."""
     tensors: dict[str, Tensor] = {}
-    header = json.dumps(_encode(plan, tensors, "plan"), sort_keys=True)
+    header = json.dumps(_encode(intervention, tensors, "intervention"), sort_keys=True)
     return digest(header.encode(), *(checksum(tensor).encode() for tensor in tensors.values()))
 
 
@@ -83,11 +85,13 @@ def _encode(value: Any, tensors: dict[str, Tensor], key: str) -> Any:
     if isinstance(value, Custom):
         if not value.name:
             next_step = "say custom(fn, name='...'), or leave out= away"
-            raise StorageError(f"{value!r} in the plan, a function without a name", "data or a name", next_step)
+            raise StorageError(f"{value!r} in the intervention, a function without a name", "data or a name", next_step)
         return {"custom": value.name, "requires": _encode(value.requires, tensors, f"{key}.requires")}
     tag = _TAG_OF.get(f"{type(value).__module__}:{type(value).__qualname__}")
     if tag is None:
-        raise StorageError(f"{value!r} in the plan", "data only", "rebuild a plan with custom functions in code; save the rest of it")
+        raise StorageError(
+            f"{value!r} in the intervention", "data only", "rebuild an intervention with custom functions in code; save the rest of it"
+        )
     names = [field.name for field in dataclasses.fields(value)]
     return {"type": tag, "fields": {name: _encode(getattr(value, name), tensors, f"{key}.{name}") for name in names}}
 
@@ -100,6 +104,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if "tuple" in value:
         return tuple(_decode(item, tensors) for item in value["tuple"])
     if value["type"] not in TAGS:
-        raise StorageError(f"the type {value['type']!r} in the file", f"one of {', '.join(TAGS)}", "save the plan anew with this version")
+        raise StorageError(
+            f"the type {value['type']!r} in the file", f"one of {', '.join(TAGS)}", "save the intervention anew with this version"
+        )
     kind = pkgutil.resolve_name(TAGS[value["type"]])
     return kind(**{name: _decode(field, tensors) for name, field in value["fields"].items()})

@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from guardlens.data.queries import Query, TextOnly, text_only
-from guardlens.errors import ModelError, PlanError, quoted, require_type
+from guardlens.errors import InterventionError, ModelError, quoted, require_type
 from guardlens.interventions.held_states import State
-from guardlens.interventions.plan import Intervention, nothing, require_plan
+from guardlens.interventions.intervention import Intervention, nothing, require_intervention
 from guardlens.models.architectures import KNOWN, Architecture, find, fingerprint, require_named, unwrapped
 from guardlens.models.engine.batch import Batch, Layout
 from guardlens.models.engine.compiler import Held, Record, Tap, compile_taps, required_runs, site_of
@@ -72,7 +72,7 @@ class Attachment:
     (beams, several answers). One forward at a time: threads that share the model must take turns. NaN and infinity raise NumericsError.
 
     Attributes:
-        plan: What it changes.
+        intervention: What it changes.
 
     Examples:
         >>> handle = gl.attach(guard.at(layers=7), model.hf, model.processor)
@@ -82,12 +82,12 @@ class Attachment:
         True
     """
 
-    def __init__(self, plan: Intervention, hf: Any, cfg: Architecture, twin: Callable[[Inputs], Inputs] | None) -> None:
-        self.plan = plan
+    def __init__(self, intervention: Intervention, hf: Any, cfg: Architecture, twin: Callable[[Inputs], Inputs] | None) -> None:
+        self.intervention = intervention
         self._hf, self._cfg, self._twin = hf, cfg, twin
         self._inner = unwrapped(hf)
         # Taps count columns from the left, so they must meet all tokens, also where the caller wants the logits of the last alone.
-        self._wide = self._cfg.narrows or any(step.site.hook == "unembed" for step in plan.steps)
+        self._wide = self._cfg.narrows or any(step.site.hook == "unembed" for step in intervention.steps)
         self._names = tuple(inspect.signature(type(self._inner).forward).parameters)[1:]  # of the class: wrappers replace the bound one
         self._run: _Run | None = None
         self._seen = 0
@@ -112,7 +112,7 @@ class Attachment:
 
     @property
     def verdicts(self) -> dict[tuple[int, int | None], Bool[Tensor, "row"]]:
-        """(step of the plan, layer) -> which of the newest prompts its gate opened for."""
+        """(step of the intervention, layer) -> which of the newest prompts its gate opened for."""
         return {} if self._run is None else {key[1:]: opened for key, opened in self._run.record.verdicts.items()}
 
     def remove(self) -> None:
@@ -130,7 +130,7 @@ class Attachment:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Attachment({self.plan!r} on {type(self._inner).__name__}{'' if self._handles else ', removed'})"
+        return f"Attachment({self.intervention!r} on {type(self._inner).__name__}{'' if self._handles else ', removed'})"
 
     def _hook(self) -> None:
         # An adapter's forward goes round the hooks of the model in it, its generate round those of the adapter.
@@ -148,7 +148,9 @@ class Attachment:
         require_stepwise(settings)
         mask = settings.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():
-            raise PlanError("prompts padded on the right", "padding on the left for generation", "say padding_side='left' to the processor")
+            raise InterventionError(
+                "prompts padded on the right", "padding on the left for generation", "say padding_side='left' to the processor"
+            )
         return own(self._inner, *args, **options)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -156,7 +158,7 @@ class Attachment:
             return args, kwargs  # the model within its adapter's forward
         if self._forward is not None and self._forward.goes_on:
             self._refused.append(get_ident())
-            raise PlanError(
+            raise InterventionError(
                 "a forward of a guarded model while another is going on, be it of an edit that calls the model or of another thread",
                 "one forward at a time",
                 "call it before or after; let threads take turns with a lock",
@@ -237,18 +239,18 @@ class Attachment:
 
     def _begin(self, inputs: Inputs) -> _Run:
         batch = _batch(inputs, self._cfg)
-        plan = self.plan.to(batch.mask.device)
-        taps, record = self._compile(plan, batch, (), self._held(batch, inputs))
+        intervention = self.intervention.to(batch.mask.device)
+        taps, record = self._compile(intervention, batch, (), self._held(batch, inputs))
         return _Run(batch, taps, record)
 
-    def _compile(self, plan: Intervention, batch: Batch, reads: Sequence[Any], held: Held) -> tuple[list[Tap], Record]:
+    def _compile(self, intervention: Intervention, batch: Batch, reads: Sequence[Any], held: Held) -> tuple[list[Tap], Record]:
         rows, width = batch.mask.shape
         layout = Layout.tile(rows, width, 1, batch.mask.device)
-        return compile_taps([plan], reads, layout, batch, self._cfg.n_layers, held)
+        return compile_taps([intervention], reads, layout, batch, self._cfg.n_layers, held)
 
     def _held(self, batch: Batch, inputs: Inputs) -> Held:
-        """The states of the text twin that the plan needs: one unedited forward, without gradients."""
-        wanted = required_runs([self.plan], self._cfg.n_layers)
+        """The states of the text twin that the intervention needs: one unedited forward, without gradients."""
+        wanted = required_runs([self.intervention], self._cfg.n_layers)
         if not wanted:
             return {}
         other = self._without_images(batch, inputs) if batch.beside_image else batch
@@ -278,7 +280,7 @@ class Attachment:
 
 
 def attach(
-    plan: Intervention,
+    intervention: Intervention,
     hf: Any,
     processor: Any = None,
     *,
@@ -290,50 +292,53 @@ def attach(
     Runs the taps that `HookedModel` runs, under torch's own hooks. The weights stay as they are, and nnsight is not imported.
 
     Args:
-        plan: What to change, made for this model: a guard's `intervention`, or a loaded `Intervention`.
+        intervention: What to change, made for this model: a guard's `intervention`, or a loaded `Intervention`.
         hf: The Hugging Face model.
-        processor: Its processor; needed of a VLM where the plan asks for the text twin.
+        processor: Its processor; needed of a VLM where the intervention asks for the text twin.
         twin: Makes the inputs of the text twin from those of a prompt, for a processor whose images can't be cut out of the text.
         names: What the model's parts are called, of a family that `load` needs them of.
 
     Raises:
-        MismatchError: The plan was made for another model, or for a separate LLM (`load(..., llm=...)`): here, the text twin is the model
-            itself, shown no image.
+        MismatchError: The intervention was made for another model, or for a separate LLM (`load(..., llm=...)`): here, the text twin is the
+            model itself, shown no image.
         SiteError: It has a hook or a layer that this model has not.
-        PlanError: It needs what the tokens of a prompt don't tell (`"instruction"`, another presentation), or there is a guard already.
+        InterventionError: It needs what the tokens of a prompt don't tell (`"instruction"`, another presentation), or there is a guard
+            already.
         ModelError: The text twin can't be had, or an adapter puts tokens of its own before the prompt.
 
     Examples:
         >>> inputs = model.batch("how to mend the hat ?", grey).inputs  # what model.processor makes of a prompt
         >>> with gl.attach(guard.at(layers=7), model.hf, model.processor) as handle:
         ...     tokens = model.hf.generate(**inputs, max_new_tokens=16)
-        >>> handle.verdicts[0, 7]  # (step of the plan, layer) -> which prompts the gate opened for
+        >>> handle.verdicts[0, 7]  # (step of the intervention, layer) -> which prompts the gate opened for
         tensor([False])
     """
-    require_plan(plan)
+    require_intervention(intervention)
     require_type(hf, nn.Module, ModelError, "hand in the model of transformers and its processor; of a HookedModel, its .hf and .processor")
     require_uncompiled(hf)
     require_named(hf, names)
     cfg = find(hf, KNOWN.also(names))
     _require_alone(hf)
-    _require_known(plan, cfg.n_layers)
-    plan.check((f"{type(hf).__name__}@{fingerprint(hf)}",), cfg.n_layers, cfg.widths)
-    for step in plan.steps:
+    _require_known(intervention, cfg.n_layers)
+    intervention.check((f"{type(hf).__name__}@{fingerprint(hf)}",), cfg.n_layers, cfg.widths)
+    for step in intervention.steps:
         for point in step.site.points(cfg.n_layers):
             cfg.locate(point)
-    needs_twin = cfg.image_token_id is not None and bool(required_runs([plan], cfg.n_layers))
+    needs_twin = cfg.image_token_id is not None and bool(required_runs([intervention], cfg.n_layers))
     if needs_twin and processor is None and twin is None:
         raise ModelError(
-            "a plan that asks for the text twin, without a processor", "the model's processor", "call attach(plan, hf, processor)"
+            "an intervention that asks for the text twin, without a processor",
+            "the model's processor",
+            "call attach(intervention, hf, processor)",
         )
     if twin is not None and not callable(twin):
-        raise PlanError(f"twin={quoted(twin)}", "a function of a prompt's inputs", "leave it out, and hand in the processor")
+        raise InterventionError(f"twin={quoted(twin)}", "a function of a prompt's inputs", "leave it out, and hand in the processor")
     if processor is not None and not hasattr(words_of(processor), "convert_ids_to_tokens"):
         raise ModelError(
             f"a processor of type {type(processor).__name__}", "the model's processor", "hand in AutoProcessor.from_pretrained(...)"
         )
     learned = Cutter.learn(processor, cfg.image_token_id) if needs_twin and twin is None else None  # type: ignore[arg-type]
-    made = Attachment(plan, hf, cfg, learned if twin is None else twin)
+    made = Attachment(intervention, hf, cfg, learned if twin is None else twin)
     made._hook()
     return made
 
@@ -360,24 +365,28 @@ def _frame_of_the_call() -> FrameType:
 def _require_alone(hf: Any) -> None:
     there = Attachment.on(hf)
     if there is not None:
-        raise PlanError(
-            f"a second guard on a model with {there!r}", "one guard on a model", "join the plans with >>, or call .remove() on the first"
+        raise InterventionError(
+            f"a second guard on a model with {there!r}",
+            "one guard on a model",
+            "join the interventions with >>, or call .remove() on the first",
         )
 
 
-def _require_known(plan: Intervention, n_layers: int) -> None:
+def _require_known(intervention: Intervention, n_layers: int) -> None:
     """Refuse what a prompt's tokens don't tell."""
-    states: list[State] = list(plan.requires(n_layers))
+    states: list[State] = list(intervention.requires(n_layers))
     other = next((state.run for state in states if state.run not in (None, text_only)), None)
     if other is not None:
-        raise PlanError(
-            f"a state of the presentation {other.name!r}", "states of this run or of the text twin", "run this plan with a HookedModel"
+        raise InterventionError(
+            f"a state of the presentation {other.name!r}",
+            "states of this run or of the text twin",
+            "run this intervention with a HookedModel",
         )
-    for positions in (*(step.site.positions for step in plan.steps), *(state.positions for state in states)):
+    for positions in (*(step.site.positions for step in intervention.steps), *(state.positions for state in states)):
         if positions in ("instruction", "post_instruction"):
-            raise PlanError(
+            raise InterventionError(
                 f"the positions {positions!r}, which tokens alone do not tell", "'last', 'all', 'image' or (start, stop)",
-                "choose these with .at(positions=...), or run this plan with a HookedModel",
+                "choose these with .at(positions=...), or run this intervention with a HookedModel",
             )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from guardlens.data.queries import Presentation, Query
-from guardlens.errors import ModelError, QueryError, as_count
+from guardlens.errors import ArgumentError, ModelError, as_count
 from guardlens.models.architectures import Architecture
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.kv_cache import Prefix
@@ -69,11 +69,11 @@ def over_batches(
         new_tokens: How many tokens `work` will generate.
 
     Raises:
-        QueryError: A batch size below 1.
+        ArgumentError: A batch size below 1.
         ModelError: A single prompt does not fit, or a function of the user's (a judge, a score, an edit, a presentation) has no room.
     """
     if batch_size is not None:
-        batch_size = as_count(batch_size, "batch_size", QueryError, "leave it out to have it chosen from free memory")
+        batch_size = as_count(batch_size, "batch_size", ArgumentError, "leave it out to have it chosen from free memory")
     # A family with cross-attention takes prompts of one number of images alone.
     pictures = [len(presentation(query).images) if model.cfg.image_layers else 0 for query in queries]
     order = sorted(range(len(queries)), key=lambda place: (pictures[place], -len(queries[place].text)))

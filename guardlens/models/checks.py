@@ -211,8 +211,8 @@ def _edit(model: HookedModel) -> tuple[bool, str]:
             expected = model.hf(**batch.inputs, use_cache=False).logits[:, -1]
     finally:
         handle.remove()
-    plan = iv.custom(lambda states, context: states + push.to(states.dtype)).at(layers=[layer])
-    mine = model.run(batch, plan).logits
+    intervention = iv.custom(lambda states, context: states + push.to(states.dtype)).at(layers=[layer])
+    mine = model.run(batch, intervention).logits
     assert mine is not None
     return _near(mine[0], expected, f"an edit at layer {layer} against a PyTorch hook")
 
@@ -270,8 +270,8 @@ def _twin(model: HookedModel) -> tuple[bool | None, str]:
     apart = model.run(beside, read=[site]).reads[site] - text
     if not apart[0, 0, 0].any():
         return None, f"an image changes nothing at the last token of layer {layer}"
-    plan = iv.patch(from_vectors(apart[0, 0, 0].float()), iv.text_twin).at(layers=[layer])
-    left = model.run(beside, plan, read=[site]).reads[site] - text
+    intervention = iv.patch(from_vectors(apart[0, 0, 0].float()), iv.text_twin).at(layers=[layer])
+    left = model.run(beside, intervention, read=[site]).reads[site] - text
     along = torch.nn.functional.normalize(apart[0, 0, 0].float(), dim=0)
     rest = float((left.float() @ along).abs().max() / (apart.float() @ along).abs().max())
     detail = (

@@ -14,9 +14,10 @@ from torch import Tensor
 from guardlens.data.activations import ActivationCache
 from guardlens.data.queries import Presentation, Prompt, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
 from guardlens.errors import (
+    ArgumentError,
+    InterventionError,
     MismatchError,
     ModelError,
-    PlanError,
     PresentationError,
     QueryError,
     SiteError,
@@ -29,7 +30,7 @@ from guardlens.errors import (
 )
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention, nothing
-from guardlens.interventions.plan import require_plan
+from guardlens.interventions.intervention import require_intervention
 from guardlens.models.architectures import KNOWN, Architecture, Names, constants, find, fingerprint
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held, Tap, required_runs, site_of
@@ -79,7 +80,7 @@ class HookedModel:
         HookedModel('organism': LlavaForConditionalGeneration, VLM, 8 layers, d_model 128)
         >>> model.cfg.n_layers, model.cfg.d_model, model.sees_images
         (8, 128, True)
-        >>> run = model.run(batch, [iv.nothing, guard.at(layers=7)])  # two plans, of which each is a lane
+        >>> run = model.run(batch, [iv.nothing, guard.at(layers=7)])  # two interventions, of which each is a lane
         >>> run.logits.shape  # lane, query, vocabulary; at the prompts' last token
         torch.Size([2, 3, 251])
         >>> model.generate(queries[1], grey, guard.at(layers=7)).split()[0]
@@ -132,8 +133,8 @@ class HookedModel:
 
     @property
     def id(self) -> str:
-        """Name and fingerprint; directions and plans of another fingerprint are refused. It changes with the weights, the config and the
-        adapters, and costs a pass over the weights the first time that it is asked for.
+        """Name and fingerprint; directions and interventions of another fingerprint are refused. It changes with the weights, the config
+        and the adapters, and costs a pass over the weights the first time that it is asked for.
         """
         return f"{self.name}@{self.fingerprint}"
 
@@ -197,7 +198,7 @@ class HookedModel:
     def run(
         self,
         batch: Batch | Prefill,
-        plans: Intervention | Sequence[Intervention] = nothing,
+        interventions: Intervention | Sequence[Intervention] = nothing,
         *,
         read: Site | Sequence[Site] = (),
         logits: Literal["last", "answer", "all"] | None = "last",
@@ -207,46 +208,46 @@ class HookedModel:
         layout: Literal["auto", "branch", "fork", "tile"] = "auto",
         prefix: Prefix | None = None,
     ) -> Run:
-        """Run one or several plans over a batch; each plan is a lane.
+        """Run one or several interventions over a batch; each intervention is a lane.
 
-        Several plans share what they can: `Run.layout` says how they were computed, and `Run.why` why not as branches.
+        Several interventions share what they can: `Run.layout` says how they were computed, and `Run.why` why not as branches.
 
         Args:
             batch: The prompts, or what `prefill` kept of them.
-            plans: What to change, one plan per lane.
+            interventions: What to change, one intervention per lane.
             read: Sites to read, one or several, after all edits there.
             logits: At the prompt's last token, at each token that one of an answer follows (`Prefill.answering`), at all tokens, or none
                 (the unembedding is then skipped).
             new_tokens: Generate up to so many tokens; `logits` are then not returned.
             seed: Of the draws, where `generation` asks for sampling; several lanes draw in turn, so each has its own.
             generation: Options of transformers' `generate`; greedy without any.
-            layout: How several plans share a forward: as branches (copies of the prompts' ends), as forks (from the first block on that
-                they touch), as tiles (a copy of the batch each), or as is cheapest.
+            layout: How several interventions share a forward: as branches (copies of the prompts' ends), as forks (from the first block on
+                that they touch), as tiles (a copy of the batch each), or as is cheapest.
             prefix: What `share` gave for prompts that begin alike; a run that looks behind it continues from it.
 
         Raises:
-            MismatchError: A plan was made for another model.
-            SiteError, PlanError: A plan asks for what this model, run or layout does not have.
+            MismatchError: An intervention was made for another model.
+            SiteError, InterventionError: An intervention asks for what this model, run or layout does not have.
             NumericsError: NaN or infinity in a read or in the logits; layer and query are named.
         """
         kept, batch = (batch, batch.batch) if isinstance(batch, Prefill) else (None, batch)
         read = [read] if isinstance(read, Site) else read
-        lanes, device = list(plans) if isinstance(plans, Sequence) else [plans], self._engine.device
+        lanes, device = list(interventions) if isinstance(interventions, Sequence) else [interventions], self._engine.device
         if not lanes:
-            raise PlanError("no plans", "one at least", "hand in interventions.nothing for the unedited run")
+            raise InterventionError("no interventions", "one at least", "hand in interventions.nothing for the unedited run")
         self._require_runnable(batch, lanes, read)
         if logits is not None and not one_of(logits, LOGITS):
-            raise PlanError(
+            raise InterventionError(
                 f"logits={quoted(logits)}", f"one of {', '.join(map(repr, LOGITS))}", "leave it out for those of the last token"
             )
-        new_tokens = as_count(new_tokens, "new_tokens", PlanError, "say how many tokens to generate; leave it out for none", least=0)
-        seed = None if seed is None else as_count(seed, "seed", PlanError, "say seed=0, or leave it out", least=0)
+        new_tokens = as_count(new_tokens, "new_tokens", ArgumentError, "say how many tokens to generate; leave it out for none", least=0)
+        seed = None if seed is None else as_count(seed, "seed", ArgumentError, "say seed=0, or leave it out", least=0)
         self._require_kept(kept, batch, logits, new_tokens)
         if not one_of(layout, LAYOUTS) or (new_tokens and layout != "auto"):
             found = f"the layout {quoted(layout)}{' of generated answers' if one_of(layout, LAYOUTS) else ''}"
-            raise PlanError(found, f"one of {', '.join(LAYOUTS)}, and auto for answers", "leave it out: the cheapest is chosen")
+            raise InterventionError(found, f"one of {', '.join(LAYOUTS)}, and auto for answers", "leave it out: the cheapest is chosen")
         options = self._options(generation, batch, new_tokens)
-        asked = Asked(self.cfg, batch, [plan.to(device) for plan in lanes], read, logits, new_tokens, seed, options)
+        asked = Asked(self.cfg, batch, [intervention.to(device) for intervention in lanes], read, logits, new_tokens, seed, options)
         with self._turn():
             if new_tokens:
                 return self._answered(asked, kept, prefix)
@@ -258,7 +259,7 @@ class HookedModel:
 
         Raises:
             ModelError: It is in training mode, or under a guard.
-            PlanError: It is running already, as within an edit that calls it.
+            InterventionError: It is running already, as within an edit that calls it.
         """
         with taken(self.hf) as first:
             if first:
@@ -266,7 +267,7 @@ class HookedModel:
             yield
 
     def _shared(self, asked: Asked, kept: Prefill | None, prefix: Prefix | None, layout: str) -> Run:
-        """Plans that share what they can: the cheapest way, or the one that was asked for."""
+        """Interventions that share what they can: the cheapest way, or the one that was asked for."""
         why = asked.unbranchable if layout in ("auto", "branch") else f"{layout}s were asked for"
         if not why and asked.batch.answered and self._engine.stretches:
             why = "an answer may stretch what positions mean"
@@ -278,15 +279,19 @@ class HookedModel:
                 return replace(run, layout="branch")
             why = start.flaw
         if layout == "branch":
-            raise PlanError(f"plans that can't run as branches: {why}", "edits and reads of the prompts' ends", 'choose layout="auto"')
+            raise InterventionError(
+                f"interventions that can't run as branches: {why}", "edits and reads of the prompts' ends", 'choose layout="auto"'
+            )
         if layout == "fork" and (why_not := asked.unforkable or self._trials.against_forks(asked.batch)):
-            raise PlanError(f"plans that can't run as forks: {why_not}", "edits and reads from a block on", 'choose layout="auto"')
+            raise InterventionError(
+                f"interventions that can't run as forks: {why_not}", "edits and reads from a block on", 'choose layout="auto"'
+            )
         forks = layout == "fork" or (layout == "auto" and asked.forks and self._trials.forks(asked.batch))
         run = (run_forks if forks else run_tiles)(self._engine, asked, self._held(asked, kept.held if kept else None))
         return replace(run, layout="fork" if forks else "tile", why=why)
 
     def _alone(self, asked: Asked, prefix: Prefix | None) -> Run:
-        """One plan: a plain run, or one that goes on behind what all prompts begin with."""
+        """One intervention: a plain run, or one that goes on behind what all prompts begin with."""
         shared, held = self._begins(prefix, asked.batch), self._held(asked)
         if shared is not None and asked.follows(shared.rest(asked.batch)):
             return run_tails(self._engine, asked, held, shared.stem(asked.batch), shared.rest(asked.batch))[0]
@@ -301,15 +306,15 @@ class HookedModel:
             if start.stem is not None and self._trials.answers(start.stem):
                 return replace(run_answers(self._engine, asked, self._held(asked, start.held), start.stem), layout="branch")
         run = run_tiles(self._engine, asked, self._held(asked, kept.held if kept else None))
-        return replace(run, why="answers are generated" if len(asked.plans) > 1 else "")
+        return replace(run, why="answers are generated" if len(asked.interventions) > 1 else "")
 
     def _options(self, generation: Mapping[str, Any], batch: Batch, new_tokens: int) -> dict[str, Any]:
         """What `generate` is called with, once it is known to give one answer per prompt, token by token."""
-        require_type(generation, Mapping, PlanError, "say generation={'do_sample': True, ...}")
+        require_type(generation, Mapping, InterventionError, "say generation={'do_sample': True, ...}")
         options = flat(generation)
         if not new_tokens:
             if options:
-                raise PlanError(
+                raise InterventionError(
                     "options of generation for a run that generates nothing", "new_tokens", "say new_tokens=16, or leave them out"
                 )
             return {}
@@ -326,27 +331,27 @@ class HookedModel:
         if kept:
             self.require_own(kept)
         if (logits == "answer" or batch.answered) and not (kept and batch.answered and not new_tokens):
-            raise PlanError("an answer behind no kept prompts", "kept prompts", "say model.prefill(batch).answering(tokens)")
+            raise InterventionError("an answer behind no kept prompts", "kept prompts", "say model.prefill(batch).answering(tokens)")
         ids = batch.inputs["input_ids"][:, batch.mask.shape[1] - batch.answered :]
         if batch.answered and int(ids.max()) >= self.cfg.d_vocab:
-            raise PlanError(
+            raise InterventionError(
                 f"the token {int(ids.max())} in an answer", f"ids below {self.cfg.d_vocab}", "hand in ids of this model's tokenizer"
             )
         if kept and batch.answered and kept.stem is None:
             self._trials.require_answers(batch, kept.logits)
 
-    def _require_runnable(self, batch: Batch, plans: Sequence[Intervention], read: Sequence[Site]) -> None:
-        """Refuse what is no batch, no site or no plan, and plans and sites that this model has no place for."""
+    def _require_runnable(self, batch: Batch, interventions: Sequence[Intervention], read: Sequence[Site]) -> None:
+        """Refuse what is no batch, no site or no intervention, and interventions and sites that this model has no place for."""
         self._require_own_words(batch)
         if not is_several(read):
             raise SiteError(f"read={quoted(read)}", "sites", "say read=[Site('resid_post')], or leave it out")
         for site in read:
             require_type(site, Site, SiteError, "say Site('resid_post')")
         models = self.ids
-        for plan in plans:
-            require_plan(plan)
-            plan.check(models, self.cfg.n_layers, self.cfg.widths)
-            for site in (*(step.site for step in plan.steps), *read):
+        for intervention in interventions:
+            require_intervention(intervention)
+            intervention.check(models, self.cfg.n_layers, self.cfg.widths)
+            for site in (*(step.site for step in intervention.steps), *read):
                 for point in site.points(self.cfg.n_layers):
                     self.cfg.locate(point)
 
@@ -368,18 +373,18 @@ class HookedModel:
         """Run prompts unedited and keep their keys and values, so that whatever is asked of their ends costs those alone.
 
         The first one of a model is checked: two branches without an edit and one with an edit must give what whole runs give. Where they
-        don't (a recurrent layer, a prefix that looks ahead), `Prefill.flaw` says so, and plans run otherwise.
+        don't (a recurrent layer, a prefix that looks ahead), `Prefill.flaw` says so, and interventions run otherwise.
 
         Args:
             batch: The prompts.
             prefix: What `share` gave for prompts that begin alike; it is used if these do.
 
         Raises:
-            PlanError: Prompts with answers behind them.
+            InterventionError: Prompts with answers behind them.
         """
         self._require_own_words(batch)
         if batch.answered:
-            raise PlanError("prompts with answers", "prompts alone", "keep them first, then say kept.answering(tokens)")
+            raise InterventionError("prompts with answers", "prompts alone", "keep them first, then say kept.answering(tokens)")
         shared = self._begins(prefix, batch)
         with self._turn():
             made = None if batch.padded_right else self._trials.stem(batch, shared)
@@ -398,14 +403,14 @@ class HookedModel:
             MismatchError: Another model computed it.
         """
         if prefix is not None:
-            require_type(prefix, Prefix, PlanError, "hand in what model.share(batch) gave, or leave it out")
+            require_type(prefix, Prefix, InterventionError, "hand in what model.share(batch) gave, or leave it out")
         if prefix is not None and prefix.model != self.id:
             raise MismatchError(f"a prefix of {prefix.model}", f"one of {self.id}", "share the prompts anew with this model")
         return None if prefix is None else prefix.begins(batch)
 
-    def together(self, kept: Prefill, plans: Iterable[Intervention]) -> Iterator[list[Intervention]]:
-        """Plans in their order, as many at once as fit in a run on these prompts."""
-        return together(self.cfg, kept, plans, lambda: self._trials.forks(kept.batch))
+    def together(self, kept: Prefill, interventions: Iterable[Intervention]) -> Iterator[list[Intervention]]:
+        """Interventions in their order, as many at once as fit in a run on these prompts."""
+        return together(self.cfg, kept, interventions, lambda: self._trials.forks(kept.batch))
 
     def require_own(self, kept: Prefill) -> None:
         """Refuse prompts that another model has computed, or this one before it was changed, or that another LLM stood beside.
@@ -538,11 +543,11 @@ class HookedModel:
             options: Handed to transformers' `generate`: `do_sample=True, temperature=0.7`, `use_cache=False`, ... Greedy by default.
 
         Raises:
-            PlanError: Options, of the call or in the checkpoint's own `generation_config`, that give several answers per prompt or bring
-                more than one token per forward.
+            InterventionError: Options, of the call or in the checkpoint's own `generation_config`, that give several answers per prompt or
+                bring more than one token per forward.
             NumericsError: NaN or infinity in an edit or in the logits of a step; step and query are named.
         """
-        require_plan(intervention)
+        require_intervention(intervention)
         max_new_tokens = as_new_tokens(max_new_tokens)
         batch = queries if isinstance(queries, Prefill) else self._asked(queries, presentation)
         prefix = None if isinstance(batch, Prefill) else self.share(batch)
@@ -555,7 +560,9 @@ class HookedModel:
         try:
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         except (TypeError, ValueError, OverflowError, KeyError) as error:
-            raise PlanError(f"token ids that are none ({error})", "whole numbers of the vocabulary", "hand in run.tokens[lane]") from None
+            raise InterventionError(
+                f"token ids that are none ({error})", "whole numbers of the vocabulary", "hand in run.tokens[lane]"
+            ) from None
         return [text.strip() for text in texts]
 
     def __repr__(self) -> str:
@@ -576,11 +583,11 @@ class HookedModel:
         return captioned(repr(self), facts(named))
 
     def _held(self, asked: Asked, known: dict[Any, Tensor] | None = None) -> Held:
-        """The states that the plans need of other presentations' runs: one unedited forward per presentation.
+        """The states that the interventions need of other presentations' runs: one unedited forward per presentation.
 
         Where what is `known` is kept, all layers are read at once, so that whatever layer asks next has its state.
         """
-        wanted = required_runs(asked.plans, self.cfg.n_layers)
+        wanted = required_runs(asked.interventions, self.cfg.n_layers)
         held = {} if known is None else known
         missing = {state: layers for state, layers in wanted.items() if any((state, layer) not in held for layer in layers)}
         for presentation in {state.run for state in missing if state.run is not None}:
@@ -657,9 +664,9 @@ def as_new_tokens(new_tokens: Any) -> int:
     """How long an answer may be.
 
     Raises:
-        PlanError: Not a whole number, or not a single token.
+        ArgumentError: Not a whole number, or not a single token.
     """
-    return as_count(new_tokens, "max_new_tokens", PlanError, "ask model.run for logits, if no answer is wanted")
+    return as_count(new_tokens, "max_new_tokens", ArgumentError, "ask model.run for logits, if no answer is wanted")
 
 
 def _described(image: Any) -> bytes:

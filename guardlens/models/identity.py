@@ -29,7 +29,7 @@ FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 def configuration(model: HookedModel, queries: Sequence[Query], presentations: Sequence[Presentation]) -> dict[str, Any]:
     """What every run of a model on queries depends on: the model, the LLM beside it, the queries, and what is shown of them.
 
-    Weights are looked at anew, all of them. What is asked of the run (a plan, a site, a judge) is for the caller to add.
+    Weights are looked at anew, all of them. What is asked of the run (an intervention, a site, a judge) is for the caller to add.
 
     Args:
         model: The model.
@@ -73,11 +73,11 @@ def shown(presentation: Presentation, queries: Sequence[Query]) -> str:
     return found.hexdigest()[:12]
 
 
-def of_plan(plan: Intervention) -> str:
-    """What a plan does: its fingerprint, and the code of custom functions, for which a fingerprint has their names alone."""
-    edits = [step.edit.edit if isinstance(step.edit, Turned) else step.edit for step in plan.steps]
+def of_intervention(intervention: Intervention) -> str:
+    """What an intervention does: its fingerprint, and the code of custom functions, for which a fingerprint has their names alone."""
+    edits = [step.edit.edit if isinstance(step.edit, Turned) else step.edit for step in intervention.steps]
     functions = [edit.fn for edit in edits if isinstance(edit, Custom)]
-    return "-".join([plan.fingerprint, *([content(functions, "the custom functions of a plan")] if functions else [])])
+    return "-".join([intervention.fingerprint, *([content(functions, "the custom functions of an intervention")] if functions else [])])
 
 
 def of_model(model: HookedModel) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def load(
         processor: The processor (VLM) or tokenizer (LLM), where it does not lie beside the weights; needed with a module.
         llm: A separate language model for the text side, of the VLM's width and depth: anything that `load` takes, or a `HookedModel`.
             By default the VLM's own language model, shown no image. Either is `model.llm`; `collect(model.llm, ...)` is the LLM's view.
-            Both share a space, so directions and plans of either fit: text twins are read from `llm`, and edits are made in the VLM.
+            Both share a space, so directions and interventions of either fit: text twins are read from `llm`, and edits are made in the
+            VLM.
         dtype: float64, float32, float16 or bfloat16, as torch's or by name; `"auto"` takes the checkpoint's.
         device: Where to put the whole model, e.g. `"cuda"`. Leave it out with `device_map` or a quantised model.
         device_map: As in transformers, e.g. `"auto"` (needs accelerate).

@@ -19,8 +19,8 @@ Result = TypeVar("Result")
 class Kept:
     """Prompts whose keys and values are kept. Hand it to `sweep` or `activation_patching` in place of queries.
 
-    What other presentations' runs gave (the text twin's states) is kept with them as soon as a plan has asked for it. They belong to the
-    model that computed them and the LLM beside it, whose weights and adapters must stay as they were.
+    What other presentations' runs gave (the text twin's states) is kept with them as soon as an intervention has asked for it. They belong
+    to the model that computed them and the LLM beside it, whose weights and adapters must stay as they were.
 
     Attributes:
         queries: What is asked.

@@ -40,7 +40,7 @@ class Table:
 
     Attributes:
         columns: Column name -> values, all of one length. They are copied, and can't be written to.
-        facts: How it was made: plans, presentations, seeds, the layout that ran.
+        facts: How it was made: interventions, presentations, seeds, the layout that ran.
         provenance: Model, template, versions, date.
 
     Raises:

@@ -70,14 +70,14 @@ def edited(hf, batch, middle, edit, phase):
 @pytest.mark.parametrize("phase", ["prefill", "decode", "always"])
 def test_edited_answers(model, hf, batch, ssd, middle, answers, phase):
     push = 2.0 * float(ssd.harmless_mean[middle].norm())
-    plan = iv.add(ssd, push).at(layers=[middle]).during(phase)
+    intervention = iv.add(ssd, push).at(layers=[middle]).during(phase)
     expected = said(model, edited(hf, batch, middle, lambda h: h + push * ssd.at(middle)[0], phase))
     assert expected != said(model, answers)
-    assert said(model, model.run(batch, plan, new_tokens=NEW).tokens[0]) == expected
-    both = model.run(batch, [iv.nothing, plan], new_tokens=NEW).tokens
+    assert said(model, model.run(batch, intervention, new_tokens=NEW).tokens[0]) == expected
+    both = model.run(batch, [iv.nothing, intervention], new_tokens=NEW).tokens
     assert [said(model, tokens) for tokens in both] == [said(model, answers), expected]
-    assert said(model, model.run(model.prefill(batch), plan, new_tokens=NEW).tokens[0]) == expected
-    with gl.attach(plan, hf, model.processor):
+    assert said(model, model.run(model.prefill(batch), intervention, new_tokens=NEW).tokens[0]) == expected
+    with gl.attach(intervention, hf, model.processor):
         assert said(model, theirs(hf, batch.inputs)) == expected
     assert said(model, theirs(hf, batch.inputs)) == said(model, answers)
 
@@ -90,8 +90,8 @@ def test_each_new_token_is_edited_once(model, batch, ssd, middle):
         seen.append((context.step, tuple(states.shape)))
         return states
 
-    plan = iv.custom(note).at(layers=[middle], positions=(2, 5)).during("always")
-    new = model.run(batch, plan, new_tokens=4).tokens.shape[-1]
+    intervention = iv.custom(note).at(layers=[middle], positions=(2, 5)).during("always")
+    new = model.run(batch, intervention, new_tokens=4).tokens.shape[-1]
     rows = len(batch.queries)
     assert seen[0] == (0, (3 * rows, model.cfg.d_model))
     assert seen[1:] == [(step, (rows, model.cfg.d_model)) for step in range(1, new)]
@@ -119,8 +119,8 @@ def test_forced_answers_are_one_forward_of_prompt_and_answer(model, hf, batch, s
         out[:, answer] += push
         return out
 
-    plan = iv.add(ssd, float(push.norm())).at(layers=[middle]).during("always")
-    run = model.run(kept.answering(tokens), [iv.nothing, plan], logits="answer")
+    intervention = iv.add(ssd, float(push.norm())).at(layers=[middle]).during("always")
+    run = model.run(kept.answering(tokens), [iv.nothing, intervention], logits="answer")
     near(run.logits[0], reference.with_hooks(hf, inputs)[:, answer], 1e-4)
     near(run.logits[1], reference.with_hooks(hf, inputs, {middle: hook})[:, answer], 1e-4)
     likelihood = gl.scores.AnswerLogProb("Sorry, I can't help with that.")

@@ -1,4 +1,4 @@
-"""Plans change a run as raw torch hooks do, however their runs share what they can."""
+"""Interventions change a run as raw torch hooks do, however their runs share what they can."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ LAYOUTS = ("auto", "branch", "fork", "tile")
 
 
 @pytest.fixture(scope="module")
-def plans(ssd, middle):
-    """Plans, each with what it does to a state, written out."""
+def interventions(ssd, middle):
+    """Interventions, each with what it does to a state, written out."""
     v = ssd.at(middle)[0]
     size = 0.2 * float(ssd.harmless_mean[middle].norm())
     every = {
@@ -26,15 +26,15 @@ def plans(ssd, middle):
         "patch": (iv.patch(ssd, ssd.harmless_mean), lambda h: h + ((ssd.harmless_mean[middle] - h) @ v)[:, None] * v),
         "half": (iv.amplify(ssd, 2.0).scaled(0.5), lambda h: h + (h @ v)[:, None] * v),
     }
-    return {name: (plan.at(layers=[middle]), edit) for name, (plan, edit) in every.items()}
+    return {name: (intervention.at(layers=[middle]), edit) for name, (intervention, edit) in every.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_lanes_are_what_raw_hooks_give(model, hf, batch, middle, plans, layout):
+def test_lanes_are_what_raw_hooks_give(model, hf, batch, middle, interventions, layout):
     if layout == "branch" and model.prefill(batch).stem is None:
         pytest.skip(model.prefill(batch).flaw)
-    run = model.run(batch, [plan for plan, _ in plans.values()], layout=layout)
-    for logits, (_, edit) in zip(run.logits, plans.values(), strict=True):
+    run = model.run(batch, [intervention for intervention, _ in interventions.values()], layout=layout)
+    for logits, (_, edit) in zip(run.logits, interventions.values(), strict=True):
         near(logits, reference.with_hooks(hf, batch.inputs, {middle: at_last(edit)})[:, -1], 1e-4)
 
 
@@ -45,9 +45,9 @@ def test_more_tokens_of_the_prompt(model, hf, batch, ssd, middle, positions):
         for row, (real, mine) in enumerate(zip(batch.mask, chosen, strict=True)):
             assert mine.nonzero().flatten().tolist() == real.nonzero().flatten()[slice(*positions)].tolist(), row
     expected = reference.with_hooks(hf, batch.inputs, {middle: lambda out: out + chosen[..., None] * step})
-    plan = iv.add(ssd, 3.0).at(layers=[middle], positions=positions)
-    near(model.run(batch, plan, logits="all").logits[0][batch.mask], expected[batch.mask], 1e-4)
-    near(model.run(batch, [iv.nothing, plan]).logits[1], expected[:, -1], 1e-4)
+    intervention = iv.add(ssd, 3.0).at(layers=[middle], positions=positions)
+    near(model.run(batch, intervention, logits="all").logits[0][batch.mask], expected[batch.mask], 1e-4)
+    near(model.run(batch, [iv.nothing, intervention]).logits[1], expected[:, -1], 1e-4)
 
 
 def test_the_instruction_is_the_words_that_the_user_typed(model, batch):
@@ -57,13 +57,15 @@ def test_the_instruction_is_the_words_that_the_user_typed(model, batch):
 
 def test_edits_of_several_layers_follow_each_other(model, hf, batch, ssd, middle):
     first, second = ssd.at(middle)[0], ssd.at(middle + 1)[0]
-    plan = iv.add(ssd, 4.0).at(layers=[middle]) >> iv.project_out(ssd).at(layers=[middle + 1])
+    intervention = iv.add(ssd, 4.0).at(layers=[middle]) >> iv.project_out(ssd).at(layers=[middle + 1])
     edits = {middle: at_last(lambda h: h + 4 * first), middle + 1: at_last(lambda h: h - (h @ second)[:, None] * second)}
-    near(model.run(batch, plan).logits[0], reference.with_hooks(hf, batch.inputs, edits)[:, -1], 1e-4)
+    near(model.run(batch, intervention).logits[0], reference.with_hooks(hf, batch.inputs, edits)[:, -1], 1e-4)
 
 
 def test_strength_zero_is_no_edit(model, batch, ssd, middle):
-    plain, scaled = (model.run(batch, plan).logits for plan in (iv.nothing, iv.add(ssd, 50.0).at(layers=[middle]).scaled(0.0)))
+    plain, scaled = (
+        model.run(batch, intervention).logits for intervention in (iv.nothing, iv.add(ssd, 50.0).at(layers=[middle]).scaled(0.0))
+    )
     assert torch.equal(plain, scaled)
 
 
@@ -91,13 +93,13 @@ def test_a_gate_opens_where_the_projection_says_so(model, hf, batch, ssd, middle
     threshold = float(along.sort().values[1:].mean())
     opened = along > threshold
     assert 0 < opened.sum() < len(opened)
-    plan = iv.add(ssd, 20.0).at(layers=[middle]).when(gates.harmful(ssd, threshold=threshold, state=iv.own))
-    run = model.run(batch, [iv.nothing, plan])
+    intervention = iv.add(ssd, 20.0).at(layers=[middle]).when(gates.harmful(ssd, threshold=threshold, state=iv.own))
+    run = model.run(batch, [iv.nothing, intervention])
     assert torch.equal(run.verdicts[1, 0, middle].cpu(), opened.cpu())
     edited = reference.with_hooks(hf, batch.inputs, {middle: at_last(lambda h: h + 20.0 * ssd.at(middle)[0])})[:, -1]
     near(run.logits[1][opened], edited[opened], 1e-4)
     near(run.logits[1][~opened], plain[~opened], 1e-4)
-    alone = model.run(batch, plan)
+    alone = model.run(batch, intervention)
     assert torch.equal(alone.logits[0][~opened], model.run(batch).logits[0][~opened])
 
 
@@ -111,23 +113,23 @@ def test_a_shared_beginning_changes_no_number(model, hf, middle, ssd, pairs, sho
     if prefix is None:
         pytest.skip("prompts of this model share no beginning")
     assert len(prefix) > 50
-    plan = iv.add(ssd, 4.0).at(layers=[middle])
+    intervention = iv.add(ssd, 4.0).at(layers=[middle])
     expected = [
         reference.with_hooks(hf, batch.inputs, edits)[:, -1] for edits in ({}, {middle: at_last(lambda h: h + 4 * ssd.at(middle)[0])})
     ]
     kept = model.prefill(batch, prefix)
     near(kept.logits, expected[0], 1e-4)
-    for mine in (model.run(kept, [iv.nothing, plan]), model.run(batch, [iv.nothing, plan], prefix=prefix)):
+    for mine in (model.run(kept, [iv.nothing, intervention]), model.run(batch, [iv.nothing, intervention], prefix=prefix)):
         near(mine.logits, torch.stack(expected), 1e-4)
-    near(model.run(batch, plan, prefix=prefix).logits[0], expected[1], 1e-4)
+    near(model.run(batch, intervention, prefix=prefix).logits[0], expected[1], 1e-4)
 
 
-def test_saved_directions_and_plans_do_the_same(model, batch, ssd, middle, tmp_path):
+def test_saved_directions_and_interventions_do_the_same(model, batch, ssd, middle, tmp_path):
     ssd.save(tmp_path / "ssd.safetensors")
     again = gl.Directions.load(tmp_path / "ssd.safetensors")
     assert torch.equal(again.vectors, ssd.vectors) and again.provenance == ssd.provenance
-    plan = iv.replace(ssd, ssd.harmless_mean).when(gates.harmful(ssd)).at(layers=[middle]) >> iv.add(ssd).at(layers=[middle + 1])
-    plan.save(tmp_path / "plan.safetensors")
-    loaded = gl.Intervention.load(tmp_path / "plan.safetensors")
-    assert loaded.fingerprint == plan.fingerprint
-    assert torch.equal(model.run(batch, loaded).logits, model.run(batch, plan).logits)
+    intervention = iv.replace(ssd, ssd.harmless_mean).when(gates.harmful(ssd)).at(layers=[middle]) >> iv.add(ssd).at(layers=[middle + 1])
+    intervention.save(tmp_path / "intervention.safetensors")
+    loaded = gl.Intervention.load(tmp_path / "intervention.safetensors")
+    assert loaded.fingerprint == intervention.fingerprint
+    assert torch.equal(model.run(batch, loaded).logits, model.run(batch, intervention).logits)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from guardlens.data.queries import Presentation, Query
-from guardlens.errors import PlanError, SiteError, require_type
+from guardlens.errors import InterventionError, SiteError, require_type
 from guardlens.hooks import Positions
 
 
@@ -86,16 +86,16 @@ class Batch:
         """The same prompts with an answer behind each, as if the model had given it. Rows of unlike length may end in any token.
 
         Raises:
-            PlanError: A batch padded on the right.
+            InterventionError: A batch padded on the right.
         """
         if self.padded_right:
-            raise PlanError("a batch padded on the right", "padding on the left for answers", "make it with padding_side='left'")
+            raise InterventionError("a batch padded on the right", "padding on the left for answers", "make it with padding_side='left'")
         (rows, width), told = self.mask.shape, "hand in one row of ids per prompt, as run.tokens[lane]"
-        require_type(tokens, Tensor, PlanError, told)
+        require_type(tokens, Tensor, InterventionError, told)
         if tokens.ndim != 2 or len(tokens) != rows or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise PlanError(f"answers of shape {tuple(tokens.shape)} in {tokens.dtype}", f"whole numbers in {rows} rows", told)
+            raise InterventionError(f"answers of shape {tuple(tokens.shape)} in {tokens.dtype}", f"whole numbers in {rows} rows", told)
         if (tokens < 0).any():
-            raise PlanError(f"the token {int(tokens.min())} in an answer", "ids from 0 up", told)
+            raise InterventionError(f"the token {int(tokens.min())} in an answer", "ids from 0 up", told)
         new = tokens.shape[1]
         blank = self.mask.new_zeros(rows, new)
         added = {"input_ids": tokens.to(self.mask.device), "attention_mask": blank.long() + 1}
@@ -163,14 +163,14 @@ class Placement(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Which query, column and lane each physical token is: how several plans share one forward.
+    """Which query, column and lane each physical token is: how several interventions share one forward.
 
-    A lane is one plan. A plain run has one lane; a tile repeats the batch, lane by lane; branches repeat the ends of the prompts alone,
-    behind what is cached of the prompts.
+    A lane is one intervention. A plain run has one lane; a tile repeats the batch, lane by lane; branches repeat the ends of the prompts
+    alone, behind what is cached of the prompts.
 
     Attributes:
         name: `"plain"`, `"tile"` or `"branch"`: what a result says about how it was computed.
-        lanes: How many plans ride.
+        lanes: How many interventions ride.
         query: The query of each physical token.
         column: The column of the batch that it is a copy of.
         lane: The lane that it belongs to.
@@ -227,12 +227,12 @@ class Layout:
         """Where each lane has the tokens chosen in the batch, ordered by query, then column.
 
         Raises:
-            PlanError: Not all of them are there: some are cached.
+            InterventionError: Not all of them are there: some are cached.
         """
         rows, columns = (self.gather(chosen) & (self.lane != HOLE)).nonzero(as_tuple=True)
         number = int(chosen.sum())
         if len(rows) != self.lanes * number:
-            raise PlanError(
+            raise InterventionError(
                 f"{number} chosen tokens of which {len(rows) // self.lanes} are computed in the layout {self.name!r}",
                 "tokens that are all computed",
                 'choose layout="tile"',

@@ -1,6 +1,7 @@
-"""Plans, reads and a layout compiled to taps: functions of a hook's value that any driver can run. Pure: no model, no nnsight.
+"""Interventions, reads and a layout compiled to taps: functions of a hook's value that any driver can run. Pure: no model, no nnsight.
 
-At a point, for each lane, steps come in plan order. An own-run state of the very place of a step is held just before that step, for it
+At a point, for each lane, steps come in intervention order. An own-run state of the very place of a step is held just before that step, for
+it
 alone: it sees the steps before it. Then come states that later places ask for, then reads, which therefore see every edit.
 """
 
@@ -13,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens.data.queries import Query
-from guardlens.errors import NumericsError, PlanError
+from guardlens.errors import InterventionError, NumericsError
 from guardlens.hooks import Point, Positions, Site
 from guardlens.interventions.held_states import Context, State
-from guardlens.interventions.plan import Intervention, Step, resolved, source_of
+from guardlens.interventions.intervention import Intervention, Step, resolved, source_of
 from guardlens.models.engine.batch import Batch, Layout, Placement
 from guardlens.models.engine.out_of_memory import at_work
 
@@ -115,7 +116,7 @@ class Apply:
     def _lookup(self, state: State) -> Float[Tensor, "query d_model"]:
         """A held state that the step requires."""
         if resolved(state, self.point) not in [resolved(required, self.point) for required in self.step.requires]:
-            raise PlanError(
+            raise InterventionError(
                 f"{self.step.edit!r} asking for {state}, which it does not require",
                 "a state that it requires, since these are held before it runs",
                 "name it, as in custom(fn, requires=(state,))",
@@ -140,7 +141,7 @@ class Apply:
         if not isinstance(edited, Tensor) or edited.shape != states.shape or not edited.is_floating_point():
             made = f"shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else f"type {type(edited).__name__}"
             made += f" and {edited.dtype}" if isinstance(edited, Tensor) else ""
-            raise PlanError(
+            raise InterventionError(
                 f"{self.step.edit!r} giving something of {made}",
                 f"a tensor of shape {tuple(states.shape)} of floating-point numbers, as it was given",
                 "return the states that it receives, changed",
@@ -196,21 +197,21 @@ def mean_per_query(value: Float[Tensor, "row width d"], places: Placement, queri
 
 
 def compile_taps(
-    plans: Sequence[Intervention], reads: Sequence[Site], layout: Layout, batch: Batch, n_layers: int, held: Held
+    interventions: Sequence[Intervention], reads: Sequence[Site], layout: Layout, batch: Batch, n_layers: int, held: Held
 ) -> tuple[list[Tap], Record]:
     """The taps of a run, in order of execution, and the record that they will write.
 
     Args:
-        plans: One per lane.
+        interventions: One per lane.
         reads: Sites to read in every lane.
         layout: Where the lanes lie.
         batch: The prompts.
         n_layers: The model's.
-        held: What the plans require of other presentations' runs.
+        held: What the interventions require of other presentations' runs.
 
     Raises:
         SiteError: A layer out of range, or no token at some positions.
-        PlanError: A plan asks for a state that comes too late.
+        InterventionError: An intervention asks for a state that comes too late.
     """
     record, queries = Record(held), len(batch.queries)
     early: list[Tap] = []
@@ -222,8 +223,8 @@ def compile_taps(
         chosen = torch.zeros_like(batch.mask) if positions is None else batch.select(positions)
         return layout.find(chosen | batch.answer if answer else chosen)
 
-    for lane, plan in enumerate(plans):
-        for number, step in enumerate(plan.steps):
+    for lane, intervention in enumerate(interventions):
+        for number, step in enumerate(intervention.steps):
             decode, answer = step.phase != "prefill", step.phase != "prefill" and batch.answered > 0
             positions = None if step.phase == "decode" else step.site.positions
             prompt = places(positions, answer)[lane] if positions is not None or answer else None
@@ -247,11 +248,11 @@ def site_of(state: State, layers: set[int | None]) -> Site:
     return Site(state.hook, tuple(layer for layer in layers if layer is not None) or None, state.positions)
 
 
-def required_runs(plans: Sequence[Intervention], n_layers: int) -> dict[State, set[int | None]]:
-    """The states of other presentations' runs that the plans need, with their layers, united over all lanes."""
+def required_runs(interventions: Sequence[Intervention], n_layers: int) -> dict[State, set[int | None]]:
+    """The states of other presentations' runs that the interventions need, with their layers, united over all lanes."""
     wanted: dict[State, set[int | None]] = {}
-    for plan in plans:
-        for state, layers in plan.requires(n_layers).items():
+    for intervention in interventions:
+        for state, layers in intervention.requires(n_layers).items():
             if state.run is not None:
                 wanted.setdefault(state, set()).update(layers)
     return wanted

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from guardlens.errors import GuardlensError, PlanError
+from guardlens.errors import GuardlensError, InterventionError
 from guardlens.hooks import Point
 from guardlens.models.architectures import Architecture, unwrapped
 from guardlens.models.engine.batch import Batch
@@ -154,10 +154,10 @@ class Engine:
             watch: Is shown the logits of each new token, as the model itself gives them, and the step.
 
         Raises:
-            PlanError: A batch padded on the right, or options that transformers refuses.
+            InterventionError: A batch padded on the right, or options that transformers refuses.
         """
         if batch.padded_right:
-            raise PlanError("a batch padded on the right", "padding on the left for generation", "make it with padding_side='left'")
+            raise InterventionError("a batch padded on the right", "padding on the left for generation", "make it with padding_side='left'")
         set_by_checkpoint = getattr(self.hf, "generation_config", None)
         settings = {name: False for name in OUTPUTS if getattr(set_by_checkpoint, name, None)}
         settings |= {"max_new_tokens": new_tokens, "do_sample": False, **options}
@@ -209,7 +209,7 @@ def alone(*modules: nn.Module) -> Iterator[list[nn.Module]]:
     """Refuses to run any of the modules inside of itself, as an edit that calls the model would; gives those that have been run.
 
     Raises:
-        PlanError: As said.
+        InterventionError: As said.
     """
     inside: set[nn.Module] = set()
     begun: list[nn.Module] = []

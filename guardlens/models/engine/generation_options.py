@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from guardlens.errors import PlanError, first_sentence, require_type
+from guardlens.errors import InterventionError, first_sentence, require_type
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
@@ -77,11 +77,11 @@ def require_stepwise(settings: Mapping[str, Any]) -> None:
     """Refuse generation in which a forward is not one token of every answer: edits would meet other tokens than they mean.
 
     Raises:
-        PlanError: As said.
+        InterventionError: As said.
     """
     for name, neutral in NEUTRAL.items():
         if settings.get(name) not in neutral:
-            raise PlanError(
+            raise InterventionError(
                 f"{_shown(name, settings[name])} in the settings of generation, by which a forward is not one token of every answer",
                 "generation token by token",
                 f"leave it out; where the checkpoint's generation_config sets it, say {name}=None",
@@ -92,11 +92,11 @@ def require_one_answer(settings: Mapping[str, Any]) -> None:
     """Refuse settings that give several answers per prompt, or rows that are not prompts.
 
     Raises:
-        PlanError: As said.
+        InterventionError: As said.
     """
     for name in ("num_beams", "num_return_sequences"):
         if settings.get(name, 1) != 1:
-            raise PlanError(
+            raise InterventionError(
                 f"{_shown(name, settings[name])} in the settings of generation",
                 "one answer per prompt",
                 f"hand in the query several times, or several seeds; say {name}=1 where the checkpoint's generation_config sets it",
@@ -111,22 +111,26 @@ def require_options(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> No
         inputs: What the prompts bring.
 
     Raises:
-        PlanError: As said.
+        InterventionError: As said.
     """
     for name, value in options.items():
         if name in LENGTHS:
-            raise PlanError(_shown(name, value), "the length as new_tokens (of generate: max_new_tokens)", "leave it out of the options")
+            raise InterventionError(
+                _shown(name, value), "the length as new_tokens (of generate: max_new_tokens)", "leave it out of the options"
+            )
         if name in inputs or name in ("inputs", "inputs_embeds"):
-            raise PlanError(f"the option {name}", "prompts that come with the batch", "make them with model.batch(queries, presentation)")
+            raise InterventionError(
+                f"the option {name}", "prompts that come with the batch", "make them with model.batch(queries, presentation)"
+            )
         if name in OUTPUTS and value:
-            raise PlanError(_shown(name, value), "answers alone", "ask model.run for logits and reads, or call model.hf.generate")
+            raise InterventionError(_shown(name, value), "answers alone", "ask model.run for logits and reads, or call model.hf.generate")
         if name in COUNTS and isinstance(value, int | float | np.number) and value < 0:
-            raise PlanError(_shown(name, value), "no negative number", "leave it out")
+            raise InterventionError(_shown(name, value), "no negative number", "leave it out")
 
 
-def refused(error: Exception) -> PlanError:
+def refused(error: Exception) -> InterventionError:
     """What transformers said of options before it ran the model."""
-    return PlanError(
+    return InterventionError(
         f"options of generation that transformers refuses ({first_sentence(error)})",
         "options of its generate",
         "mend them, or the checkpoint's generation_config",
@@ -139,7 +143,7 @@ def _made(config: Any) -> dict[str, Any]:
         return {}
     from transformers import GenerationConfig
 
-    require_type(config, GenerationConfig, PlanError, "hand in a GenerationConfig of transformers, or its settings by their names")
+    require_type(config, GenerationConfig, InterventionError, "hand in a GenerationConfig of transformers, or its settings by their names")
     told = ("transformers_version", *LENGTHS)
     return {name: value for name, value in config.to_dict().items() if value is not None and name not in told and name[0] != "_"}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from guardlens.errors import PlanError, SiteError, is_several, quoted, type_of
+from guardlens.errors import InterventionError, SiteError, is_several, quoted, type_of
 from guardlens.hooks import Point, parse
 from guardlens.models.architectures import Architecture, Part
 from guardlens.models.engine.compiler import Tap
@@ -44,7 +44,7 @@ def hook_taps(cfg: Architecture, hooks: Sequence[tuple[str | Callable[[str], boo
 def _pairs(hooks: Any) -> Iterator[tuple[Any, Any]]:
     for pair in hooks if is_several(hooks) else [hooks]:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and callable(pair[1])):
-            raise PlanError(
+            raise InterventionError(
                 f"the hook {quoted(pair)}", "pairs of a hook name and a function", "say fwd_hooks=[('blocks.3.hook_resid_post', fn)]"
             )
         yield pair[0], pair[1]
@@ -91,7 +91,7 @@ class _Call:
             return None
         if getattr(new, "shape", None) != given.shape:
             made = f"shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"type {type(new).__name__}"
-            raise PlanError(
+            raise InterventionError(
                 f"a hook function at {self.hook.name} that gives something of {made}",
                 f"a value of shape {tuple(given.shape)}, or None to leave it",
                 "return the value that it receives, changed",

@@ -1,9 +1,9 @@
 """Keys and values that are computed once, and what goes on behind them: the one idea of every cheap run.
 
 Nothing that is done to a later token changes what came before it. So a `Stem` keeps the keys and values of prompts' tokens, and *tails*
-go on behind it: copies of the prompts' ends, one per plan, of which each sees what the model itself would let it see of its own prompt
-and of its own copy, and nothing of the others. Copies of the last token alone are *branches*. What many prompts begin with alike is a
-`Prefix`: there, the tails are all that differs. `Prefill` is prompts of which everything is kept.
+go on behind it: copies of the prompts' ends, one per intervention, of which each sees what the model itself would let it see of its own
+prompt and of its own copy, and nothing of the others. Copies of the last token alone are *branches*. What many prompts begin with alike is
+a `Prefix`: there, the tails are all that differs. `Prefill` is prompts of which everything is kept.
 """
 
 import copy

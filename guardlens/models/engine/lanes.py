@@ -1,10 +1,10 @@
-"""The ways to run plans, the same numbers each. A plan is a lane.
+"""The ways to run interventions, the same numbers each. An intervention is a lane.
 
-- *Tiles*: a copy of the batch for each plan, below each other. Works always, and costs a run for each.
-- *Branches*: a copy of the prompts' ends for each plan, beside each other, behind what is cached of the prompts. For plans that leave the
-  beginnings of the prompts alone; costs the ends.
-- *Forks*: each plan goes on from the unedited run at the first block that it touches. For plans that edit what can't branch; costs the
-  blocks from there on.
+- *Tiles*: a copy of the batch for each intervention, below each other. Works always, and costs a run for each.
+- *Branches*: a copy of the prompts' ends for each intervention, beside each other, behind what is cached of the prompts. For interventions
+  that leave the beginnings of the prompts alone; costs the ends.
+- *Forks*: each intervention goes on from the unedited run at the first block that it touches. For interventions that edit what can't
+  branch; costs the blocks from there on.
 - *Answers*: generation behind what is cached of the prompts.
 """
 
@@ -24,16 +24,16 @@ from guardlens.models.engine.run import Run, checked, reads_of, require_finite_s
 
 
 def run_tiles(engine: Engine, asked: Asked, held: Held) -> Run:
-    """Each plan on its own copy of the batch, below each other. One plan is a plain run.
+    """Each intervention on its own copy of the batch, below each other. One intervention is a plain run.
 
     Args:
         engine: The model.
         asked: What to run.
-        held: What the plans require of other presentations' runs.
+        held: What the interventions require of other presentations' runs.
     """
-    batch, lanes, tokens, logits = asked.batch, len(asked.plans), None, None
+    batch, lanes, tokens, logits = asked.batch, len(asked.interventions), None, None
     layout = Layout.tile(len(batch.queries), batch.mask.shape[1], lanes, batch.mask.device)
-    taps, record = compile_taps(asked.plans, asked.read, layout, batch, engine.cfg.n_layers, held)
+    taps, record = compile_taps(asked.interventions, asked.read, layout, batch, engine.cfg.n_layers, held)
     run = replace(batch, inputs=layout.spread(batch.inputs, engine.cfg.packed))
     if asked.new_tokens:
         watch = partial(require_finite_step, record, batch.queries)
@@ -50,19 +50,19 @@ def run_tiles(engine: Engine, asked: Asked, held: Held) -> Run:
 def run_tails(
     engine: Engine, asked: Asked, held: Held, stem: Stem, tail: Bool[Tensor, "query seq"], *, keep: bool = False
 ) -> tuple[Run, Stem]:
-    """Each plan on its own copy of the prompts' ends, beside each other, behind their beginnings.
+    """Each intervention on its own copy of the prompts' ends, beside each other, behind their beginnings.
 
     Args:
         engine: The model.
         asked: What to run.
-        held: What the plans require of other presentations' runs.
+        held: What the interventions require of other presentations' runs.
         stem: What is kept of the prompts.
         tail: Their ends.
         keep: Whether the keys and values of the ends stay with the stem, which is then handed back grown.
     """
-    batch, lanes = asked.batch, len(asked.plans)
+    batch, lanes = asked.batch, len(asked.interventions)
     layout = stem.tails(tail, lanes)
-    taps, record = compile_taps(asked.plans, asked.read, layout, batch, engine.cfg.n_layers, held)
+    taps, record = compile_taps(asked.interventions, asked.read, layout, batch, engine.cfg.n_layers, held)
     at = None
     if asked.logits is not None:
         found = layout.find(scored(batch, asked.logits))
@@ -79,11 +79,11 @@ def run_tails(
 
 
 def run_answers(engine: Engine, asked: Asked, held: Held, stem: Stem) -> Run:
-    """Answers under each plan, from the prompts' last tokens on; arguments as those of `run_tails`."""
-    batch, lanes = asked.batch, len(asked.plans)
+    """Answers under each intervention, from the prompts' last tokens on; arguments as those of `run_tails`."""
+    batch, lanes = asked.batch, len(asked.interventions)
     (queries, width), device = batch.mask.shape, batch.mask.device
     layout = Layout.tile(queries, width, lanes, device, start=width - 1)
-    taps, record = compile_taps(asked.plans, asked.read, layout, batch, engine.cfg.n_layers, held)
+    taps, record = compile_taps(asked.interventions, asked.read, layout, batch, engine.cfg.n_layers, held)
     inputs = layout.spread({name: batch.inputs[name] for name in ("input_ids", "attention_mask")})
     rows = torch.arange(queries, device=device).repeat(lanes)
     options = {"past_key_values": stem.unpacked(rows), "position_ids": stem.positions[..., rows, :], **asked.generation}
@@ -94,17 +94,19 @@ def run_answers(engine: Engine, asked: Asked, held: Held, stem: Stem) -> Run:
 
 
 def run_forks(engine: Engine, asked: Asked, held: Held) -> Run:
-    """Each plan from the first block on that it touches, after one unedited run; one after the other. Arguments as those of `run_tiles`."""
+    """Each intervention from the first block on that it touches, after one unedited run; one after the other. Arguments as those of
+    `run_tiles`.
+    """
     batch, read = asked.batch, asked.read
     layout = Layout.tile(len(batch.queries), batch.mask.shape[1], 1, batch.mask.device)
-    starts = [first_block(plan, read, engine.cfg.n_layers) for plan in asked.plans]
+    starts = [first_block(intervention, read, engine.cfg.n_layers) for intervention in asked.interventions]
     trunk = engine.trunk(batch, set(starts))
     at, runs = None, []
     if asked.logits is not None:
         rows, columns = scored(batch, asked.logits).nonzero(as_tuple=True)
         at = rows, columns
-    for plan, start in zip(asked.plans, starts, strict=True):
-        taps, record = compile_taps([plan], read, layout, batch, engine.cfg.n_layers, held)
+    for intervention, start in zip(asked.interventions, starts, strict=True):
+        taps, record = compile_taps([intervention], read, layout, batch, engine.cfg.n_layers, held)
         raw = engine.forked(trunk, start, taps, batch, at)
         runs.append((reads_of(record, read, batch, engine.cfg.n_layers), _by_query(raw, asked, 1), record.verdicts))
     reads = {site: torch.cat([found[site] for found, _, _ in runs]) for site in read}

@@ -8,7 +8,7 @@ from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from guardlens.errors import PlanError
+from guardlens.errors import InterventionError
 from guardlens.models.architectures import unwrapped
 
 
@@ -35,7 +35,7 @@ def taken(hf: Any) -> Iterator[bool]:
     """Wait until no other thread runs the model, and keep others waiting. Gives whether this is the first verb of the thread.
 
     Raises:
-        PlanError: The model is running in this very thread, which an edit or a hook function has called from.
+        InterventionError: The model is running in this very thread, which an edit or a hook function has called from.
     """
     turn = _turn(hf)
     with turn.lock:
@@ -60,9 +60,9 @@ def running(hf: Any) -> Iterator[None]:
             turn.running = False
 
 
-def nested() -> PlanError:
+def nested() -> InterventionError:
     """A run inside of a run."""
-    return PlanError(
+    return InterventionError(
         "a run of a model inside of a run of the same model, as of an edit or a hook function that calls it",
         "one run at a time",
         "run it before, and hand the edit what it gave; a state of another presentation is iv.State(run=...)",

@@ -1,4 +1,4 @@
-"""Which way plans run: what each way can't do, what it costs, and how many plans go together.
+"""Which way interventions run: what each way can't do, what it costs, and how many interventions go together.
 
 The rule: *branches* where the ends of the prompts that they copy are at most half of the prompts; else *forks* where the blocks that they
 skip add up to more than the one run that they begin with; else *tiles*.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guardlens.hooks import BLOCKS, HOOKS, Point, Positions, Site
 from guardlens.interventions import Intervention
-from guardlens.interventions.plan import source_of
+from guardlens.interventions.intervention import source_of
 from guardlens.models.architectures import Architecture
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.kv_cache import Prefill
@@ -41,7 +41,7 @@ class Asked:
     Attributes:
         cfg: The model's parts.
         batch: The prompts.
-        plans: One per lane.
+        interventions: One per lane.
         read: Sites to read.
         logits: `"last"`, `"answer"`, `"all"` or none.
         new_tokens: How many tokens are generated.
@@ -51,7 +51,7 @@ class Asked:
 
     cfg: Architecture
     batch: Batch
-    plans: Sequence[Intervention]
+    interventions: Sequence[Intervention]
     read: Sequence[Site] = ()
     logits: str | None = "last"
     new_tokens: int = 0
@@ -60,7 +60,7 @@ class Asked:
 
     @cached_property
     def unbranchable(self) -> str:
-        """Why the plans can't run as branches; empty if they can."""
+        """Why the interventions can't run as branches; empty if they can."""
         reasons = {"answers are generated": self.new_tokens > 0, **self._unsuited}
         if reason := next((reason for reason, holds in reasons.items() if holds), ""):
             return reason
@@ -71,8 +71,12 @@ class Asked:
 
     @cached_property
     def unforkable(self) -> str:
-        """Why the plans can't run as forks; empty if they can."""
-        stages = [HOOKS[point.hook].stage for plan in self.plans for point in points_of(plan, self.read, self.cfg.n_layers)]
+        """Why the interventions can't run as forks; empty if they can."""
+        stages = [
+            HOOKS[point.hook].stage
+            for intervention in self.interventions
+            for point in points_of(intervention, self.read, self.cfg.n_layers)
+        ]
         reasons = {
             "answers are generated": self.new_tokens > 0,
             **self._unsuited,
@@ -83,7 +87,7 @@ class Asked:
     @cached_property
     def forks(self) -> bool:
         """Whether forks are worth their while."""
-        starts = [first_block(plan, self.read, self.cfg.n_layers) for plan in self.plans]
+        starts = [first_block(intervention, self.read, self.cfg.n_layers) for intervention in self.interventions]
         return not self.unforkable and sum(starts) > self.cfg.n_layers
 
     def follows(self, rest: Bool[Tensor, "query seq"]) -> bool:
@@ -106,7 +110,9 @@ class Asked:
     def _unsuited(self) -> dict[str, bool]:
         """What a run of the decoder alone can't do -> whether it is asked for."""
         paths = [
-            (point.hook, self.cfg.locate(point).path) for plan in self.plans for point in points_of(plan, self.read, self.cfg.n_layers)
+            (point.hook, self.cfg.locate(point).path)
+            for intervention in self.interventions
+            for point in points_of(intervention, self.read, self.cfg.n_layers)
         ]
         outside = next((hook for hook, path in paths if hook != "unembed" and not path.startswith(f"{self.cfg.decoder}.")), None)
         return {
@@ -118,7 +124,7 @@ class Asked:
     @cached_property
     def _positions(self) -> tuple[Positions, ...]:
         """Where edits write in the prompt, and where reads and own states look."""
-        steps = [step for plan in self.plans for step in plan.steps]
+        steps = [step for intervention in self.interventions for step in intervention.steps]
         found = [step.site.positions for step in steps if step.phase != "decode"]
         found += [state.positions for step in steps for state in step.requires if state.run is None]
         return tuple(dict.fromkeys((*found, *(site.positions for site in self.read))))
@@ -131,9 +137,9 @@ class Asked:
         return self.batch.select(positions).cumsum(1) > 0
 
 
-def points_of(plan: Intervention, read: Sequence[Site], n_layers: int) -> Iterator[Point]:
-    """All that a run of a plan edits and reads."""
-    for step in plan.steps:
+def points_of(intervention: Intervention, read: Sequence[Site], n_layers: int) -> Iterator[Point]:
+    """All that a run of an intervention edits and reads."""
+    for step in intervention.steps:
         for point in step.site.points(n_layers):
             yield point
             yield from (source_of(state, point, n_layers) for state in step.requires if state.run is None)
@@ -141,9 +147,9 @@ def points_of(plan: Intervention, read: Sequence[Site], n_layers: int) -> Iterat
         yield from site.points(n_layers)
 
 
-def first_block(plan: Intervention, read: Sequence[Site], n_layers: int) -> int:
-    """The first block that a run of a plan looks into; the last where it looks only behind them."""
-    points = points_of(plan, read, n_layers)
+def first_block(intervention: Intervention, read: Sequence[Site], n_layers: int) -> int:
+    """The first block that a run of an intervention looks into; the last where it looks only behind them."""
+    points = points_of(intervention, read, n_layers)
     return min((point.layer or 0 for point in points if HOOKS[point.hook].stage == BLOCKS), default=n_layers - 1)
 
 
@@ -152,31 +158,33 @@ def scored(batch: Batch, logits: str) -> Bool[Tensor, "query seq"]:
     return batch.select("last") if logits == "last" else batch.answer.roll(-1, dims=1)
 
 
-def together(cfg: Architecture, kept: Prefill, plans: Iterable[Intervention], forks: Callable[[], bool]) -> Iterator[list[Intervention]]:
-    """The plans in their order, as many at once as fit in a run.
+def together(
+    cfg: Architecture, kept: Prefill, interventions: Iterable[Intervention], forks: Callable[[], bool]
+) -> Iterator[list[Intervention]]:
+    """The interventions in their order, as many at once as fit in a run.
 
     Args:
         cfg: The model's parts.
         kept: The prompts.
-        plans: One per lane.
+        interventions: One per lane.
         forks: Says whether the model's forks hold.
     """
     logits = "answer" if kept.batch.answered else "last"
     most = max(1, LOGITS // (cfg.d_vocab * len(kept) * max(1, kept.batch.answered)))
 
-    def asked(plans: Sequence[Intervention]) -> Asked:
-        return Asked(cfg, kept.batch, plans, logits=logits)
+    def asked(interventions: Sequence[Intervention]) -> Asked:
+        return Asked(cfg, kept.batch, interventions, logits=logits)
 
-    def at_once(why: str, plans: Sequence[Intervention]) -> int:
+    def at_once(why: str, interventions: Sequence[Intervention]) -> int:
         if why:
-            return most if asked(plans).forks and forks() else COPIES
+            return most if asked(interventions).forks and forks() else COPIES
         assert kept.stem is not None
-        tails = [asked([plan]).tail.sum(1) for plan in plans]
+        tails = [asked([intervention]).tail.sum(1) for intervention in interventions]
         longest = max(tails, key=lambda tail: int(tail.sum()))
         fullest = int(torch.bincount(kept.stem.row, weights=longest.double()).max())
         return max(1, min(most, TOKENS // int(longest.sum()), BESIDE // fullest))
 
-    for why, alike in groupby(plans, lambda plan: kept.flaw or asked([plan]).unbranchable):
+    for why, alike in groupby(interventions, lambda intervention: kept.flaw or asked([intervention]).unbranchable):
         alike = list(alike)
         rest, size = iter(alike), at_once(why, alike)
         while part := list(islice(rest, size)):

@@ -1,4 +1,4 @@
-"""`Run`: what a run of one or several plans gives back."""
+"""`Run`: what a run of one or several interventions gives back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from guardlens.models.engine.compiler import Record
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run gives back. Every tensor begins with the lane axis: one lane per plan.
+    """What a run gives back. Every tensor begins with the lane axis: one lane per intervention.
 
     Attributes:
         reads: Site -> one vector per query and layer (averaged where the site has several positions).

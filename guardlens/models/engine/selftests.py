@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guardlens.errors import GuardlensError, ModelError, NumericsError, PlanError
+from guardlens.errors import GuardlensError, InterventionError, ModelError, NumericsError
 from guardlens.hooks import Positions, Site
 from guardlens.interventions import Context, Custom, Intervention, Step, nothing
 from guardlens.models.engine.batch import Batch
@@ -91,8 +91,8 @@ class Trials:
             self._tried(what, check)
         return not self.flaws[what]
 
-    def _asked(self, batch: Batch, plans: Sequence[Intervention] = (nothing,), **more: Any) -> Asked:
-        return Asked(self.engine.cfg, batch, plans, **more)
+    def _asked(self, batch: Batch, interventions: Sequence[Intervention] = (nothing,), **more: Any) -> Asked:
+        return Asked(self.engine.cfg, batch, interventions, **more)
 
     def _tried(self, what: tuple[str, bool], make: Callable[[], Made]) -> Made | None:
         if self.flaws.get(what):
@@ -131,13 +131,13 @@ class Trials:
             _require_agreement(edited[1:2], logits, "an edited branch changes the one beside it")
         return stem, logits
 
-    def _branches(self, stem: Stem, plans: Sequence[Intervention]) -> Float[Tensor, "lane query vocab"]:
-        found = run_tails(self.engine, self._asked(stem.batch, plans), {}, stem, stem.batch.select("last"))[0].logits
+    def _branches(self, stem: Stem, interventions: Sequence[Intervention]) -> Float[Tensor, "lane query vocab"]:
+        found = run_tails(self.engine, self._asked(stem.batch, interventions), {}, stem, stem.batch.select("last"))[0].logits
         assert found is not None
         return found
 
-    def _whole(self, batch: Batch, plans: Sequence[Intervention]) -> Float[Tensor, "lane query vocab"]:
-        found = run_tiles(self.engine, self._asked(batch, plans), {}).logits
+    def _whole(self, batch: Batch, interventions: Sequence[Intervention]) -> Float[Tensor, "lane query vocab"]:
+        found = run_tiles(self.engine, self._asked(batch, interventions), {}).logits
         assert found is not None
         return found
 
@@ -156,9 +156,9 @@ class Trials:
 
     def _forks(self, batch: Batch) -> None:
         layers = self.engine.cfg.n_layers
-        plans = [_push("all", layers // 2), _push("all", layers - 1)]
-        forked = run_forks(self.engine, self._asked(batch, plans), {}).logits
-        _require_agreement(forked, self._whole(batch, plans), "a run that begins at a later block differs from a whole run")
+        interventions = [_push("all", layers // 2), _push("all", layers - 1)]
+        forked = run_forks(self.engine, self._asked(batch, interventions), {}).logits
+        _require_agreement(forked, self._whole(batch, interventions), "a run that begins at a later block differs from a whole run")
 
     def _answers(self, stem: Stem) -> None:
         def logits(run: Callable[[Asked], Run]) -> list[Float[Tensor, "query vocab"]]:
@@ -171,7 +171,7 @@ class Trials:
 
             try:
                 run(self._asked(stem.batch, new_tokens=3, generation={"logits_processor": [noted]}))
-            except PlanError as error:
+            except InterventionError as error:
                 raise Disagreement(f"its own generate takes no logits processor ({error.found})") from None
             if not taken:
                 raise Disagreement("its own generate hands no logits to a processor, so that answers can't be compared")

@@ -161,7 +161,7 @@ def needs_image(what: str, why: str) -> ModelError:
     return ModelError(
         f"{what}, which takes no prompt without an image ({why})",
         "a model with a text twin: one that also runs on text alone",
-        "use plans without text_twin (amplify, project_out, add), load with llm=..., or another model",
+        "use interventions without text_twin (amplify, project_out, add), load with llm=..., or another model",
     )
 
 

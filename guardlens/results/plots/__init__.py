@@ -77,16 +77,17 @@ def layer_curves(
 
 @style.styled
 def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes: Axes | Iterable[Axes] | None = None) -> np.ndarray:
-    """What a plan does at each layer and strength: a heat map per plan (rows) and label (columns), on one scale centred at 0.
+    """What an intervention does at each layer and strength: a heat map per intervention (rows) and label (columns), on one scale centred at
+    0.
 
     Args:
-        frame: Columns plan, label, layer, strength, value. An n column, if there, goes to the titles; with the columns low and high, cells
-            whose interval holds 0 have a dot. Missing cells stay grey.
+        frame: Columns intervention, label, layer, strength, value. An n column, if there, goes to the titles; with the columns low and
+            high, cells whose interval holds 0 have a dot. Missing cells stay grey.
         unit: What the values are; labels the colour bar.
-        axes: Where to draw, plan by plan; a new figure without it.
+        axes: Where to draw, intervention by intervention; a new figure without it.
 
     Returns:
-        The axes, shape [plan label].
+        The axes, shape [intervention label].
 
     Raises:
         MismatchError: A column is missing, or there are too few axes.
@@ -95,26 +96,30 @@ def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes
     Examples:
         >>> import pandas as pd
         >>> measured = {"layer": [0, 1], "strength": 1.0, "value": [0.2, 1.5]}
-        >>> frame = pd.DataFrame({"plan": "guard", "label": "harmful", **measured})
-        >>> plots.effect_maps(frame, unit="Δ refusal log-odds (nats)").shape  # plan, label
+        >>> frame = pd.DataFrame({"intervention": "guard", "label": "harmful", **measured})
+        >>> plots.effect_maps(frame, unit="Δ refusal log-odds (nats)").shape  # intervention, label
         (1, 1)
     """
-    rows = style.require(frame, "plan", "label", "layer", "strength", "value")
-    plans, labels = style.unique(rows, "plan"), style.unique(rows, "label")
+    rows = style.require(frame, "intervention", "label", "layer", "strength", "value")
+    interventions, labels = style.unique(rows, "intervention"), style.unique(rows, "label")
     layers, strengths = (("layer", np.unique(rows["layer"])), ("strength", np.unique(rows["strength"])))
     limit = float(rows["value"].abs().max())
     if not np.isfinite(limit):
         raise NumericsError(
             "effects without a finite extreme", "finite numbers, or nan for single cells", "look for an overflow in the scores"
         )
-    panels = style.axes_for(axes, len(plans) * len(labels), len(labels), height=0.75 + 0.3 * rows["strength"].nunique(), share_y=True)
-    for ax, (plan, label) in zip(panels, [(plan, label) for plan in plans for label in labels], strict=True):
-        panel = rows[(rows["plan"] == plan) & (rows["label"] == label)]
+    panels = style.axes_for(
+        axes, len(interventions) * len(labels), len(labels), height=0.75 + 0.3 * rows["strength"].nunique(), share_y=True
+    )
+    for ax, (intervention, label) in zip(
+        panels, [(intervention, label) for intervention in interventions for label in labels], strict=True
+    ):
+        panel = rows[(rows["intervention"] == intervention) & (rows["label"] == label)]
         cells = artists.spread(panel, "value", strengths, layers)
         unsure = artists.holding_zero(panel, strengths, layers)
         artists.heat_map(ax, cells, [str(n) for n in layers[1]], [f"{n:g}" for n in strengths[1]], limit or 1.0, unsure)
-        ax.set_title(f"{plan} · {label}{style.of_items(panel)}")
-    grid = panels.reshape(len(plans), len(labels))
+        ax.set_title(f"{intervention} · {label}{style.of_items(panel)}")
+    grid = panels.reshape(len(interventions), len(labels))
     for ax in grid[-1]:
         ax.set_xlabel("layer")
     for ax in grid[:, 0]:

@@ -29,24 +29,24 @@ def composed():
 @pytest.mark.parametrize(
     ("modify", "changed"),
     [
-        (lambda plan: plan.at(layers=[0]), {"layers"}),
-        (lambda plan: plan.at(hook="mlp_out"), {"hook"}),
-        (lambda plan: plan.at(positions="all"), {"positions"}),
-        (lambda plan: plan.when(GATE), {"gate"}),
-        (lambda plan: plan.during("always"), {"phase"}),
-        (lambda plan: plan.scaled(3.0), {"strength"}),
-        (lambda plan: plan.placebo(), {"edit"}),
+        (lambda intervention: intervention.at(layers=[0]), {"layers"}),
+        (lambda intervention: intervention.at(hook="mlp_out"), {"hook"}),
+        (lambda intervention: intervention.at(positions="all"), {"positions"}),
+        (lambda intervention: intervention.when(GATE), {"gate"}),
+        (lambda intervention: intervention.during("always"), {"phase"}),
+        (lambda intervention: intervention.scaled(3.0), {"strength"}),
+        (lambda intervention: intervention.placebo(), {"edit"}),
     ],
 )
 def test_modifiers_change_only_what_they_are_given(modify, changed):
-    plan = composed()
-    before = plan.fingerprint
-    for old, new in zip(plan.steps, modify(plan).steps, strict=True):
+    intervention = composed()
+    before = intervention.fingerprint
+    for old, new in zip(intervention.steps, modify(intervention).steps, strict=True):
         for part in ("hook", "layers", "positions"):
             assert (getattr(old.site, part) != getattr(new.site, part)) == (part in changed)
         for part in ("edit", "gate", "phase", "strength"):
             assert (getattr(old, part) is not getattr(new, part) and getattr(old, part) != getattr(new, part)) == (part in changed)
-    assert plan.fingerprint == before != modify(plan).fingerprint
+    assert intervention.fingerprint == before != modify(intervention).fingerprint
 
 
 def test_strengths_multiply():
@@ -54,27 +54,27 @@ def test_strengths_multiply():
 
 
 def test_placed_moves_only_free_steps():
-    plan = composed()
-    placed = plan.placed([4, 2], 2.0)
-    assert plan.free and not placed.free
-    assert placed.steps[0] is plan.steps[0]
+    intervention = composed()
+    placed = intervention.placed([4, 2], 2.0)
+    assert intervention.free and not placed.free
+    assert placed.steps[0] is intervention.steps[0]
     assert placed.steps[1].site == Site(layers=(2, 4)) and placed.steps[1].strength == 1.0
 
 
 def test_requires():
     caption = iv.State(presentations.blank("white"), layer=3)
-    plan = iv.patch(V, iv.text_twin).when(gates.harmful(V, state=caption)).at(layers=[1, 2]) >> iv.patch(V, iv.State(layer=0)).at(
+    intervention = iv.patch(V, iv.text_twin).when(gates.harmful(V, state=caption)).at(layers=[1, 2]) >> iv.patch(V, iv.State(layer=0)).at(
         layers=[2]
     )
     twin, first = iv.State(text_only, "resid_post"), iv.State(hook="resid_post", layer=0)
-    assert plan.requires(4) == {twin: {1, 2}, dataclasses.replace(caption, hook="resid_post"): {3}, first: {0}}
+    assert intervention.requires(4) == {twin: {1, 2}, dataclasses.replace(caption, hook="resid_post"): {3}, first: {0}}
     assert iv.patch(V, twin).at(hook="ln_final").requires(4) == {twin: {3}}
 
 
 def test_a_state_is_read_at_the_hook_of_the_edit_and_a_gates_at_that_of_its_directions():
-    """Wherever the plan is put: the hook of an edit says nothing about what a gate was made from."""
-    plan = iv.swap(iv.text_twin).when(gates.harmful(V)).at(hook="z", layers=[1])
-    assert plan.requires(4) == {iv.State(text_only, "z"): {1}, iv.State(text_only, "resid_post"): {1}}
+    """Wherever the intervention is put: the hook of an edit says nothing about what a gate was made from."""
+    intervention = iv.swap(iv.text_twin).when(gates.harmful(V)).at(hook="z", layers=[1])
+    assert intervention.requires(4) == {iv.State(text_only, "z"): {1}, iv.State(text_only, "resid_post"): {1}}
     of_z = gates.harmful(dataclasses.replace(V, hook="z"))
     assert iv.nothing.requires(4) == {} and iv.swap(iv.own).when(of_z).requires(4) == {
         iv.State(hook="resid_post"): {0, 1, 2, 3},
@@ -86,7 +86,7 @@ def test_a_state_is_read_at_the_hook_of_the_edit_and_a_gates_at_that_of_its_dire
 @pytest.mark.parametrize("edited", [{"layers": [1]}, {"layers": [2], "hook": "mlp_out"}, {"hook": "embed"}])
 def test_own_state_that_comes_too_late(edited):
     with pytest.raises(
-        errors.PlanError,
+        errors.InterventionError,
         match=r"needs this run's own blocks.2.hook_resid_post\.\nExpected a state from the same place or before\.\nNext: read an earlier",
     ):
         iv.patch(V, iv.State(hook="resid_post", layer=2)).at(**edited).requires(4)
@@ -94,9 +94,9 @@ def test_own_state_that_comes_too_late(edited):
 
 
 def test_refusals():
-    with pytest.raises(errors.PlanError, match=r"Found a second gate on project_out[\s\S]*Next: combine gates with &, \| and ~"):
+    with pytest.raises(errors.InterventionError, match=r"Found a second gate on project_out[\s\S]*Next: combine gates with &, \| and ~"):
         (iv.project_out(V).when(GATE) >> iv.project_out(V)).when(GATE)
-    with pytest.raises(errors.PlanError, match=r"an edit at 'hook_resid_mid'[\s\S]*Expected a hook that can be written"):
+    with pytest.raises(errors.InterventionError, match=r"an edit at 'hook_resid_mid'[\s\S]*Expected a hook that can be written"):
         iv.project_out(V).at(hook="hook_resid_mid")
     with pytest.raises(errors.SiteError, match=r"did you mean 'resid_post'"):
         iv.project_out(V).at(hook="resid_pots")
@@ -104,19 +104,19 @@ def test_refusals():
 
 class TestCheck:
     def test_other_model_names_both(self):
-        for plan in (iv.project_out(V), iv.project_out(V).placebo(), iv.custom(lambda h, c: h).when(~GATE)):
-            plan.check(("same@1",), 4, {"d_model": 6})
+        for intervention in (iv.project_out(V), iv.project_out(V).placebo(), iv.custom(lambda h, c: h).when(~GATE)):
+            intervention.check(("same@1",), 4, {"d_model": 6})
             with pytest.raises(errors.MismatchError, match=r"of the model mine@1\.\nExpected those of theirs@2\.\nNext: collect"):
-                plan.check(("theirs@2",), 4, {"d_model": 6})
+                intervention.check(("theirs@2",), 4, {"d_model": 6})
 
     def test_gates_of_two_models_cannot_be_joined(self):
         with pytest.raises(errors.MismatchError, match=r"of the model theirs@2.\nExpected those of mine@1"):
             GATE & gates.harmful(make_directions(dtype=torch.float32, model="theirs@2"))
 
     def test_width_and_layer(self):
-        for plan in (iv.linear(torch.eye(6)), iv.linear(torch.eye(6)).placebo()):
+        for intervention in (iv.linear(torch.eye(6)), iv.linear(torch.eye(6)).placebo()):
             with pytest.raises(errors.MismatchError, match=r"of width 6 at resid_post.\nExpected width 8, the model's"):
-                plan.check(("",), 4, {"d_model": 8})
+                intervention.check(("",), 4, {"d_model": 8})
         with pytest.raises(errors.SiteError, match=r"Found layer 4.\nExpected a layer from 0 to 3"):
             iv.linear(torch.eye(6)).at(layers=[4]).check(("",), 4, {"d_model": 6})
 
@@ -128,7 +128,7 @@ class TestSpaces:
     WIDTHS = {"d_model": 6, "heads": 6}  # noqa: RUF012
 
     @pytest.mark.parametrize(
-        ("plan", "found"),
+        ("intervention", "found"),
         [
             (iv.add(V.truncate(1)).at(hook="z"), r"Found add\(test, alpha=1\), with directions of the hook resid_post, at z"),
             (iv.add_relative(V.truncate(1)).at(hook="z"), r"Found add_relative\(.*, with directions of the hook resid_post, at z"),
@@ -138,9 +138,9 @@ class TestSpaces:
             (iv.swap(iv.own).when(~gates.harmful(OF_Z, state=iv.State(text_only, "mlp_out"))), "hook z, at mlp_out"),
         ],
     )
-    def test_other_spaces_are_refused(self, plan, found):
+    def test_other_spaces_are_refused(self, intervention, found):
         with pytest.raises(errors.MismatchError, match=rf"{found}\.\nExpected one space.*\nNext: collect"):
-            plan.check(("mine@1",), 2, self.WIDTHS)
+            intervention.check(("mine@1",), 2, self.WIDTHS)
 
     def test_one_space_passes(self):
         gate = gates.harmful(self.OF_ATTENTION, state=iv.State(text_only, "embed"))
@@ -159,8 +159,8 @@ class TestSpaces:
 
 def test_a_file_from_before_directions_had_a_hook_is_read(tmp_path):
     """Then states always named their hook."""
-    plan = iv.patch(V, iv.text_twin).when(GATE) >> iv.add_relative(V.truncate(1))
-    plan.save(tmp_path / "new")
+    intervention = iv.patch(V, iv.text_twin).when(GATE) >> iv.add_relative(V.truncate(1))
+    intervention.save(tmp_path / "new")
     with safe_open(tmp_path / "new", framework="pt") as file:
         tensors, header = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["guardlens"])["header"]
 
@@ -179,15 +179,15 @@ def test_a_file_from_before_directions_had_a_hook_is_read(tmp_path):
     save_tensors(tmp_path / "old", "intervention", tensors, aged(header))
     old = Intervention.load(tmp_path / "old")
     old.check(("mine@1",), 2, {"d_model": 6})
-    assert old.requires(2) == plan.requires(2) and repr(old.steps[1]) == repr(plan.steps[1])
+    assert old.requires(2) == intervention.requires(2) and repr(old.steps[1]) == repr(intervention.steps[1])
     assert [step.edit.hook for step in old.steps] == ["", ""] and old.steps[0].gate.hook == ""
 
 
 def test_repr_reads_as_it_was_written():
-    plan = iv.replace(V, iv.text_twin, gain=1.5).when(GATE & ~GATE).at(layers=[1, 2]) >> iv.add(V.truncate(1), 2.0).at(
+    intervention = iv.replace(V, iv.text_twin, gain=1.5).when(GATE & ~GATE).at(layers=[1, 2]) >> iv.add(V.truncate(1), 2.0).at(
         hook="mlp_out", positions="all"
     ).during("always").scaled(0.5)
-    assert repr(plan) == (
+    assert repr(intervention) == (
         "replace(test, text_twin, gain=1.5).at(layers=[1, 2], positions='last')"
         ".when((harmful(test, threshold=midpoint) & ~harmful(test, threshold=midpoint)))"
         " >> add(test, alpha=2).at(hook='mlp_out', positions='all').during('always').scaled(0.5)"
@@ -206,24 +206,25 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_loaded_plan_equals_the_saved_one(name, tmp_path):
-    plan = PLANS[name]
-    plan.save(tmp_path / "p")
+def test_a_loaded_intervention_equals_the_saved_one(name, tmp_path):
+    intervention = PLANS[name]
+    intervention.save(tmp_path / "p")
     loaded = Intervention.load(tmp_path / "p")
-    assert loaded.fingerprint == plan.fingerprint and repr(loaded) == repr(plan)
-    assert [step.requires for step in loaded.steps] == [step.requires for step in plan.steps]
-    assert [step.site for step in loaded.steps] == [step.site for step in plan.steps]
+    assert loaded.fingerprint == intervention.fingerprint and repr(loaded) == repr(intervention)
+    assert [step.requires for step in loaded.steps] == [step.requires for step in intervention.steps]
+    assert [step.site for step in loaded.steps] == [step.site for step in intervention.steps]
 
 
-def test_fingerprints_tell_plans_apart():
-    assert len({plan.fingerprint for plan in PLANS.values()}) == len(PLANS)
+def test_fingerprints_tell_interventions_apart():
+    assert len({intervention.fingerprint for intervention in PLANS.values()}) == len(PLANS)
     other = make_directions(5, dtype=torch.float32, model="mine@1")
     assert iv.project_out(other).fingerprint != iv.project_out(V).fingerprint
 
 
 def test_custom_cannot_be_saved(tmp_path):
     with pytest.raises(
-        errors.StorageError, match=r"in the plan\.\nExpected data only\.\nNext: rebuild a plan with custom functions in code"
+        errors.StorageError,
+        match=r"in the intervention\.\nExpected data only\.\nNext: rebuild an intervention with custom functions in code",
     ):
         iv.custom(lambda h, c: h).save(tmp_path / "p")
     assert not list(tmp_path.iterdir())
@@ -236,7 +237,7 @@ def test_custom_cannot_be_saved(tmp_path):
             "os:system",
             "builtins:eval",
             "guardlens.results.files:RunDirectory",
-            "guardlens.interventions.plan:Step",
+            "guardlens.interventions.intervention:Step",
             "guardlens.nope.x:Y",
             "",
         ),
@@ -270,7 +271,7 @@ CHANGES = {
     "a field more": (("x",), 1),
     "a tensor that is not there": ((*STEP, "edit", "read"), {"tensor": "nope"}),
     "a text for a tensor": ((*STEP, "edit", "read"), "nope"),
-    "a tensor for a text": ((*STEP, "phase"), {"tensor": "plan.steps.0.edit.read"}),
+    "a tensor for a text": ((*STEP, "phase"), {"tensor": "intervention.steps.0.edit.read"}),
     "another phase": ((*STEP, "phase"), "later"),
     "strength a text": ((*STEP, "strength"), "x"),
     "strength null": ((*STEP, "strength"), None),
@@ -289,12 +290,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_is_read_like_a_plan_that_is_made(tmp_path, change):
+def test_a_file_is_read_like_an_intervention_that_is_made(tmp_path, change):
     """Also where its checksums are right: somebody wrote it with other code."""
-    plan, (keys, value) = PLANS["vlm_guard"], CHANGES[change]
-    plan.save(tmp_path / "p")
+    intervention, (keys, value) = PLANS["vlm_guard"], CHANGES[change]
+    intervention.save(tmp_path / "p")
     tensors, header = load_tensors(tmp_path / "p", "intervention")
-    read, shift = tensors["plan.steps.0.edit.read"], tensors["plan.steps.0.edit.shift"]
+    read, shift = tensors["intervention.steps.0.edit.read"], tensors["intervention.steps.0.edit.shift"]
     tensors |= {"narrow": read[..., :-1].contiguous(), "nan": torch.full_like(shift, float("nan")), "whole": shift.long()}
     save_tensors(tmp_path / "q", "intervention", tensors, changed(header, *keys, to=value))
     with pytest.raises(errors.StorageError):
@@ -304,19 +305,19 @@ def test_a_file_is_read_like_a_plan_that_is_made(tmp_path, change):
 @pytest.mark.parametrize(
     "header", [5, "x", None, [], {}, {"type": "step"}, {"type": "intervention"}, {"type": "intervention", "fields": 5}]
 )
-def test_a_header_that_is_no_plan(tmp_path, header):
+def test_a_header_that_is_no_intervention(tmp_path, header):
     save_file({}, tmp_path / "p", metadata=made_up(header))
     with pytest.raises(errors.StorageError):
         Intervention.load(tmp_path / "p")
 
 
 def made_up(header):
-    """What a file of a plan says about itself, around any header."""
+    """What a file of an intervention says about itself, around any header."""
     text = json.dumps({"format": FORMAT, "kind": "intervention", "header": header, "tensors": {}})
     return {"guardlens": text, "digest": digest(text.encode())}
 
 
-def test_every_tag_is_a_type_and_every_type_of_a_plan_has_one():
+def test_every_tag_is_a_type_and_every_type_of_an_intervention_has_one():
     kinds = {tag: pkgutil.resolve_name(place) for tag, place in files.TAGS.items()}
     assert all(dataclasses.is_dataclass(kind) for kind in kinds.values()) and len(set(kinds.values())) == len(kinds)
     here = [(module, vars(module)) for module in (edits, gates, states, presentations)]
@@ -326,11 +327,15 @@ def test_every_tag_is_a_type_and_every_type_of_a_plan_has_one():
 
 
 def test_fingerprints_stay():
-    """What is in run directories and saved plans: a change of these numbers makes all of them strangers."""
+    """What is in run directories and saved interventions: a change of these numbers makes all of them strangers."""
     eye = torch.eye(2)
     read = Directions(eye[None, :1], None, eye[:1], -eye[:1], eye[:1, :0], "made")
-    plans = (iv.nothing, iv.linear(2 * eye).at(layers=[3]), iv.replace(read, iv.text_twin).when(gates.harmful(read, 0.0)).scaled(0.5))
-    assert [plan.fingerprint for plan in plans] == ["71342e3f55cf", "60d4f7fc2bc3", "cc523c223067"]
+    interventions = (
+        iv.nothing,
+        iv.linear(2 * eye).at(layers=[3]),
+        iv.replace(read, iv.text_twin).when(gates.harmful(read, 0.0)).scaled(0.5),
+    )
+    assert [intervention.fingerprint for intervention in interventions] == ["71342e3f55cf", "60d4f7fc2bc3", "cc523c223067"]
 
 
 def test_numbers_of_numpy_are_saved(tmp_path):
@@ -353,9 +358,9 @@ def test_files_hold_data_only(tmp_path):
 def test_check_refuses_a_gate_and_a_relative_edit_of_another_width():
     V = make_directions()
     narrow = iv.custom(lambda states, context: states).when(gates.harmful(V))
-    for plan in (narrow, iv.add_relative(V.truncate(1))):
+    for intervention in (narrow, iv.add_relative(V.truncate(1))):
         with pytest.raises(errors.MismatchError, match=f"of width {V.d_model}"):
-            plan.check(("",), 99, {"d_model": V.d_model + 1})
+            intervention.check(("",), 99, {"d_model": V.d_model + 1})
 
 
 def test_fingerprint_of_half_precision_factors():
@@ -371,11 +376,19 @@ def test_a_name_stands_for_a_function_in_fingerprints():
     half = iv.custom(lambda h, c: h / 2, name="half").at(layers=[1])
     assert half.fingerprint == iv.custom(lambda h, c: h * 0.5, name="half").at(layers=[1]).fingerprint
     assert half.fingerprint != iv.custom(lambda h, c: h / 2, (iv.own,), name="half").at(layers=[1]).fingerprint
-    assert len({plan.fingerprint for plan in (half, half.placebo(), iv.custom(lambda h, c: h / 3, name="third").at(layers=[1]))}) == 3
+    assert (
+        len(
+            {
+                intervention.fingerprint
+                for intervention in (half, half.placebo(), iv.custom(lambda h, c: h / 3, name="third").at(layers=[1]))
+            }
+        )
+        == 3
+    )
     with pytest.raises(
-        errors.StorageError, match=r"Found custom\(<lambda>\) in the plan, a function without a name[\s\S]*custom\(fn, name="
+        errors.StorageError, match=r"Found custom\(<lambda>\) in the intervention, a function without a name[\s\S]*custom\(fn, name="
     ):
         assert iv.custom(lambda h, c: h).fingerprint
-    for plan in (half, half.placebo()):
+    for intervention in (half, half.placebo()):
         with pytest.raises(errors.StorageError, match="Expected data only"):
-            plan.save("never")
+            intervention.save("never")

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from guardlens.errors import MismatchError, PlanError, as_number, one_of, quoted, require_type, type_of
+from guardlens.errors import InterventionError, MismatchError, as_number, one_of, quoted, require_type, type_of
 from guardlens.hooks import BLOCKS, HOOKS, Layers, Point, Positions, Site, as_layers, parse, require_same_space
 from guardlens.interventions.edits import Affine, Edit, Turned, require_edit
 from guardlens.interventions.gates import Combined, Gate, Linear
@@ -37,7 +37,7 @@ class Step:
         strength: s of h + s (edit(h) - h); 0 leaves the state untouched.
 
     Raises:
-        PlanError: One of these is something else, or the site's hook can only be read.
+        InterventionError: One of these is something else, or the site's hook can only be read.
 
     Examples:
         >>> step = guard.at(layers=[5, 6]).scaled(0.5).steps[0]
@@ -53,12 +53,12 @@ class Step:
 
     def __post_init__(self) -> None:
         require_edit(self.edit)
-        require_type(self.site, Site, PlanError, "say Site('resid_post')")
+        require_type(self.site, Site, InterventionError, "say Site('resid_post')")
         require_writable(self.site.hook)
         if self.gate is not None:
             require_gate(self.gate)
         require_phase(self.phase)
-        object.__setattr__(self, "strength", as_number(self.strength, "strength", PlanError, "say .scaled(0.5)"))
+        object.__setattr__(self, "strength", as_number(self.strength, "strength", InterventionError, "say .scaled(0.5)"))
 
     @property
     def requires(self) -> tuple[State, ...]:
@@ -78,16 +78,16 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A plan of edits: immutable, composable, printable, savable.
+    """An intervention of edits: immutable, composable, printable, savable.
 
-    Every modifier returns a new plan, applies to all its steps, and changes only what it is given.
+    Every modifier returns a new intervention, applies to all its steps, and changes only what it is given.
 
     Examples:
-        >>> plan = guard.at(layers=[5, 6]) >> iv.add(ssd, 2.0).at(layers=7).during("decode")
-        >>> [step.site.layers for step in plan.steps]
+        >>> intervention = guard.at(layers=[5, 6]) >> iv.add(ssd, 2.0).at(layers=7).during("decode")
+        >>> [step.site.layers for step in intervention.steps]
         [(5, 6), (7,)]
-        >>> plan.save("plan.safetensors")
-        >>> gl.Intervention.load("plan.safetensors").fingerprint == plan.fingerprint
+        >>> intervention.save("intervention.safetensors")
+        >>> gl.Intervention.load("intervention.safetensors").fingerprint == intervention.fingerprint
         True
         >>> guard.free, guard.placed([5, 6]).free  # a sweep moves free steps alone
         (True, False)
@@ -97,10 +97,10 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, tuple | list):
-            raise PlanError(type_of(self.steps), "steps in a tuple", "say Intervention((step,))")
+            raise InterventionError(type_of(self.steps), "steps in a tuple", "say Intervention((step,))")
         object.__setattr__(self, "steps", tuple(self.steps))
         for step in self.steps:
-            require_type(step, Step, PlanError, "hand in steps; plans are joined with >>")
+            require_type(step, Step, InterventionError, "hand in steps; interventions are joined with >>")
 
     def at(self, *, hook: str | None = None, layers: Layers | None = None, positions: Positions | None = None) -> "Intervention":
         """Move all steps: to another hook, to these layers, to these positions.
@@ -109,7 +109,7 @@ class Intervention:
 
         Raises:
             SiteError: Unknown hook or positions, or layers that are none or contradict the hook's name.
-            PlanError: The hook can only be read.
+            InterventionError: The hook can only be read.
         """
         place = Site("resid_post" if hook is None else hook, as_layers(layers), "last" if positions is None else positions)
         require_writable(place.hook if hook is None else hook)
@@ -122,19 +122,21 @@ class Intervention:
         """Put all steps under a gate.
 
         Raises:
-            PlanError: A step has one already, or this is no gate.
+            InterventionError: A step has one already, or this is no gate.
         """
         require_gate(gate)
         gated = next((step for step in self.steps if step.gate is not None), None)
         if gated is not None:
-            raise PlanError(f"a second gate on {gated!r}", "one gate per step", "combine gates with &, | and ~, then call .when once")
+            raise InterventionError(
+                f"a second gate on {gated!r}", "one gate per step", "combine gates with &, | and ~, then call .when once"
+            )
         return self._each(lambda step: replace(step, gate=gate))
 
     def during(self, phase: Phase) -> "Intervention":
         """Edit in the prefill (the default), in the decode steps, or always.
 
         Raises:
-            PlanError: Another word.
+            InterventionError: Another word.
         """
         require_phase(phase)
         return self._each(lambda step: replace(step, phase=phase))
@@ -143,26 +145,26 @@ class Intervention:
         """Multiply all strengths.
 
         Raises:
-            PlanError: No finite number.
+            InterventionError: No finite number.
         """
-        by = as_number(strength, "strength", PlanError, "say .scaled(0.5)")
+        by = as_number(strength, "strength", InterventionError, "say .scaled(0.5)")
         return self._each(lambda step: replace(step, strength=step.strength * by))
 
     def placebo(self, seed: int = 0) -> "Intervention":
-        """The same plan with every edit turned into random directions of equal norm: the control of any claim about it.
+        """The same intervention with every edit turned into random directions of equal norm: the control of any claim about it.
 
         Raises:
-            PlanError: A seed that is no whole number from 0 up.
+            InterventionError: A seed that is no whole number from 0 up.
         """
         return self._each(lambda step: replace(step, edit=Turned(step.edit, seed)))
 
     def __rshift__(self, after: "Intervention") -> "Intervention":
-        """First this plan, then `after`. Associative; the order matters only where their sites meet.
+        """First this intervention, then `after`. Associative; the order matters only where their sites meet.
 
         Raises:
-            PlanError: `after` is no plan.
+            InterventionError: `after` is no intervention.
         """
-        require_plan(after)
+        require_intervention(after)
         return Intervention(self.steps + after.steps)
 
     @property
@@ -172,7 +174,7 @@ class Intervention:
 
     def placed(self, layers: Layers, strength: float = 1.0) -> "Intervention":
         """Put the free steps at these layers and scale them; the others stay as they are."""
-        where, by = as_layers(layers), as_number(strength, "strength", PlanError, "say placed(layers, 0.5)")
+        where, by = as_layers(layers), as_number(strength, "strength", InterventionError, "say placed(layers, 0.5)")
 
         def place(step: Step) -> Step:
             if not step.site.free:
@@ -182,10 +184,10 @@ class Intervention:
         return self._each(place)
 
     def requires(self, n_layers: int) -> dict[State, set[int | None]]:
-        """Every held state that the plan asks for, with the layers it is read at.
+        """Every held state that the intervention asks for, with the layers it is read at.
 
         Raises:
-            PlanError: A step asks for a state of this run that comes after it.
+            InterventionError: A step asks for a state of this run that comes after it.
         """
         wanted: dict[State, set[int | None]] = {}
         for step in self.steps:
@@ -193,7 +195,7 @@ class Intervention:
                 for state in step.requires:
                     source = source_of(state, point, n_layers)
                     if state.run is None and source.order > point.order:
-                        raise PlanError(
+                        raise InterventionError(
                             f"an edit at {point.name} that needs this run's own {source.name}",
                             "a state from the same place or before",
                             "read an earlier layer, or the text twin",
@@ -202,12 +204,12 @@ class Intervention:
         return wanted
 
     def check(self, models: tuple[str, ...], n_layers: int, widths: Mapping[str, int]) -> None:
-        """Refuse a plan that does not fit a model, or that model and the LLM beside it.
+        """Refuse an intervention that does not fit a model, or that model and the LLM beside it.
 
         Raises:
             MismatchError: Its directions are another model's, were read in another space, or have another width.
             SiteError: It has a layer that the model has not.
-            PlanError: It asks for a state that comes too late.
+            InterventionError: It asks for a state that comes too late.
         """
         for step in self.steps:
             edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
@@ -237,7 +239,7 @@ class Intervention:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for plans that do the same by the same numbers; a loaded plan has that of the saved one."""
+        """Equal for interventions that do the same by the same numbers; a loaded intervention has that of the saved one."""
         return fingerprint(self)
 
     def save(self, path: str | Path) -> None:
@@ -280,47 +282,52 @@ class Intervention:
         return captioned(f"Intervention({steps})", table(rows)) if rows else captioned(repr(self))
 
 
-def require_plan(plan: Any) -> None:
-    """Refuse what is no plan, such as a defence.
+def require_intervention(intervention: Any) -> None:
+    """Refuse what is no intervention, such as a defence.
 
     Raises:
-        PlanError: As said.
+        InterventionError: As said.
     """
-    require_type(plan, Intervention, PlanError, "take a defence's .intervention, and show the queries with its .present(presentation)")
+    require_type(
+        intervention,
+        Intervention,
+        InterventionError,
+        "take a defence's .intervention, and show the queries with its .present(presentation)",
+    )
 
 
 def require_gate(gate: Any) -> None:
     """Refuse what is no gate.
 
     Raises:
-        PlanError: As said.
+        InterventionError: As said.
     """
-    require_type(gate, Gate, PlanError, "make one, as in gates.harmful(directions); leave .when out for all queries")
+    require_type(gate, Gate, InterventionError, "make one, as in gates.harmful(directions); leave .when out for all queries")
 
 
 def require_phase(phase: Any) -> None:
     """Refuse what is no phase.
 
     Raises:
-        PlanError: As said.
+        InterventionError: As said.
     """
     if not one_of(phase, get_args(Phase)):
-        raise PlanError(f"the phase {quoted(phase)}", "'prefill', 'decode' or 'always'", "choose one of them")
+        raise InterventionError(f"the phase {quoted(phase)}", "'prefill', 'decode' or 'always'", "choose one of them")
 
 
 def require_writable(hook: str) -> None:
     """Refuse a hook that can only be read.
 
     Raises:
-        PlanError: As said.
+        InterventionError: As said.
     """
     if not HOOKS[parse(hook).hook].writable:
         writable = ", ".join(other.name for other in HOOKS.values() if other.writable and other.width and other.stage == BLOCKS)
-        raise PlanError(f"an edit at {hook!r}", "a hook that can be written", f"edit one of {writable}")
+        raise InterventionError(f"an edit at {hook!r}", "a hook that can be written", f"edit one of {writable}")
 
 
 nothing = Intervention()
-"""The plan that changes nothing.
+"""The intervention that changes nothing.
 
 Examples:
     >>> iv.nothing.steps, (iv.nothing >> guard).fingerprint == guard.fingerprint

@@ -1,4 +1,4 @@
-"""Sites, plans, gates and defences of odd parts are met where they are made. Run without the tests' type checks, as users do."""
+"""Sites, interventions, gates and defences of odd parts are met where they are made. Run without the tests' type checks, as users do."""
 
 import json
 import subprocess
@@ -21,21 +21,21 @@ def of(layers):
     return directions.Directions(torch.eye(4)[:3, None], layers, means[0], means[1], torch.zeros(3, 0), "test")
 
 V, nan = of((0, 1, 2)), float("nan")
-plan, gate, odd = iv.add(V), gates.harmful(V), iv.custom(lambda h, c: h)
-guard = defences.Defence("guard", plan)
+added, gate, odd = iv.add(V), gates.harmful(V), iv.custom(lambda h, c: h)
+guard = defences.Defence("guard", added)
 none = torch.zeros(1, 0, 4)
 
 def affine(shift, read=none, layers=None):
     return Affine("mine", layers, read, read, none, none, shift)
 
-def swept(plans=plan, **more):
+def swept(interventions=added, **more):
     "Up to where the model is needed."
     stand_in = object.__new__(gl.HookedModel)
     stand_in.__dict__["cfg"] = SimpleNamespace(n_layers=3)
-    return gl.sweep(stand_in, plans, ["how ?"], **more)
+    return gl.sweep(stand_in, interventions, ["how ?"], **more)
 
 def table(*values, **more):
-    rows = [{"plan": "edit", "arm": "edit", "layers": str(layer), "layer": layer, "strength": 1.0, "query": label, "label": label,
+    rows = [{"intervention": "edit", "arm": "edit", "layers": str(layer), "layer": layer, "strength": 1.0, "query": label, "label": label,
              "cluster": label, "score": "refusal_logodds", "value": value, "base": 0.0} | more
             for layer, value in enumerate(values) for label in ("harmful", "harmless")]
     return Sweep.from_rows(rows)
@@ -65,13 +65,13 @@ SITES = {
     **{f"Site({hook})": "one hook name, as text" for hook in ("5", "None", "['z']", "b'z'")},
     "Site('blocks.3.hook_resid_post', [5])": "one place",
     "Site('embed', [5])": "no layers there",
-    "plan.at(hook='blocks.3.hook_resid_post', layers=[5])": "one place",
-    "plan.at(hook='embed', layers=[5])": "no layers there",
-    "plan.at(hook='embed').at(layers=[5])": "no layers there",
-    "plan.at(layers=2.0)": LAYER,
+    "added.at(hook='blocks.3.hook_resid_post', layers=[5])": "one place",
+    "added.at(hook='embed', layers=[5])": "no layers there",
+    "added.at(hook='embed').at(layers=[5])": "no layers there",
+    "added.at(layers=2.0)": LAYER,
     "iv.nothing.at(layers=-1)": LAYER,
     "iv.nothing.at(positions='first')": POSITIONS,
-    "plan.placed([1.0])": LAYER,
+    "added.placed([1.0])": LAYER,
     "iv.State(layer=1.0)": LAYER,
     "iv.State(layer=[1, 2])": LAYER,
     "iv.State(hook='nope')": "a name from model.hook_names",
@@ -91,7 +91,7 @@ PLANS = {
     **{f"iv.{name}(V, {text}={value})": NUMBER for name, text in (("add", "alpha"), ("amplify", "alpha"), ("add_relative", "alpha"))
        for value in ("'2'", "None", "torch.ones(2)", "[1, 2]", "1j", "nan", "float('inf')", "True", "np.True_", "10**400")},
     **{f"iv.{name}(V, iv.text_twin, gain={value})": NUMBER for name in ("replace", "add_component") for value in ("None", "nan", "True")},
-    **{f"plan.scaled({value})": NUMBER for value in ("'2'", "None", "nan", "True", "1j")},
+    **{f"added.scaled({value})": NUMBER for value in ("'2'", "None", "nan", "True", "1j")},
     **{f"iv.patch(V, {reference})": NUMBER
        for reference in ("None", "'text_twin'", "presentations.blank('grey')", "[0.0] * 4", "True", "nan")},
     **{f"iv.patch(V, torch.zeros({shape}))": "a vector of width 4, 3 of them, one per layer, or 0"
@@ -112,10 +112,10 @@ PLANS = {
         ("iv.own", "states in a tuple"), ("None", "states in a tuple"), ("'text_twin'", "states in a tuple"), ("[None]", "type State"),
         ("(presentations.text_only,)", "type State"),
     )},
-    **{f"plan.when({gate})": "something of type Gate" for gate in ("None", "True", "'midpoint'", "gates.harmful", "0.5", "gates.Linear")},
-    **{f"plan >> {after}": "something of type Intervention" for after in ("None", "guard", "plan.steps[0]", "[plan]")},
-    **{f"plan.placebo({seed})": "a whole number, 0 or more" for seed in ("None", "1.5", "'a'", "-1", "True")},
-    **{f"Step({edit})": "an edit" for edit in ("None", "plan", "len", "edits.Swap", "guard")},
+    **{f"added.when({gate})": "something of type Gate" for gate in ("None", "True", "'midpoint'", "gates.harmful", "0.5", "gates.Linear")},
+    **{f"added >> {after}": "something of type Intervention" for after in ("None", "guard", "added.steps[0]", "[added]")},
+    **{f"added.placebo({seed})": "a whole number, 0 or more" for seed in ("None", "1.5", "'a'", "-1", "True")},
+    **{f"Step({edit})": "an edit" for edit in ("None", "added", "len", "edits.Swap", "guard")},
     "Step(odd.steps[0].edit, None)": "something of type Site",
     "Step(odd.steps[0].edit, Site('resid_mid'))": "a hook that can be written",
     "Step(odd.steps[0].edit, gate='midpoint')": "something of type Gate",
@@ -124,11 +124,11 @@ PLANS = {
     "iv.nothing.during('later')": "'prefill', 'decode' or 'always'",
     "iv.nothing.at(hook='resid_mid')": "a hook that can be written",
     "Intervention(odd.steps[0])": "steps in a tuple",
-    "Intervention((plan,))": "something of type Step",
+    "Intervention((added,))": "something of type Step",
     "Intervention(None)": "steps in a tuple",
     "edits.Turned(None)": "an edit",
     **{f"bool({made})": "one answer for each query" for made in ("gate", "~gate", "gate and gate", "gate or gate", "not gate")},
-    **{f"gate {operation} {other}": "something of type Gate" for operation in "&|" for other in ("None", "True", "plan")},
+    **{f"gate {operation} {other}": "something of type Gate" for operation in "&|" for other in ("None", "True", "added")},
     "gates.Combined('&', ())": "gates under '&' or '|', or one under '~'",
     "gates.Combined('^', (gate, gate))": "gates under '&' or '|', or one under '~'",
     "gates.Combined('~', (gate, gate))": "gates under '&' or '|', or one under '~'",
@@ -159,10 +159,10 @@ PLANS = {
     "swept(scores=[scores.KL])": "a score",
     "swept(scores=['kl'])": "something of type Score",
     "swept(scores=[scores.KL(name=None)])": "something of type str",
-    **{f"swept({{{name}: plan}})": "something of type str" for name in ("5", "None")},
-    **{f"swept({plans})": "something of type Intervention" for plans in ("[plan]", "None", "guard", "{'a': guard}")},
+    **{f"swept({{{name}: added}})": "something of type str" for name in ("5", "None")},
+    **{f"swept({interventions})": "something of type Intervention" for interventions in ("[added]", "None", "guard", "{'a': guard}")},
     "swept({})": "a cell at least",
-    "swept(plan.at(hook='embed'))": "a step without layers",
+    "swept(added.at(hook='embed'))": "a step without layers",
     **{f"scores.AnswerKL({tokens})": "a whole number, 1 or more" for tokens in ("0", "-1", "1.5", "True", "None")},
     **{f"scores.AnswerLogProb({text})": "something of type str" for text in ("5", "None", "['sorry']")},
     **{f"scores.RefusalLogOdds({starts})": "texts in a tuple" for starts in ("'sorry'", "()", "None", "5")},
@@ -203,20 +203,20 @@ FIVE = ("5", "[5]", "range(5, 6)", "{5}", "(x for x in [5, 5])", "np.int64(5)", 
 
 ALLOWED = {
     **{f"Site(layers={layers}).layers": "(5,)" for layers in FIVE},
-    **{f"plan.at(layers={layers}).steps[0].site.layers": "(5,)" for layers in FIVE},
+    **{f"added.at(layers={layers}).steps[0].site.layers": "(5,)" for layers in FIVE},
     "iv.State(layer=np.int64(5)).layer": "5",
     "Site(positions=[np.int64(0), torch.tensor(2)]).positions": "(0, 2)",
     "iv.State(hook='blocks.3.hook_out')": "State(run=None, hook='resid_post', layer=3, positions='last')",
-    "plan.at(layers=5).at(hook='blocks.3.hook_out').steps[0].site": "Site(hook='resid_post', layers=(3,), positions='last')",
-    "plan.at(layers=5).at(hook='embed').steps[0].site": "Site(hook='embed', layers=None, positions='last')",
-    "plan.at(hook='embed').free, plan.at(hook='embed').placed([1], 9.0).steps[0].strength": "(False, 1.0)",
+    "added.at(layers=5).at(hook='blocks.3.hook_out').steps[0].site": "Site(hook='resid_post', layers=(3,), positions='last')",
+    "added.at(layers=5).at(hook='embed').steps[0].site": "Site(hook='embed', layers=None, positions='last')",
+    "added.at(hook='embed').free, added.at(hook='embed').placed([1], 9.0).steps[0].strength": "(False, 1.0)",
     **{f"iv.add(V, {two})": "add(test, alpha=2).at(positions='last')"
        for two in ("2", "np.float32(2)", "np.int64(2)", "torch.tensor(2.0)", "torch.tensor(2)", "np.array(2.0)")},
-    **{f"(type(plan.scaled({two}).steps[0].strength), plan.scaled({two}).fingerprint == plan.scaled(2.0).fingerprint)":
+    **{f"(type(added.scaled({two}).steps[0].strength), added.scaled({two}).fingerprint == added.scaled(2.0).fingerprint)":
        "(<class 'float'>, True)" for two in ("2", "np.float32(2)", "torch.tensor(2)", "np.int64(2)")},
     "iv.add_relative(V, torch.tensor(0.5)).steps[0].edit.alpha": "0.5",
     "iv.add_relative(V, 2).fingerprint == iv.add_relative(V, 2.0).fingerprint": "True",
-    "iv.add(of(np.array([0, 1, 2]))).fingerprint == plan.fingerprint": "True",
+    "iv.add(of(np.array([0, 1, 2]))).fingerprint == added.fingerprint": "True",
     "gates.harmful(of(np.array([0, 1, 2]))).layers": "(0, 1, 2)",
     "iv.custom(len, requires=[iv.own]).steps[0].requires": "(State(run=None, hook=None, layer=None, positions='last'),)",
     "Intervention([odd.steps[0]]).steps == odd.steps": "True",
@@ -231,7 +231,9 @@ ALLOWED = {
 }  # fmt: skip
 
 MISTAKES = (
-    {code: ("SiteError", said) for code, said in SITES.items()} | {code: ("PlanError", said) for code, said in PLANS.items()} | OTHERS
+    {code: ("SiteError", said) for code, said in SITES.items()}
+    | {code: ("InterventionError", said) for code, said in PLANS.items()}
+    | OTHERS
 )
 
 
