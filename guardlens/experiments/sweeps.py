@@ -278,8 +278,8 @@ def _warn_of_no_change(cells: Sequence[Cell], values: Float[np.ndarray, "score r
         edited = [place for place, cell in enumerate(cells) if (cell.intervention, cell.arm) == (intervention, "edit")]
         if np.allclose(values[:, edited], values[:, -1:], rtol=1e-4, atol=1e-4):
             warn(
-                f"the intervention {intervention!r} changes no score in any cell: its gate is closed for all queries, it edits later tokens "
-                "than are scored, or it puts in what is there already, as the text twin is where no image is shown"
+                f"the intervention {intervention!r} changes no score in any cell: its gate is closed for all queries, it edits later "
+                "tokens than are scored, or it puts in what is there already, as the text twin is where no image is shown"
             )
 
 
