@@ -68,7 +68,7 @@ docs: $(DOCS) ## execute the tutorials that changed, then build the documentatio
 
 site: docs $(TEST) ## build the documentation, then test it: links, figures, formulae, an entry for every public name
 	@echo "... testing the documentation"
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m site tests/test_site.py $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m site tests/docs/test_built_site.py $(ARGS)
 
 figures: $(CORE) ## run the demo and copy its figures to docs/figures
 	@echo "... running guardlens demo, then copying its figures to docs/figures"

@@ -117,7 +117,9 @@ def _pool(plan: Plan) -> Iterator[Row]:
     yield from _parts("collect_blank", parts, plan.few, "text-only collections")
 
 
-def _batches(subject: gl.HookedModel, pool: list[gl.Query], presentation: gl.presentations.Presentation) -> list[gl.batches.Batch]:
+def _batches(
+    subject: gl.HookedModel, pool: list[gl.Query], presentation: gl.presentations.Presentation
+) -> list[gl.models.engine.batch.Batch]:
     ordered = sorted(pool, key=lambda query: -len(query.text))  # as `collect` does it
     return [subject.batch(ordered[start : start + 32], presentation) for start in range(0, len(ordered), 32)]
 

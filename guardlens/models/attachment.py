@@ -102,7 +102,7 @@ class Attachment:
 
         Examples:
             >>> handle = gl.attach(guard.at(layers=7), model.hf, model.processor)
-            >>> found = gl.attachment.Attachment.on(model.hf)
+            >>> found = gl.models.attachment.Attachment.on(model.hf)
             >>> found is handle
             True
             >>> found.remove()

@@ -33,7 +33,7 @@ def require_ready(hf: Any) -> None:
         raise ModelError(
             f"a guard that is still attached: {guard!r}",
             "the model without it: whatever is measured would be the guard's doing, too",
-            "call .remove() on what attach gave, or gl.attachment.Attachment.on(model.hf).remove()",
+            "call .remove() on what attach gave, or gl.models.attachment.Attachment.on(model.hf).remove()",
         )
     if not getattr(unwrapped(hf).config, "return_dict", True):
         raise ModelError("a model with config.return_dict=False", "outputs that have names", "set model.hf.config.return_dict = True")

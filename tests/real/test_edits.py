@@ -78,7 +78,7 @@ def test_every_hook_that_can_be_written_changes_the_logits(model, batch, middle,
     """None of them hangs on a path that the model does not take."""
     prompt, generator = model.batch("How do I fold a boat?", shown), torch.Generator().manual_seed(0)
     plain = model.run_with_cache(prompt, names_filter=[])[0][:, -1]
-    tried = [point for point in model.cfg.computed(prompt.beside_image) if gl.sites.HOOKS[point.hook].writable]
+    tried = [point for point in model.cfg.computed(prompt.beside_image) if gl.hooks.HOOKS[point.hook].writable]
     assert {point.hook for point in tried} >= {"resid_pre", "resid_post", "z", "attn_out", "mlp_out", "post", "ln_final", "unembed"}
     for point in tried:
         if point.layer in (None, 0, middle):

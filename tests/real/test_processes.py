@@ -1,6 +1,6 @@
-"""A process that starts afresh, which takes seconds; forks are tested in tests/test_processes.py."""
+"""A process that starts afresh, which takes seconds; forks are tested in tests/models/test_processes.py."""
 
-from tests import test_processes
+from tests.models import test_processes
 
 
 def test_a_process_that_starts_afresh_computes_the_same():

@@ -1,4 +1,7 @@
-"""The docs' table of families: what `tests/test_families.py` checks of each. `python -m tests.zoo.table` writes docs/families.md anew."""
+"""The docs' table of families: what `tests/models/architectures/test_families.py` checks of each.
+
+`python -m tests.zoo.table` writes docs/families.md anew.
+"""
 
 from pathlib import Path
 
@@ -25,7 +28,7 @@ CAPABILITIES = {
     "projector": "one module whose output enters the language model, at `projector.hook_out`",
     "processor": "`gl.load` of a saved directory finds the processor without torchvision",
 }
-"""What a family may lack. Everything else in `tests/test_families.py` holds for every family that is not refused."""
+"""What a family may lack. Everything else in `tests/models/architectures/test_families.py` holds for every family that is not refused."""
 
 INTRODUCTION = """\
 # Families
