@@ -15,6 +15,7 @@ from guardlens import interventions as iv
 from guardlens.data.queries import text_only
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention, nothing
+from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import compile_taps
 from guardlens.models.engine.kv_cache import Prefill
 
@@ -117,9 +118,7 @@ def _pool(plan: Plan) -> Iterator[Row]:
     yield from _parts("collect_blank", parts, plan.few, "text-only collections")
 
 
-def _batches(
-    subject: gl.HookedModel, pool: list[gl.Query], presentation: gl.presentations.Presentation
-) -> list[gl.models.engine.batch.Batch]:
+def _batches(subject: gl.HookedModel, pool: list[gl.Query], presentation: gl.presentations.Presentation) -> list[Batch]:
     ordered = sorted(pool, key=lambda query: -len(query.text))  # as `collect` does it
     return [subject.batch(ordered[start : start + 32], presentation) for start in range(0, len(ordered), 32)]
 
