@@ -211,6 +211,30 @@ def numbered(layers: Any, hook: str = "") -> tuple[int, ...]:
     return numbers
 
 
+def layer_index(layers: tuple[int, ...] | None, layer: int | None, owner: str) -> int:
+    """Return where a layer is on an axis with one entry per layer; 0 if the axis has a single entry that serves every layer.
+
+    Args:
+        layers: The layer of each entry; None for a single entry that serves every layer.
+        layer: The layer to find.
+        owner: What the axis belongs to, for the error message.
+
+    Raises:
+        SiteError: There is no entry for the layer.
+
+    Examples:
+        >>> from guardlens.hooks import layer_index
+        >>> layer_index((4, 5, 6), 5, "these states"), layer_index(None, 5, "these states")
+        (1, 0)
+    """
+    if layers is None:
+        return 0
+    number = None if layer is None else as_count(layer, "layer", SiteError, "name one layer by its number", least=-1)
+    if number not in layers:
+        raise SiteError(f"{owner} at layer {number}", f"one of the layers {list(layers)}", "collect that layer too, or choose one of these")
+    return layers.index(number)
+
+
 def as_positions(positions: Any) -> Positions:
     """One of `POSITIONS`, or `(start, stop)` in Python's own numbers.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from guardlens.data.activation_store import KIND, TENSOR, states_in
 from guardlens.data.queries import Query, counted
 from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count, quoted, require_type, warn
-from guardlens.hooks import HOOKS, Point, numbered, parse
+from guardlens.hooks import HOOKS, Point, layer_index, numbered, parse
 from guardlens.results import notebook_html as notebooks
 from guardlens.results.files import Provenance, load_tensors, reading, require_path, save_tensors
 
@@ -309,10 +309,7 @@ class Activations:
         Raises:
             SiteError: The layer was not collected.
         """
-        layer = as_count(layer, "layer", SiteError, "name one layer by its number", least=-1)
-        if layer not in self.layers:
-            raise SiteError(f"layer {layer}", f"one of {list(self.layers)}", "collect it, or choose one of these")
-        return self.states[:, self.layers.index(layer)]
+        return self.states[:, layer_index(self.layers, layer, f"states of {self.hook}")]
 
     def select(self, which: Iterable[int] | Int[np.ndarray, "chosen"] | Bool[np.ndarray, "query"]) -> "Activations":
         """The same of some queries alone, or of queries drawn anew.

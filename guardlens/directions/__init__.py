@@ -11,8 +11,8 @@ from torch import Tensor
 
 from guardlens.data.activations import Activations
 from guardlens.data.queries import Query, require_labels
-from guardlens.errors import MismatchError, NumericsError, SiteError, as_count, require_type, warn
-from guardlens.hooks import numbered, parse, require_same_space
+from guardlens.errors import MismatchError, NumericsError, as_count, require_type, warn
+from guardlens.hooks import layer_index, numbered, parse, require_same_space
 from guardlens.results import notebook_html as notebooks
 from guardlens.results.files import Provenance, bytes_of, digest, in_memory, load_tensors, reading, require_related, save_tensors
 
@@ -148,12 +148,7 @@ class Directions:
         Raises:
             SiteError: There is no basis for it.
         """
-        if self.layers is None:
-            return 0
-        layer = as_count(layer, "layer", SiteError, "name one layer by its number", least=-1)
-        if layer not in self.layers:
-            raise SiteError(f"layer {layer} for directions of {list(self.layers)}", "a layer that has them", "collect that layer too")
-        return self.layers.index(layer)
+        return layer_index(self.layers, layer, f"the directions {self.method!r}")
 
     def at(self, layer: int) -> Float[Tensor, "rank d_model"]:
         """The basis of one layer."""

@@ -127,7 +127,7 @@ def test_no_pairs():
 def test_at_goes_by_the_layer_not_the_index():
     activations = dataclasses.replace(make_activations(), layers=(3, 8))
     assert torch.equal(activations.at(8), activations.states[:, 1])
-    with pytest.raises(errors.SiteError, match=r"Found layer 1\.\nExpected one of \[3, 8\]"):
+    with pytest.raises(errors.SiteError, match=r"Found states of resid_post at layer 1\.\nExpected one of the layers \[3, 8\]"):
         activations.at(1)
 
 

@@ -99,7 +99,7 @@ def test_cosine_of_what_does_not_compare():
         make_directions(model="m@1").cosine(make_directions(model="n@2"))
     with pytest.raises(errors.MismatchError, match=r"of the hook resid_post, at z"):
         make_directions().cosine(dataclasses.replace(make_directions(), hook="z"))
-    with pytest.raises(errors.SiteError, match=r"layer 0 for directions of \[1, 2\]"):
+    with pytest.raises(errors.SiteError, match=r"at layer 0\.\nExpected one of the layers \[1, 2\]"):
         make_directions().cosine(make_directions(numbers=(1, 2)))
 
 
@@ -403,7 +403,7 @@ class TestErrors:
             directions.ssd(Activations(states, (0,), make_pairs(2).harmful))
 
     def test_layers_and_widths(self):
-        with pytest.raises(errors.SiteError, match=r"Found layer 2 for directions of \[0, 1\]\.[\s\S]*Next: collect that layer too"):
+        with pytest.raises(errors.SiteError, match=r"at layer 2\.\nExpected one of the layers \[0, 1\]\.\nNext: collect that layer too"):
             make_directions().at(2)
         with pytest.raises(errors.MismatchError, match=r"states of width 4.\nExpected width 6"):
             make_directions().coordinates(make_activations(width=4))
