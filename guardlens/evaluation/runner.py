@@ -15,7 +15,7 @@ from guardlens.defences import Defence
 from guardlens.errors import InterventionError, MismatchError, PresentationError, one_of, quoted, require_type, type_of
 from guardlens.evaluation.judges import Judge, Verdict
 from guardlens.interventions import Intervention
-from guardlens.models.batching import Portion, over_batches
+from guardlens.models.batching import BatchResult, over_batches
 from guardlens.models.content_digest import content
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.generation_options import generation_settings
@@ -252,7 +252,7 @@ def evaluate(
         for draw, defence in enumerate(draws)
     ]
 
-    def answered(todo: Sequence[tuple[_Arm, list[Query]]]) -> Iterator[Portion[list[dict[str, Any]]]]:
+    def answered(todo: Sequence[tuple[_Arm, list[Query]]]) -> Iterator[BatchResult[list[dict[str, Any]]]]:
         for arm, waiting in todo:
             work = partial(_answer, model, arm, judge, max_new_tokens)
             yield from over_batches(model, waiting, arm.shown, work, batch_size, new_tokens=max_new_tokens)

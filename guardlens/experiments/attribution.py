@@ -25,8 +25,8 @@ from guardlens.errors import MismatchError, NumericsError, as_count, one_of, quo
 from guardlens.experiments.collection import LARGEST
 from guardlens.experiments.residual_terms import Component, Terms, split
 from guardlens.hooks import Site, as_layer
-from guardlens.models.batching import Portion, joined, over_batches
-from guardlens.models.checks import warn_of_more
+from guardlens.models.batching import BatchResult, in_query_order, over_batches
+from guardlens.models.checks import warn_of_other_residual_terms
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
@@ -216,16 +216,17 @@ def attribute(
     Site(layers=(layer,)).points(model.cfg.n_layers)
     directions.require_some([layer])
     warn_of_own_queries(directions, items)
-    warn_of_more(model)
+    warn_of_other_residual_terms(model)
     vectors = directions.at(layer).double()
     runs = [(model.llm, text_only), *((model, presentation) for presentation in shown if presentation != text_only)]
     found: dict[str, Terms] = {}
     for hooked, presentation in runs:
         work = partial(_split, hooked, layer, vectors, by_source)
-        portions = over_batches(hooked, items, presentation, work, batch_size, most=LARGEST)
-        each = [*track(portions, len(items), f"attribute, {presentation.name}")]
+        results = over_batches(hooked, items, presentation, work, batch_size, max_batch_size=LARGEST)
+        parts = list(track(results, len(items), f"attribute, {presentation.name}"))
         found[presentation.name] = {
-            component: joined([Portion(part.places, part.result[component]) for part in each], len(items)) for component in each[0].result
+            component: in_query_order([BatchResult(part.indices, part.result[component]) for part in parts], len(items))
+            for component in parts[0].result
         }
     facts = {
         "layer": layer,

@@ -14,7 +14,7 @@ from guardlens.data.queries import Presentation, as_queries, require_presentatio
 from guardlens.errors import SiteError, require_type
 from guardlens.hooks import Site
 from guardlens.interventions.intervention import Intervention, nothing, require_intervention
-from guardlens.models.batching import Portion, joined, over_batches
+from guardlens.models.batching import BatchResult, in_query_order, over_batches
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
@@ -93,18 +93,18 @@ def collect(
         run = model.run(batch, intervention, read=[site], logits=None, prefix=prefix)
         return on_host(run.reads[site][0]).to(kept)
 
-    def portions(todo: Sequence[int]) -> Iterator[Portion[Tensor]]:
-        found = over_batches(model, [items[place] for place in todo], presentation, states, batch_size, most=LARGEST)
+    def portions(todo: Sequence[int]) -> Iterator[BatchResult[Tensor]]:
+        found = over_batches(model, [items[place] for place in todo], presentation, states, batch_size, max_batch_size=LARGEST)
         return track(found, len(todo), f"collect, {presentation.name}")
 
     if out is None:
-        return Activations(joined(portions(range(len(items))), len(items)), *about, **ran, checked=True)
+        return Activations(in_query_order(portions(range(len(items))), len(items)), *about, **ran, checked=True)
     header = Activations(torch.empty(len(items), len(layers), 0), *about, **ran).header
     depends_on = {**configuration(model, items, [presentation]), "site": repr(site), "intervention": of_intervention(intervention)}
     with StateStore(out, depends_on, len(items), dtype, model.provenance) as store:
         todo = store.missing
         for portion in portions(todo):
-            store.write([todo[place] for place in portion.places], portion.result, header)
+            store.write([todo[place] for place in portion.indices], portion.result, header)
         return replace(Activations.load(store.finish()), queries=items, checked=True)
 
 

@@ -16,11 +16,11 @@ from guardlens.experiments.scores import refusal_logodds
 from guardlens.experiments.sweeps import AnyScore, require_told_apart, scored
 from guardlens.hooks import HOOKS, Point, as_layers, parse
 from guardlens.interventions.intervention import Intervention
-from guardlens.models.batching import joined
-from guardlens.models.checks import warn_of_more
+from guardlens.models.batching import in_query_order
+from guardlens.models.checks import warn_of_other_residual_terms
 from guardlens.models.engine.kv_cache import Prefill
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
-from guardlens.models.prompt_cache import Kept, over_prompts, shown
+from guardlens.models.prompt_cache import PromptCache, over_prefills, queries_and_presentation
 from guardlens.results.intervals import per_gap, percentile, resample_counts
 from guardlens.results.progress import track
 from guardlens.results.tables import Frame, Table
@@ -124,7 +124,7 @@ class Patching(Table):
 
 def activation_patching(
     model: HookedModel,
-    queries: Queries | Kept,
+    queries: Queries | PromptCache,
     presentation: Presentation | None = None,
     *,
     source: Presentation = text_only,
@@ -165,19 +165,19 @@ def activation_patching(
         [0, 0, 0, 0, 0, 1, 1, 1]
     """
     require_model(model)
-    items, presentation = shown(queries, presentation)
+    items, presentation = queries_and_presentation(queries, presentation)
     require_presentation(source)
     require_told_apart(items, scores)
     names = _hooks(hooks)
     if not set(names) <= {"resid_pre", "resid_post"}:
-        warn_of_more(model)
+        warn_of_other_residual_terms(model)
     interventions = {cell: cell.intervention(source) for name in names for cell in _cells(model, name, layers)}
     ran: set[str] = set()
     title = f"activation patching, {len(interventions)} cells, {presentation.name}"
-    prompts = queries if isinstance(queries, Kept) else items
+    prompts = queries if isinstance(queries, PromptCache) else items
     work = partial(_score_part, model, source, interventions, scores, ran)
-    parts = over_prompts(model, prompts, presentation, work, batch_size)
-    values = joined(track(parts, len(items), title), len(items), axis=2).numpy()
+    parts = over_prefills(model, prompts, presentation, work, batch_size)
+    values = in_query_order(track(parts, len(items), title), len(items), axis=2).numpy()
     if source != presentation and np.allclose(values[:, -1], values[:, -2], rtol=1e-4, atol=1e-4):
         warn(
             f"the source {source.name!r} gives what {presentation.name!r} gives: no patch can change anything, and 'recovered' is nan",

@@ -28,13 +28,13 @@ from guardlens.errors import (
 from guardlens.experiments.scores import AnswerScore, Score, kl, refusal_logodds
 from guardlens.hooks import Layers, as_layers
 from guardlens.interventions.intervention import Intervention, require_intervention
-from guardlens.models.batching import joined
+from guardlens.models.batching import in_query_order
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.kv_cache import Prefill
 from guardlens.models.engine.out_of_memory import at_work
 from guardlens.models.engine.run import Run
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
-from guardlens.models.prompt_cache import Kept, over_prompts, shown
+from guardlens.models.prompt_cache import PromptCache, over_prefills, queries_and_presentation
 from guardlens.results.intervals import percentile, resample_counts
 from guardlens.results.progress import track
 from guardlens.results.tables import Frame, Table
@@ -202,7 +202,7 @@ class Sweep(Table):
 def sweep(
     model: HookedModel,
     interventions: Intervention | Mapping[str, Intervention],
-    queries: Queries | Kept,
+    queries: Queries | PromptCache,
     presentation: Presentation | None = None,
     *,
     scores: Sequence[AnyScore] = (refusal_logodds, kl),
@@ -245,7 +245,7 @@ def sweep(
         ['branch']
     """
     require_model(model)
-    items, presentation = shown(queries, presentation)
+    items, presentation = queries_and_presentation(queries, presentation)
     require_told_apart(items, scores)
     named = _named(interventions)
     groups = _groups(range(model.cfg.n_layers) if layers is None else layers)
@@ -257,10 +257,10 @@ def sweep(
         raise InterventionError(found, "a cell at least; strength 0 is none", "name some")
     ran: set[str] = set()
     title = f"sweep, {len(grid)} cells, {presentation.name}"
-    prompts = queries if isinstance(queries, Kept) else items
+    prompts = queries if isinstance(queries, PromptCache) else items
     work = partial(scored, model, interventions=list(grid.values()), scores=scores, ran=ran)
-    parts = over_prompts(model, prompts, presentation, work, batch_size)
-    values = joined(track(parts, len(items), title), len(items), axis=2).numpy()
+    parts = over_prefills(model, prompts, presentation, work, batch_size)
+    values = in_query_order(track(parts, len(items), title), len(items), axis=2).numpy()
     _warn_of_no_change(list(grid), values)
     facts = {
         "interventions": {name: repr(intervention) for name, intervention in named.items()},

@@ -24,7 +24,7 @@ from guardlens.models.engine.compiler import Held, Record, Tap, compile_taps, re
 from guardlens.models.engine.drivers.torch_hooks import placed
 from guardlens.models.engine.generation_options import merged, require_stepwise
 from guardlens.models.engine.run import require_finite_step
-from guardlens.models.processing.chat_template import words_of
+from guardlens.models.processing.chat_template import tokenizer_of
 from guardlens.models.processing.text_twin import Cutter
 
 Inputs = Mapping[str, Any]
@@ -333,7 +333,7 @@ def attach(
         )
     if twin is not None and not callable(twin):
         raise InterventionError(f"twin={quoted(twin)}", "a function of a prompt's inputs", "leave it out, and hand in the processor")
-    if processor is not None and not hasattr(words_of(processor), "convert_ids_to_tokens"):
+    if processor is not None and not hasattr(tokenizer_of(processor), "convert_ids_to_tokens"):
         raise ModelError(
             f"a processor of type {type(processor).__name__}", "the model's processor", "hand in AutoProcessor.from_pretrained(...)"
         )

@@ -23,7 +23,7 @@ TEXTS = ("How to fold a paper boat?", "Please explain how to plant a tulip in a 
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One capability.
 
     Attributes:
@@ -37,9 +37,9 @@ class Finding:
     detail: str
 
 
-def check(model: HookedModel) -> list[Finding]:
+def check(model: HookedModel) -> list[CheckResult]:
     """Try everything that guardlens needs of a model. Takes a few forwards and a short generation."""
-    return [_try(name, trial, model) for name, trial in TRIALS.items()]
+    return [_try(name, trial, model) for name, trial in CHECKS.items()]
 
 
 def require_sound(model: HookedModel) -> None:
@@ -56,17 +56,17 @@ def require_sound(model: HookedModel) -> None:
     require_ready(model.hf)
     family = f"{type(model.hf).__name__}, a family that is new to guardlens,"
     for what in ESSENTIAL:
-        finding = _try(what, TRIALS[what], model)
+        finding = _try(what, CHECKS[what], model)
         if finding.works is False:
             raise ModelError(
                 f"{family} failing at {what!r}: {finding.detail}",
                 "parts that compute the model's own logits, alone and in a batch",
                 "see what `guardlens check` says of it; if a part was mistaken, gl.load(..., names={part: path}) names the right one",
             )
-    warn_of_more(model)
+    warn_of_other_residual_terms(model)
 
 
-def warn_of_more(model: HookedModel) -> None:
+def warn_of_other_residual_terms(model: HookedModel) -> None:
     """Say so where a model of a family that guardlens's tests do not know adds something else than attention and MLP.
 
     Warns:
@@ -80,13 +80,13 @@ def warn_of_more(model: HookedModel) -> None:
         warn(f"{family} has attn_out or mlp_out that are not what its blocks add ({finding.detail})")
 
 
-def _try(name: str, trial: Callable[[HookedModel], tuple[bool | None, str]], model: HookedModel) -> Finding:
+def _try(name: str, trial: Callable[[HookedModel], tuple[bool | None, str]], model: HookedModel) -> CheckResult:
     try:
-        return Finding(name, *trial(model))
+        return CheckResult(name, *trial(model))
     except GuardlensError as error:
-        return Finding(name, False, str(error).replace("\n", " "))
+        return CheckResult(name, False, str(error).replace("\n", " "))
     except Exception as error:  # a foreign model may fail in any way, and the table must say so
-        return Finding(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
+        return CheckResult(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _prompts(model: HookedModel, texts: Sequence[str] = TEXTS) -> Batch:
@@ -293,7 +293,7 @@ def _near(mine: torch.Tensor, expected: torch.Tensor, what: str) -> tuple[bool, 
     return difference <= tolerance, f"{what}: differ by {difference:.0e} of the largest"
 
 
-TRIALS: dict[str, Callable[[HookedModel], tuple[bool | None, str]]] = {
+CHECKS: dict[str, Callable[[HookedModel], tuple[bool | None, str]]] = {
     "parts found": _parts,
     "logits reproduced": _logits,
     "residual stream adds up": _residual,

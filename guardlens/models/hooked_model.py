@@ -50,8 +50,8 @@ from guardlens.models.processing.chat_template import (
     padding_token,
     presented,
     require_showable,
-    tokenise,
-    words_of,
+    tokenize,
+    tokenizer_of,
 )
 from guardlens.models.readiness import foreign_hooks, hook_name, require_ready
 from guardlens.results.files import Provenance, digest
@@ -124,7 +124,7 @@ class HookedModel:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer."""
-        return words_of(self.processor)
+        return tokenizer_of(self.processor)
 
     @property
     def sees_images(self) -> bool:
@@ -176,7 +176,7 @@ class HookedModel:
         require_showable(items, prompts, presentation, self.processor, self.sees_images)
         self._require_alike(prompts)
         with lock_of(self.hf):  # what the processor is set to meanwhile must not reach another thread's prompts
-            inputs = tokenise(self.processor, prompts, padding_side, self.sees_images)
+            inputs = tokenize(self.processor, prompts, padding_side, self.sees_images)
         if missing := self._engine.required - set(inputs):
             raise needs_image(type(self._engine.inner).__name__, f"it needs {', '.join(sorted(missing))}")
         mask = inputs["attention_mask"].bool()

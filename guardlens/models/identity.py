@@ -18,7 +18,7 @@ from guardlens.interventions.edits import Custom, Turned
 from guardlens.models.architectures import KNOWN, facts
 from guardlens.models.content_digest import content
 from guardlens.models.hooked_model import HookedModel
-from guardlens.models.processing.chat_template import words_of
+from guardlens.models.processing.chat_template import tokenizer_of
 from guardlens.models.readiness import KNOWN_TO_HOOK, foreign_hooks, hook_name, origin
 from guardlens.results.files import digest
 
@@ -97,7 +97,7 @@ def of_model(model: HookedModel) -> dict[str, Any]:
 
 def of_processor(processor: Any) -> dict[str, Any]:
     """What makes tensors of prompts: chat template, tokenizer, and whatever prepares images."""
-    words = words_of(processor)
+    words = tokenizer_of(processor)
     templates = [str(getattr(part, "chat_template", None)) for part in (processor, words)]
     return {
         "template": digest(*(template.encode() for template in templates)),

@@ -1,4 +1,4 @@
-"""`keep`: prompts computed once and kept, so that the next question about them costs a token each instead of a prompt."""
+"""`keep`: the KV cache of prompts, computed once, so that the next question about them costs a token each instead of a prompt."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from guardlens.data.queries import Presentation, Query, as_queries, counted, require_presentation, text_only
 from guardlens.errors import MismatchError
-from guardlens.models.batching import Portion, over_batches
+from guardlens.models.batching import BatchResult, over_batches
 from guardlens.models.engine.kv_cache import Prefill
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
 from guardlens.results.notebook_html import captioned, facts
@@ -16,16 +16,16 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """Prompts whose keys and values are kept. Hand it to `sweep` or `activation_patching` in place of queries.
+class PromptCache:
+    """Prompts with their KV cache. Pass it to `sweep` or `activation_patching` in place of queries.
 
-    What other presentations' runs gave (the text twin's states) is kept with them as soon as an intervention has asked for it. They belong
-    to the model that computed them and the LLM beside it, whose weights and adapters must stay as they were.
+    Once an intervention has asked for states of another presentation (those of the text twin, for example), they are stored here as well. A
+    prompt cache is valid for the model that computed it and the LLM beside it, whose weights and adapters must not change.
 
     Attributes:
-        queries: What is asked.
-        presentation: How it is shown.
-        parts: Batches of them, of prompts of like length.
+        queries: The queries.
+        presentation: How they are shown.
+        parts: The prefilled batches, each of prompts of similar length.
 
     Examples:
         >>> prompts = gl.keep(model, queries, grey)
@@ -35,22 +35,26 @@ class Kept:
 
     queries: tuple[Query, ...]
     presentation: Presentation
-    parts: tuple[Portion[Prefill], ...]
+    parts: tuple[BatchResult[Prefill], ...]
 
     @property
     def bytes(self) -> int:
-        """What the keys and values take, in memory of the model's device."""
+        """Size of the KV cache, in memory of the model's device."""
         return sum(part.result.bytes for part in self.parts)
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def __repr__(self) -> str:
-        return f"Kept({len(self)} prompts, {self.presentation.name!r}, {self.bytes / 2**20:.1f} MiB)"
+        return f"PromptCache({len(self)} prompts, {self.presentation.name!r}, {self.bytes / 2**20:.1f} MiB)"
 
     def _repr_html_(self) -> str:
-        named = {"prompts": counted(self.queries), "presentation": repr(self.presentation)}
-        return captioned(repr(self), facts(named | {"keys and values": f"{self.bytes:,} bytes"}))
+        rows = {
+            "prompts": counted(self.queries),
+            "presentation": repr(self.presentation),
+            "keys and values": f"{self.bytes:,} bytes",
+        }
+        return captioned(repr(self), facts(rows))
 
 
 def keep(
@@ -59,17 +63,17 @@ def keep(
     presentation: Presentation = text_only,
     *,
     batch_size: int | None = None,
-) -> Kept:
-    """Run prompts once, unedited, and keep their keys and values.
+) -> PromptCache:
+    """Run prompts once, unedited, and keep their KV cache.
 
     Args:
         model: The model.
-        queries: What to ask.
-        presentation: How to show it.
-        batch_size: Prompts per forward; chosen from free memory without it.
+        queries: The queries.
+        presentation: How to show them.
+        batch_size: Prompts per forward pass; chosen from free memory by default.
 
     Raises:
-        QueryError: No queries.
+        QueryError: There are no queries.
         ModelError: A single prompt does not fit in memory.
 
     Examples:
@@ -80,46 +84,46 @@ def keep(
     require_model(model)
     require_presentation(presentation)
     items = as_queries(queries)
-    parts = over_prompts(model, items, presentation, lambda kept: kept, batch_size)
-    parts = track(parts, len(items), f"keep, {presentation.name}")
-    return Kept(items, presentation, tuple(parts))
+    prefills = over_prefills(model, items, presentation, lambda prefill: prefill, batch_size)
+    parts = track(prefills, len(items), f"keep, {presentation.name}")
+    return PromptCache(items, presentation, tuple(parts))
 
 
-def over_prompts(
+def over_prefills(
     model: HookedModel,
-    queries: Sequence[Query] | Kept,
+    queries: Sequence[Query] | PromptCache,
     presentation: Presentation,
     work: Callable[[Prefill], Result],
     batch_size: int | None = None,
-) -> Iterator[Portion[Result]]:
-    """As `over_batches`, with the prompts computed up to their last token; or with what is kept of them.
+) -> Iterator[BatchResult[Result]]:
+    """Like `over_batches`, but `work` is called with prefilled prompts: those of the prompt cache, or prompts prefilled for this call.
 
     Raises:
-        MismatchError: They were kept by another model.
+        MismatchError: Another model computed the prompt cache.
     """
-    if not isinstance(queries, Kept):
+    if not isinstance(queries, PromptCache):
         yield from over_batches(model, queries, presentation, lambda batch, prefix: work(model.prefill(batch, prefix)), batch_size)
         return
     for part in queries.parts:
         model.require_own(part.result)
     for part in queries.parts:
-        yield Portion(part.places, work(part.result))
+        yield BatchResult(part.indices, work(part.result))
 
 
-def shown(queries: Queries | Kept, presentation: Presentation | None) -> tuple[tuple[Query, ...], Presentation]:
-    """The queries, and how they are shown: without a word, as they are kept, and else as text alone.
+def queries_and_presentation(queries: Queries | PromptCache, presentation: Presentation | None) -> tuple[tuple[Query, ...], Presentation]:
+    """Return the queries and how they are shown. The default is the presentation of the prompt cache, or text alone for plain queries.
 
     Raises:
-        MismatchError: They are kept in another presentation.
+        MismatchError: The prompt cache has another presentation than the one asked for.
     """
     if presentation is not None:
         require_presentation(presentation)
-    if not isinstance(queries, Kept):
+    if not isinstance(queries, PromptCache):
         return as_queries(queries), presentation or text_only
     if presentation not in (None, queries.presentation):
         raise MismatchError(
-            f"prompts kept in the presentation {queries.presentation.name!r}",
-            f"those of {presentation.name!r}",
-            "leave it out, or keep others",
+            f"a prompt cache of the presentation {queries.presentation.name!r}",
+            f"one of {presentation.name!r}",
+            "leave presentation= out, or compute another cache with gl.keep",
         )
     return queries.queries, queries.presentation

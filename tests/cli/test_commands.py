@@ -79,7 +79,7 @@ def test_check_prints_a_table(guardlens, saved):
     assert code == 0
     assert "HookedModel('tiny-vlm': LlavaForConditionalGeneration, VLM, 8 layers, d_model 128)" in out
     rows = {line.split("│")[2].strip(): line.split("│")[1].strip() for line in out.splitlines() if line.count("│") == 4}
-    assert rows == dict.fromkeys(checks.TRIALS, "yes")
+    assert rows == dict.fromkeys(checks.CHECKS, "yes")
 
 
 def test_check_of_a_text_only_model(guardlens, saved):
@@ -89,7 +89,7 @@ def test_check_of_a_text_only_model(guardlens, saved):
 
 
 def test_check_fails_where_something_does_not_work(guardlens, saved, monkeypatch):
-    monkeypatch.setitem(checks.TRIALS, "edits", lambda model: (False, "edits are lost"))
+    monkeypatch.setitem(checks.CHECKS, "edits", lambda model: (False, "edits are lost"))
     code, out, _ = guardlens("check", saved[1])
     assert code == 1 and "edits are lost" in out
 

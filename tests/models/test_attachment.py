@@ -319,10 +319,10 @@ class TestFamilies:
             for bare in alone:
                 shown = [Prompt(bare.text, pictures, bare.system, bare.prefill), Prompt(SENTENCES[2], pictures[:1])]
                 try:
-                    expected = prompts.tokenise(processor, [bare, Prompt(SENTENCES[2])], "left", True)
+                    expected = prompts.tokenize(processor, [bare, Prompt(SENTENCES[2])], "left", True)
                 except errors.PresentationError:
                     continue  # the template has no place for a system prompt
-                inputs = prompts.tokenise(processor, shown, "left", True)
+                inputs = prompts.tokenize(processor, shown, "left", True)
                 twin = cutter(inputs)
                 assert twin.keys() == expected.keys() and all(torch.equal(twin[key], expected[key]) for key in expected)
                 assert twin["input_ids"].shape[1] < inputs["input_ids"].shape[1]
@@ -347,8 +347,8 @@ def test_tokenizers_that_add_spaces(spaces):
     processor = LlavaProcessor(family.image_processor, tokenizer, patch_size=8, num_additional_image_tokens=1,
                                vision_feature_select_strategy="default", chat_template=template)  # fmt: skip
     shown = [Prompt(SENTENCES[0], (picture(0, (32, 32)),)), Prompt(SENTENCES[2])]
-    inputs = prompts.tokenise(processor, shown, "left", True)
-    expected = prompts.tokenise(processor, [Prompt(SENTENCES[0]), Prompt(SENTENCES[2])], "left", True)["input_ids"]
+    inputs = prompts.tokenize(processor, shown, "left", True)
+    expected = prompts.tokenize(processor, [Prompt(SENTENCES[0]), Prompt(SENTENCES[2])], "left", True)["input_ids"]
     assert (inputs["input_ids"] == 1).sum() == 2  # the tokenizer itself writes <s>
     assert torch.equal(Cutter.learn(processor, 3)(inputs)["input_ids"], expected)
 

@@ -14,8 +14,8 @@ from guardlens import errors, presentations
 from guardlens import interventions as iv
 from guardlens.data.queries import Query, text_only
 from guardlens.evaluation.runner import evaluate
-from guardlens.models import batching as portions
-from guardlens.models.batching import Portion, bucket, free_memory, joined, over_batches, prompt_bytes, room
+from guardlens.models import batching
+from guardlens.models.batching import BatchResult, bucket_size, free_memory, in_query_order, over_batches, prompt_bytes, prompts_that_fit
 from guardlens.models.hooked_model import HookedModel
 from tests.strategies import make_batch
 
@@ -31,7 +31,7 @@ class Fake(HookedModel):
 
     def batch(self, queries, presentation=text_only, *, padding_side="left"):
         made = make_batch([len(query.text) for query in queries], width=max(max(len(query.text) for query in queries), 3))
-        return portions.Batch(tuple(queries), presentation, made.inputs, made.mask, made.image, made.instruction)
+        return batching.Batch(tuple(queries), presentation, made.inputs, made.mask, made.image, made.instruction)
 
     def share(self, batch):
         return None
@@ -51,7 +51,7 @@ def test_every_query_is_in_one_batch_and_back_in_its_place(lengths, size, axis):
         numbers = torch.tensor([float(query.id) for query in batch.queries])
         return numbers[:, None].expand(-1, 3) if axis == 0 else np.tile(numbers.numpy(), (2, 4, 1))
 
-    found = joined(over_batches(Fake(None, None, "fake"), queries, text_only, work, size), len(queries), axis)
+    found = in_query_order(over_batches(Fake(None, None, "fake"), queries, text_only, work, size), len(queries), axis)
     expected = torch.arange(float(len(queries)))
     assert torch.equal(found, (expected[:, None] if axis == 0 else expected).expand(found.shape))
     assert sorted(int(query.id) for batch in seen for query in batch.queries) == list(range(len(queries)))
@@ -64,10 +64,10 @@ def test_every_query_is_in_one_batch_and_back_in_its_place(lengths, size, axis):
 
 
 def test_like_lengths_fill_a_batch_and_an_outlier_does_not_pad_it():
-    assert bucket([2000, 40, 40, 40]) == 1
-    assert bucket([40] * 64) == 64 and bucket([40, 30, 20, 10]) == 4
-    assert bucket([4000, 3900, 3800, 2000]) == 4  # 2300 of 16000: less than a quarter
-    assert bucket([4000, 4000, 900, 900]) == 2
+    assert bucket_size([2000, 40, 40, 40]) == 1
+    assert bucket_size([40] * 64) == 64 and bucket_size([40, 30, 20, 10]) == 4
+    assert bucket_size([4000, 3900, 3800, 2000]) == 4  # 2300 of 16000: less than a quarter
+    assert bucket_size([4000, 4000, 900, 900]) == 2
     lengths = [3000, *[60] * 63]
     naive, here = 64 * 3000, 3000 + 63 * 60
     seen = [p.result for p in over_batches(Fake(None, None, "f"), asked(lengths), text_only, lambda batch, prefix: batch.mask.numel(), 64)]
@@ -93,19 +93,19 @@ class TestRoom:
         batch = vlm.batch(TEXTS, GREY)
         one = prompt_bytes(vlm.cfg, batch.mask.shape[1], 4)
         for free, expected in ((6 * one, 3), (6 * one - 1, 2), (0, 1)):
-            monkeypatch.setattr(portions, "free_memory", lambda device, free=free: free)
-            assert room(vlm, batch) == expected
-        monkeypatch.setattr(portions, "free_memory", lambda device: 6 * one)
-        assert room(vlm, batch, new_tokens=batch.mask.shape[1]) == 1
-        monkeypatch.setattr(portions, "free_memory", lambda device: None)
-        assert room(vlm, batch) == len(TEXTS)
+            monkeypatch.setattr(batching, "free_memory", lambda device, free=free: free)
+            assert prompts_that_fit(vlm, batch) == expected
+        monkeypatch.setattr(batching, "free_memory", lambda device: 6 * one)
+        assert prompts_that_fit(vlm, batch, new_tokens=batch.mask.shape[1]) == 1
+        monkeypatch.setattr(batching, "free_memory", lambda device: 2**40)
+        assert prompts_that_fit(vlm, batch) >= len(TEXTS)
 
     def test_sets_the_batch_size_where_none_is_given(self, vlm, monkeypatch):
         whole = gl.collect(vlm, TEXTS, GREY)
         sizes, run = [], type(vlm).run
         monkeypatch.setattr(type(vlm), "run", lambda self, batch, *a, **o: sizes.append(len(batch.queries)) or run(self, batch, *a, **o))
         wide = vlm.batch([max(TEXTS, key=len)], GREY).mask.shape[1]
-        monkeypatch.setattr(portions, "free_memory", lambda device: 8 * prompt_bytes(vlm.cfg, wide, 4))
+        monkeypatch.setattr(batching, "free_memory", lambda device: 8 * prompt_bytes(vlm.cfg, wide, 4))
         found = gl.collect(vlm, TEXTS, GREY)
         assert sizes == [4, 4, 1]
         torch.testing.assert_close(found.states, whole.states, atol=1e-4, rtol=0)
@@ -114,8 +114,7 @@ class TestRoom:
         assert sizes == [9]
 
     def test_memory_of_the_machine(self):
-        free = free_memory(torch.device("cpu"))
-        assert free is None or 2**20 < free < 2**50
+        assert 2**20 < free_memory(torch.device("cpu")) < 2**50
 
     def test_memory_of_a_gpu_counts_what_torch_keeps_for_itself(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
@@ -127,9 +126,9 @@ class TestRoom:
 @pytest.mark.parametrize("after_room", [False, True])
 def test_what_does_not_fit_is_halved_whoever_chose_its_size(vlm, monkeypatch, after_room):
     """Of the batch that was tried, not of the one that memory had cut already; what was done before is not done again."""
-    monkeypatch.setattr(portions, "free_memory", lambda device: None)
+    monkeypatch.setattr(batching, "free_memory", lambda device: 2**40)
     if after_room:
-        monkeypatch.setattr(portions, "room", lambda model, batch, new_tokens=0: 6)
+        monkeypatch.setattr(batching, "prompts_that_fit", lambda model, batch, new_tokens=0: 6)
     sizes = []
 
     def work(batch, prefix):
@@ -140,7 +139,7 @@ def test_what_does_not_fit_is_halved_whoever_chose_its_size(vlm, monkeypatch, af
 
     found = list(over_batches(vlm, [Query(text) for text in TEXTS], GREY, work))
     assert sizes == ([6, 3, 1, *[1] * 8] if after_room else [9, 4, 2, 2, 2, 2, 1])
-    back = {place: text for part in found for place, text in zip(part.places, part.result, strict=True)}
+    back = {place: text for part in found for place, text in zip(part.indices, part.result, strict=True)}
     assert [back[place] for place in range(9)] == TEXTS
 
 
@@ -207,9 +206,9 @@ def test_attribute_halves_too(vlm, basis, monkeypatch):
     np.testing.assert_allclose(halved.columns["value"], whole.columns["value"], atol=1e-4)
 
 
-def test_joined_takes_portions_in_any_order():
-    parts = [Portion((2, 0), torch.tensor([[2.0], [0.0]])), Portion((1,), torch.tensor([[1.0]]))]
-    assert joined(parts, 3).flatten().tolist() == [0, 1, 2]
+def test_results_are_joined_in_any_order():
+    parts = [BatchResult((2, 0), torch.tensor([[2.0], [0.0]])), BatchResult((1,), torch.tensor([[1.0]]))]
+    assert in_query_order(parts, 3).flatten().tolist() == [0, 1, 2]
 
 
 class TestWhoseMemoryItWas:

@@ -5,7 +5,7 @@ import torch
 
 import guardlens as gl
 from guardlens.models import checks as checking
-from guardlens.models.checks import TRIALS, check
+from guardlens.models.checks import CHECKS, check
 
 pytestmark = pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook:UserWarning")  # the models are broken by them
 
@@ -30,7 +30,7 @@ def replace_forward(module, change):
 
 def test_everything_works_on_a_vlm(vlm):
     findings = check(vlm)
-    assert [finding.what for finding in findings] == list(TRIALS)
+    assert [finding.what for finding in findings] == list(CHECKS)
     assert [(finding.what, finding.detail) for finding in findings if finding.works is not True] == []
     details = {finding.what: finding.detail for finding in findings}
     assert details["parts found"].startswith("model.language_model: 8 layers, d_model 128")
@@ -137,6 +137,6 @@ def test_our_own_errors_tell_what_to_do(vlm, monkeypatch):
     def refuse(model):
         raise gl.errors.ModelError("a model without eyes", "one with eyes", "load another")
 
-    monkeypatch.setitem(checking.TRIALS, "images", refuse)
+    monkeypatch.setitem(checking.CHECKS, "images", refuse)
     images = by_name(vlm)["images"]
     assert (images.works, images.detail) == (False, "Found a model without eyes. Expected one with eyes. Next: load another.")

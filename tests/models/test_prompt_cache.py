@@ -39,7 +39,7 @@ def test_one_prompt_that_does_not_fit_is_named(vlm, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(type(vlm), "run", full)
-    with pytest.raises(errors.ModelError, match="the prompt of query 'q1', which alone does not fit in memory"):
+    with pytest.raises(errors.ModelError, match="The prompt of query 'q1' alone does not fit in memory"):
         gl.collect(vlm, [TEXTS[0], gl.Query(TEXTS[1], id="q1")])
 
 
@@ -70,7 +70,7 @@ class TestShownAsKept:
         unsaid, said = verb(vlm, prompts), verb(vlm, prompts, kept)
         assert unsaid.facts["presentation"] == said.facts["presentation"] == kept.name
         for name in (other, text_only) if kept != text_only else (other,):
-            with pytest.raises(errors.MismatchError, match=f"prompts kept in the presentation '{kept.name}'"):
+            with pytest.raises(errors.MismatchError, match=f"a prompt cache of the presentation '{kept.name}'"):
                 verb(vlm, prompts, name)
 
     @pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)

@@ -17,7 +17,7 @@ from guardlens.errors import ModelError, PresentationError, QueryError, require_
 from guardlens.models.processing.image_batching import preprocessed_once
 
 
-def words_of(processor: Any) -> Any:
+def tokenizer_of(processor: Any) -> Any:
     """The tokenizer of a processor, which a text-only model's is itself."""
     return getattr(processor, "tokenizer", processor)
 
@@ -82,7 +82,7 @@ def _special_tokens(processor: Any, texts: Sequence[str], prefill: bool) -> list
     """The first special token in each text, or nothing. A prefill may hold those with which an answer goes on (of its thinking, say)."""
     from transformers import AddedToken
 
-    words = words_of(processor)
+    words = tokenizer_of(processor)
     marks = {str(mark) for name, mark in vars(processor).items() if name.endswith("_token") and isinstance(mark, str | AddedToken)}
     added = words.added_tokens_decoder
     special = {*words.all_special_ids, *(number for number, token in added.items() if token.special)}
@@ -96,7 +96,7 @@ def _special_tokens(processor: Any, texts: Sequence[str], prefill: bool) -> list
     return found
 
 
-def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_images: bool) -> dict[str, Tensor]:
+def tokenize(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_images: bool) -> dict[str, Tensor]:
     """What the Hugging Face model takes, with the generation prompt at the end.
 
     Args:
@@ -110,7 +110,7 @@ def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_
         PresentationError: A system prompt that the chat template has no place for, an image that the processor refuses, or a prefill that
             it does not end with.
     """
-    words, kind = words_of(processor), type(processor).__name__
+    words, kind = tokenizer_of(processor), type(processor).__name__
     texts = [render(processor, prompt, sees_images) for prompt in prompts]
     shown = any(prompt.images for prompt in prompts)
     # One list per prompt: families differ in how they read a flat one.
@@ -139,7 +139,7 @@ def tokenise(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_
 
 def _opening(processor: Any, text: str) -> tuple[bool, int]:
     """Whether the tokenizer must add its special tokens, for those at the front, and how many that then puts behind."""
-    words = words_of(processor)
+    words = tokenizer_of(processor)
     plain, whole = (words("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     begun = words.bos_token is not None and text.lstrip().startswith(words.bos_token)
@@ -212,7 +212,7 @@ def instruction_mask(
     Nothing is marked where the tokenizer gives no offsets, or where the template or the processor changes the text.
     """
     chosen = torch.zeros_like(mask)
-    words = words_of(processor)
+    words = tokenizer_of(processor)
     for row, prompt in enumerate(prompts if words.is_fast else ()):
         text, start, stop = _text_of(processor, prompt, sees_images)
         columns = mask[row].nonzero().flatten()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guardlens.data.queries import Prompt
 from guardlens.errors import GuardlensError, ModelError
-from guardlens.models.processing.chat_template import padding_token, tokenise, words_of
+from guardlens.models.processing.chat_template import padding_token, tokenize, tokenizer_of
 
 PROBES = ("How to fold a paper boat?", "Please plant a tulip.")
 """What the template writes for an image is learned from the first, and must also be that in the second."""
@@ -45,7 +45,7 @@ class Cutter:
         Raises:
             ModelError: The processor takes no prompt without an image, or cutting the images out of the probes does not give it.
         """
-        words = words_of(processor)
+        words = tokenizer_of(processor)
         mark = words.convert_ids_to_tokens(image_token_id)
         try:
             probes = [_probe(processor, PROBES[0]), *(_probe(processor, PROBES[0], size) for size in SIZES)]
@@ -76,12 +76,12 @@ class Cutter:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         rows = [row[real].tolist() for row, real in zip(ids, mask.bool(), strict=True)]
         texts = [_text(self.processor, row, f"row {number}") for number, row in enumerate(rows)]
-        mark = words_of(self.processor).convert_ids_to_tokens(self.image_token_id)
+        mark = tokenizer_of(self.processor).convert_ids_to_tokens(self.image_token_id)
         cut = [self.cut(text) for text in texts]
         left = next((number for number, text in enumerate(cut) if mark in text), None)
         if left is not None:
             raise _unlearnable(self.processor, f"row {left} has an image between marks that the probes did not show")
-        with padding_token(words_of(self.processor)):
+        with padding_token(tokenizer_of(self.processor)):
             twin = self.processor(text=cut, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
         return {name: value.to(ids.device) for name, value in twin.items()}
 
@@ -105,12 +105,12 @@ def _probe(processor: Any, text: str, size: tuple[int, int] | None = None) -> In
     from PIL import Image
 
     images = () if size is None else (Image.new("RGB", size, "grey"),)
-    return tokenise(processor, [Prompt(text, images)], "left", sees_images=True)["input_ids"]
+    return tokenize(processor, [Prompt(text, images)], "left", sees_images=True)["input_ids"]
 
 
 def _text(processor: Any, ids: list[int], what: str) -> str:
     """The text that these are the tokens of."""
-    words = words_of(processor)
+    words = tokenizer_of(processor)
     added = words.added_tokens_decoder.keys()
     stretches = groupby(ids, key=lambda token: token if token in added else None)
     # Where the tokenizer puts a space of its own before each stretch of plain text, only decoding stretch by stretch takes it away again.

@@ -30,7 +30,7 @@ def model_and_shown(request):
 def with_words_of(model, change):
     """The same model, with a tokenizer of its own that is changed."""
     processor = deepcopy(model.processor)
-    change(prompts.words_of(processor))
+    change(prompts.tokenizer_of(processor))
     return gl.load(model.hf, processor=processor)
 
 
@@ -188,7 +188,7 @@ class TestTypedSpecialTokens:
         words.add_special_tokens({"additional_special_tokens": ["<think>"]}, replace_extra_special_tokens=False)
         prompt = Prompt("how ?", prefill="<think>")
         prompts.require_showable([Query("how ?")], [prompt], presentations.text_only, words, False)
-        assert words.convert_tokens_to_ids("<think>") == prompts.tokenise(words, [prompt], "left", False)["input_ids"][0, -1]
+        assert words.convert_tokens_to_ids("<think>") == prompts.tokenize(words, [prompt], "left", False)["input_ids"][0, -1]
         with pytest.raises(errors.QueryError, match="the special token '<think>' in the text"):
             prompts.require_showable([Query("<think>")], [Prompt("<think>")], presentations.text_only, words, False)
 
@@ -206,7 +206,7 @@ class TestTemplateKwargs:
     def thinking(self, request):
         model = request.getfixturevalue(request.param)
         processor = deepcopy(model.processor)
-        processor.chat_template = prompts.words_of(processor).chat_template = THINKING
+        processor.chat_template = prompts.tokenizer_of(processor).chat_template = THINKING
         return gl.load(model.hf, processor=processor)
 
     def test_reach_the_template(self, thinking):
@@ -307,7 +307,7 @@ def test_a_system_prompt_that_the_query_repeats_is_not_taken_for_shown():
 def test_a_template_that_changes_the_text_marks_nothing():
     words = tokenizer("{% for m in messages %}{{ m.content | upper }}{% endfor %}{{ ' ASSISTANT:' }}")
     prompt = Prompt("how to fold it ?")
-    ids = prompts.tokenise(words, [prompt], "left", False)
+    ids = prompts.tokenize(words, [prompt], "left", False)
     assert not prompts.instruction_mask(words, [prompt], ids["input_ids"], ids["attention_mask"].bool(), False).any()
 
 
