@@ -20,7 +20,8 @@ from guardlens.cli.guard_selection import RANKS, RULE, Guard, choose, mildest
 from guardlens.data.queries import text_only
 from guardlens.defences import Defence
 from guardlens.evaluation.runner import Evaluation
-from guardlens.results.intervals import Interval, holm, mean_difference
+from guardlens.results.intervals import Interval, mean_difference
+from guardlens.results.significance import holm
 from guardlens.results.tables import Table
 
 PLACEBOS = 4

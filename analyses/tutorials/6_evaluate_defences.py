@@ -27,7 +27,8 @@ from guardlens import defences, directions, presentations
 from guardlens import interventions as iv
 from guardlens.errors import MismatchError
 from guardlens.evaluation.runner import Evaluation
-from guardlens.results.intervals import holm, mean_difference
+from guardlens.results.intervals import mean_difference
+from guardlens.results.significance import holm
 
 gl.progress_bars(False)
 model = gl.load("organism")

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -24,9 +24,10 @@ from guardlens.models.engine.out_of_memory import at_work
 from guardlens.models.hooked_model import HookedModel, Queries, as_new_tokens, require_model
 from guardlens.models.identity import configuration, of_intervention, shown
 from guardlens.results.files import RunDirectory
-from guardlens.results.intervals import Interval, McNemar, gap_closed, mcnemar, proportion
+from guardlens.results.intervals import Interval, gap_closed, proportion
 from guardlens.results.progress import track
-from guardlens.results.tables import Frame, Table
+from guardlens.results.significance import McNemar, mcnemar
+from guardlens.results.tables import Frame, Table, cached_frame
 
 TEXT = "text"
 """The presentation that the gap is measured from."""
@@ -146,53 +147,79 @@ class Evaluation(Table):
         _require_same(KEYS, one.index, other.index)
         return mcnemar(one["outcome"].to_numpy(dtype=bool), other["outcome"].to_numpy(dtype=bool))
 
-    def arms(self) -> "list[dict[str, Any]]":
-        """One dictionary per defence and presentation: every rate with its bounds, the gap closed, and how often the gates opened."""
-        return [dict(arm) for arm in self._arms]
+    def intervals(self, defence: str, *presentations: str) -> dict[str, Interval]:
+        """Every rate of a defence, and the gap that it closes, over one or several presentations taken together.
 
-    @cached_property
-    def _arms(self) -> list[dict[str, Any]]:
-        pairs = dict.fromkeys(zip(self.columns["defence"], self.columns["presentation"], strict=True))
-        return [self._arm(str(defence), str(presentation)) for defence, presentation in pairs]
-
-    def _arm(self, defence: str, presentation: str) -> dict[str, Any]:
-        arm: dict[str, Any] = {"defence": defence, "presentation": presentation}
-        rates = {name: self.rate(name, defence, presentation) for name in RATES}
-        arm |= {"n": rates["asr"].n, "n_harmless": rates["over_refusal"].n}
-        for name, rate in rates.items():
-            arm |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
+        The gap is undefined in text alone, and where the answers of `"none"` in text or in these presentations are missing.
+        """
+        rates = {name: self.rate(name, defence, *presentations) for name in RATES}
         known = set(zip(self.columns["defence"], self.columns["presentation"], strict=True))
-        if presentation != TEXT and {("none", TEXT), ("none", presentation)} <= known:
-            gap = self.gap_closed(defence, presentation)
-        else:
-            gap = Interval(float("nan"), float("nan"), float("nan"), arm["n"])
-        arm |= {"gap_closed": gap.value, "gap_closed_low": gap.low, "gap_closed_high": gap.high}
-        frame = self.frame
-        here = frame[(frame["defence"] == defence) & (frame["presentation"] == presentation)]
-        opened = here.groupby("label")["gate"].mean()
-        return arm | {"gate_tpr": float(opened.get("harmful", np.nan)), "gate_fpr": float(opened.get("harmless", np.nan))}
+        has_gap = TEXT not in presentations and {("none", shown) for shown in (TEXT, *presentations)} <= known
+        return rates | {"gap_closed": self.gap_closed(defence, *presentations) if has_gap else Interval.undefined(rates["asr"].n)}
 
+    def arms(self) -> list[dict[str, Any]]:
+        """One dictionary per defence and presentation: every rate with its bounds, the gap closed, and how often the gates opened."""
+        return self.summary().to_dict("records")
+
+    def pooled(self, presentations: Sequence[str], name: str) -> list[dict[str, Any]]:
+        """One dictionary per defence over several presentations taken together, with the keys of `arms`.
+
+        Args:
+            presentations: Their names.
+            name: What stands in place of the presentation's name.
+        """
+        defences = dict.fromkeys(map(str, self.columns["defence"]))
+        return [self._arm(defence, presentations, name) for defence in defences]
+
+    def _arm(self, defence: str, presentations: Sequence[str], name: str) -> dict[str, Any]:
+        intervals = self.intervals(defence, *presentations)
+        columns = [interval.columns(rate, prefix=f"{rate}_") for rate, interval in intervals.items()]
+        frame = self.frame
+        here = frame[(frame["defence"] == defence) & frame["presentation"].isin(presentations)]
+        opened = here.groupby("label")["gate"].mean()
+        return {
+            "defence": defence,
+            "presentation": name,
+            "n": intervals["asr"].n,
+            "n_harmless": intervals["over_refusal"].n,
+            **{key: value for part in columns for key, value in part.items()},
+            "gate_tpr": float(opened.get("harmful", np.nan)),
+            "gate_fpr": float(opened.get("harmless", np.nan)),
+        }
+
+    @cached_frame
     def summary(self) -> Frame:
         """`arms()` as a data frame."""
         import pandas as pd
 
-        return pd.DataFrame(self.arms())
+        pairs = dict.fromkeys(zip(self.columns["defence"], self.columns["presentation"], strict=True))
+        return pd.DataFrame([self._arm(str(defence), [str(shown)], str(shown)) for defence, shown in pairs])
 
     def plot(self, ax: Any = None) -> Any:
         """ASR and over-refusal of every arm with intervals; n counts queries, and an arm of several draws says how many."""
-        import pandas as pd
-
         from guardlens.results import plots
 
-        draws = self.frame.groupby("defence")["draw"].nunique()
-        names = {name: f"{name} ({number} draws)" if number > 1 else name for name, number in draws.items()}
-        rows = [
-            {"defence": names[arm["defence"]], "presentation": arm["presentation"], "rate": shown, "value": arm[name]}
-            | {"low": arm[f"{name}_low"], "high": arm[f"{name}_high"], "n": arm[count] // draws[arm["defence"]]}
-            for arm in self.arms()
-            for name, shown, count in (("asr", "ASR", "n"), ("over_refusal", "over-refusal", "n_harmless"))
-        ]
-        return plots.arms(pd.DataFrame(rows), axes=ax)
+        draws = self.frame.groupby("defence")["draw"].nunique().to_dict()
+        return plots.arms(arm_points(self.arms(), draws), axes=ax)
+
+
+def arm_points(arms: Iterable[Mapping[str, Any]], draws: Mapping[str, int]) -> Frame:
+    """The rows that `plots.arms` draws: ASR and over-refusal of each arm. The name of an arm of several draws says so; n counts queries.
+
+    Args:
+        arms: Dictionaries with the keys of `Evaluation.arms`.
+        draws: The number of draws of a defence, where there may be several.
+    """
+    import pandas as pd
+
+    rows = []
+    for arm in arms:
+        number = draws.get(arm["defence"], 1)
+        name = arm["defence"] + (f" ({number} draws)" if number > 1 else "")
+        for rate, title, count in (("asr", "ASR", "n"), ("over_refusal", "over-refusal", "n_harmless")):
+            bounds = {"value": arm[rate], "low": arm[f"{rate}_low"], "high": arm[f"{rate}_high"]}
+            rows.append({"defence": name, "presentation": arm["presentation"], "rate": title, **bounds, "n": arm[count] // number})
+    return pd.DataFrame(rows)
 
 
 def evaluate(

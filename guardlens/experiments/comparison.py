@@ -193,7 +193,7 @@ def _mean(values: Shaped[np.ndarray, "query"], counts: np.ndarray, per: Float[np
 
 def _change(here: Measured, there: Measured | None, n: int) -> Interval:
     if there is None:
-        return Interval(float("nan"), float("nan"), float("nan"), n)
+        return Interval.undefined(n)
     return percentile(here[0] - there[0], here[1] - there[1], n)
 
 

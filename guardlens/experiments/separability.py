@@ -4,7 +4,7 @@ Numbers about arrays: scores [query] or states [query d_model] with labels [quer
 `bootstrap_*`, that takes the resample counts of `intervals.resample_counts` and returns its value in each resample; the plain metric is
 the twin on the queries as they are, so there is one implementation. With one class missing a value is undefined: nan.
 
-Source: Hanley & McNeil 1982 (AUROC); Fisher 1936; Alain & Bengio 2016, arXiv 1610.01644 (probes); evaluation.md section 5.
+Source: Hanley & McNeil 1982 (AUROC); Fisher 1936; Alain & Bengio 2016, arXiv 1610.01644 (probes); docs/explanation/statistics.md.
 """
 
 import re
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from guardlens.errors import NumericsError, as_count
+from guardlens.results.intervals import ratio
 
 FLAT = 1e-12
 """Scores whose spread is below this share of their size count as constant (rounding in float64)."""
@@ -44,7 +45,7 @@ def bootstrap_auroc(
     harmful = np.add.reduceat(np.where(labels, counts, 0)[:, order], starts, axis=1)
     harmless = np.add.reduceat(np.where(labels, 0, counts)[:, order], starts, axis=1)
     wins = harmful * (harmless.cumsum(axis=1) - harmless / 2)
-    return _divided(wins.sum(axis=1), harmful.sum(axis=1) * harmless.sum(axis=1))
+    return ratio(wins.sum(axis=1), harmful.sum(axis=1) * harmless.sum(axis=1))
 
 
 def d_prime(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarray, "query"]) -> float:
@@ -74,7 +75,7 @@ def bootstrap_d_prime(
     harmful, harmless = (_moments(centred[chosen], counts[:, chosen]) for chosen in (labels, ~labels))
     variance = (harmful[1] + harmless[1]) / 2
     flat = variance <= (FLAT * np.abs(scores).max()) ** 2
-    return _divided(harmful[0] - harmless[0], np.sqrt(np.where(flat, 0, variance)))
+    return ratio(harmful[0] - harmless[0], np.sqrt(np.where(flat, 0, variance)))
 
 
 def midpoint_accuracy(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarray, "query"], threshold: float) -> float:
@@ -96,7 +97,7 @@ def bootstrap_mean(
 ) -> Float[np.ndarray, "draw"]:
     """Mean of the values (booleans count 0 and 1) in each resample, in units of the mean of `per` where that is given."""
     unit = np.ones(len(values)) if per is None else np.asarray(per, np.float64)
-    return _divided(counts @ np.asarray(values, np.float64), counts @ unit)
+    return ratio(counts @ np.asarray(values, np.float64), counts @ unit)
 
 
 def probe_accuracy(
@@ -208,7 +209,7 @@ def bootstrap_centroid_cosine(
     """The cosine between the class differences in each resample (resampled together in both runs)."""
     first, second = (_class_difference(run, labels, counts) for run in (a, b))
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return _divided((first * second).sum(axis=1), norms)
+    return ratio((first * second).sum(axis=1), norms)
 
 
 def drift(
@@ -288,8 +289,8 @@ def _moments(values: np.ndarray, counts: np.ndarray) -> tuple[Float[np.ndarray, 
     """Weighted mean and sample variance of one class in each resample, from values shifted to a mean near 0."""
     weight = counts.sum(axis=1)
     shift = values.mean() if len(values) else 0.0
-    mean = _divided(counts @ (values - shift), weight)
-    variance = _divided(counts @ (values - shift) ** 2 - weight * mean**2, weight - 1)
+    mean = ratio(counts @ (values - shift), weight)
+    variance = ratio(counts @ (values - shift) ** 2 - weight * mean**2, weight - 1)
     return mean + shift, np.maximum(variance, 0)
 
 
@@ -297,13 +298,8 @@ def _class_difference(states: np.ndarray, labels: np.ndarray, counts: np.ndarray
     _require_finite("states", states)
     _require_labels(labels, len(states))
     states = np.asarray(states, np.float64)
-    harmful, harmless = (_divided(counts[:, c] @ states[c], counts[:, c].sum(axis=1, keepdims=True)) for c in (labels, ~labels))
+    harmful, harmless = (ratio(counts[:, c] @ states[c], counts[:, c].sum(axis=1, keepdims=True)) for c in (labels, ~labels))
     return harmful - harmless
-
-
-def _divided(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    """The ratio, nan where the bottom is 0."""
-    return np.divide(top, bottom, out=np.full(np.broadcast_shapes(top.shape, bottom.shape), np.nan), where=bottom != 0)
 
 
 def _once(labels: np.ndarray) -> Int[np.ndarray, "1 query"]:

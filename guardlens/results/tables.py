@@ -1,9 +1,9 @@
 """Results as tidy tables: equal-length columns, facts about how they were made, saved as CSV beside JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib import import_module
 from io import BytesIO
 from numbers import Real
@@ -32,6 +32,19 @@ KINDS = {
 
 Frame = Any
 """A pandas data frame. pandas types its own selections too loosely to be checked."""
+
+
+def cached_frame(compute: Callable[[Kind], Frame]) -> Callable[[Kind], Frame]:
+    """Make a method of a table compute its data frame once, and return a copy of it at each call."""
+
+    @wraps(compute)
+    def copied(table: Kind) -> Frame:
+        computed = table.__dict__.setdefault("_computed", {})
+        if compute.__qualname__ not in computed:
+            computed[compute.__qualname__] = compute(table)
+        return computed[compute.__qualname__].copy()
+
+    return copied
 
 
 @dataclass(frozen=True, eq=False)

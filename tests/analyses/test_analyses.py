@@ -19,7 +19,7 @@ from analyses import attribution, defences, layer_sweep, publication, separabili
 from guardlens import plots
 from guardlens.errors import QueryError
 from guardlens.experiments.comparison import Comparison
-from guardlens.results.intervals import holm, mcnemar
+from guardlens.results.significance import holm, mcnemar
 from guardlens.results.tables import Table
 
 ALL = {

@@ -11,17 +11,16 @@ from scipy import stats
 from guardlens.errors import NumericsError
 from guardlens.results.intervals import (
     Interval,
-    _require_paired,
     bootstrap,
     gap_closed,
-    holm,
-    mcnemar,
     mean_difference,
     percentile,
     proportion,
+    require_paired,
     resample_counts,
     wilson,
 )
+from guardlens.results.significance import holm, mcnemar
 
 
 def flags(ones: int, n: int) -> np.ndarray:
@@ -58,6 +57,18 @@ def test_intervals_are_readable():
     assert Interval(math.nan, math.nan, math.nan, 7).percent() == "undefined"
     assert str(Interval(0.5, math.nan, math.nan, 7)) == "0.50 [undefined] (n=7)"
     assert wilson(0, 100).percent() == "0.0 % [0.0, 3.7]"
+
+
+def test_intervals_take_the_format_of_a_number():
+    interval = Interval(0.5, -0.25, 0.75, 8)
+    assert f"{interval:.1f}" == "0.5 [-0.2, 0.8]" and f"{interval:+.0%}" == "+50 % [-25, +75]" and f"{interval}" == str(interval)
+    assert f"{Interval(-0.001, -0.001, 0.5, 8):.2f}" == "-0.00 [-0.00, 0.50]"
+    assert f"{Interval(0.5, math.nan, math.nan, 8):.1%}" == "50.0 % [undefined]" and f"{Interval.undefined(8):.1%}" == "undefined"
+
+
+def test_an_interval_becomes_columns():
+    assert Interval(0.5, 0.25, 0.75, 8).columns() == {"value": 0.5, "low": 0.25, "high": 0.75}
+    assert list(Interval(0.5, 0.25, 0.75, 8).columns("asr", prefix="asr_")) == ["asr", "asr_low", "asr_high"]
 
 
 def test_proportion_of_independent_items_is_wilson():
@@ -115,7 +126,7 @@ def test_mean_difference_is_the_paired_one():
 
 def test_unpaired_arms_are_refused():
     with pytest.raises(NumericsError, match=r"Found 3 and 4 items\.\nExpected paired arms of equal length\.\nNext: align both arms"):
-        _require_paired(np.zeros(3), np.zeros(4))  # the public doors are met by the shape check of the tests first
+        require_paired(np.zeros(3), np.zeros(4))  # the public doors are met by the shape check of the tests first
     with pytest.raises(NumericsError, match="3 cluster labels for 4 items"):
         resample_counts(4, np.arange(3))
 
@@ -214,7 +225,7 @@ def test_nothing_to_resample_is_said():
         resample_counts(0)
 
 
-@pytest.mark.parametrize("module", ["intervals", "separability", "plots"])
+@pytest.mark.parametrize("module", ["results.intervals", "results.significance", "experiments.separability", "results.plots"])
 def test_heavy_libraries_load_lazily(module):
     heavy = "{'torch', 'sklearn', 'scipy', 'pandas', 'matplotlib'}"
     code = (
