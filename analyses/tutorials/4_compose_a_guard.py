@@ -75,7 +75,7 @@ hidden = push.when(twin_says & ~own_says)
 batch = model.batch(queries, grey)
 harmful = torch.tensor([query.label == "harmful" for query in queries])
 for name, intervention in {"twin": push.when(twin_says), "twin and not own": hidden}.items():
-    (opened,) = model.run(batch, intervention).verdicts.values()
+    (opened,) = model.run(batch, intervention).decisions.values()
     print(
         f"{name:17} opens for {opened[harmful].float().mean():.0%} of harmful, {opened[~harmful].float().mean():.0%} of harmless requests"
     )
@@ -202,7 +202,7 @@ print("same fingerprint:", loaded.fingerprint == mine.fingerprint, f"({file.stat
 inputs = few.inputs
 with gl.attach(loaded, model.hf, model.processor) as handle:
     tokens = model.hf.generate(**inputs, max_new_tokens=10)
-    print("gate of the first step:", next(iter(handle.verdicts.values())).tolist())
+    print("gate of the first step:", next(iter(handle.decisions.values())).tolist())
 outside = model.decode(tokens[:, inputs["input_ids"].shape[1] :])
 print("the same answers as in the lab:", outside == model.generate(few, intervention=mine, max_new_tokens=10))
 

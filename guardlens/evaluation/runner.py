@@ -329,7 +329,7 @@ def _draws(name: str, given: Any) -> tuple[Defence, ...]:
 def _answer(model: HookedModel, arm: _Arm, judge: Judge, new_tokens: int, batch: Batch, prefix: Prefix | None) -> list[dict[str, Any]]:
     run, n = model.run(batch, arm.defence.intervention, new_tokens=new_tokens, prefix=prefix), len(batch.queries)
     assert run.tokens is not None
-    gates = np.mean([verdict.cpu().numpy() for verdict in run.verdicts.values()], axis=0) if run.verdicts else np.full(n, np.nan)
+    gates = np.mean([decision.cpu().numpy() for decision in run.decisions.values()], axis=0) if run.decisions else np.full(n, np.nan)
     return [
         {
             "defence": arm.name,

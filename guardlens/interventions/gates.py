@@ -79,7 +79,7 @@ class Linear(Gate):
     Examples:
         >>> gate = gates.Linear("mine", None, torch.ones(1, 128), torch.zeros(1), made_for=model.id)
         >>> run = model.run(batch, iv.project_out(ssd).at(layers=5).when(gate))
-        >>> run.verdicts[0, 0, 5].shape  # (lane, step, layer) -> query
+        >>> run.decisions[0, 0, 5].shape  # (lane, step, layer) -> query
         torch.Size([3])
     """
 
@@ -171,8 +171,8 @@ class Combined(Gate):
         return next((gate.model for gate in self.gates if gate.model), "")
 
     def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
-        verdicts = torch.stack([gate.decide(held, layer) for gate in self.gates])
-        return ~verdicts[0] if self.operation == "~" else verdicts.all(0) if self.operation == "&" else verdicts.any(0)
+        decisions = torch.stack([gate.decide(held, layer) for gate in self.gates])
+        return ~decisions[0] if self.operation == "~" else decisions.all(0) if self.operation == "&" else decisions.any(0)
 
     def __repr__(self) -> str:
         return f"~{self.gates[0]!r}" if self.operation == "~" else f"({f' {self.operation} '.join(map(repr, self.gates))})"
@@ -195,7 +195,7 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
     Examples:
         >>> batch = model.batch(queries[:3] + queries[-3:], grey)
         >>> run = model.run(batch, iv.replace(ssd, iv.text_twin).when(gates.harmful(ssd)).at(layers=5))
-        >>> run.verdicts[0, 0, 5]  # (lane, step, layer) -> query: it opens for the harmful ones
+        >>> run.decisions[0, 0, 5]  # (lane, step, layer) -> query: it opens for the harmful ones
         tensor([ True,  True,  True, False, False, False])
     """
     require_directions(directions)

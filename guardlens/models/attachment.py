@@ -111,9 +111,9 @@ class Attachment:
         return next((owner for owner in owners if isinstance(owner, cls)), None)
 
     @property
-    def verdicts(self) -> dict[tuple[int, int | None], Bool[Tensor, "row"]]:
+    def decisions(self) -> dict[tuple[int, int | None], Bool[Tensor, "row"]]:
         """(step of the intervention, layer) -> which of the newest prompts its gate opened for."""
-        return {} if self._run is None else {key[1:]: opened for key, opened in self._run.record.verdicts.items()}
+        return {} if self._run is None else {key[1:]: opened for key, opened in self._run.record.decisions.items()}
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -310,7 +310,7 @@ def attach(
         >>> inputs = model.batch("how to mend the hat ?", grey).inputs  # what model.processor makes of a prompt
         >>> with gl.attach(guard.at(layers=7), model.hf, model.processor) as handle:
         ...     tokens = model.hf.generate(**inputs, max_new_tokens=16)
-        >>> handle.verdicts[0, 7]  # (step of the intervention, layer) -> which prompts the gate opened for
+        >>> handle.decisions[0, 7]  # (step of the intervention, layer) -> which prompts the gate opened for
         tensor([False])
     """
     require_intervention(intervention)

@@ -118,15 +118,15 @@ class TestGate:
         midpoint = ((ssd.harmful_mean + ssd.harmless_mean) / 2)[LAYER] @ ssd.at(LAYER)[0]
         for gate, threshold in ((0.0, 0.0), (mixed, mixed), ("midpoint", midpoint)):
             run = vlm.run(batch, vlm_guard(ssd, [LAYER], gate=gate).intervention)
-            assert torch.equal(run.verdicts[0, 0, LAYER], coordinates > threshold)
+            assert torch.equal(run.decisions[0, 0, LAYER], coordinates > threshold)
         default = vlm.run(batch, vlm_guard(ssd, [LAYER]).intervention)
-        assert torch.equal(default.verdicts[0, 0, LAYER], coordinates > midpoint)
+        assert torch.equal(default.decisions[0, 0, LAYER], coordinates > midpoint)
 
     def test_another_reference_is_seen_by_the_gate_too(self, vlm, batch, ssd):
         states = vlm.run(batch, read=[Site()], logits=None).reads[Site()][0, :, LAYER] @ ssd.at(LAYER)[0]
         threshold = float(states.median()) + 1e-4
         run = vlm.run(batch, vlm_guard(ssd, [LAYER], gate=threshold, reference=State(run=GREY)).intervention)
-        assert torch.equal(run.verdicts[0, 0, LAYER], states > threshold)
+        assert torch.equal(run.decisions[0, 0, LAYER], states > threshold)
 
     @pytest.mark.parametrize("reading", ["replace", "add", "amplify"])
     def test_closed_untouched_is_bit_identical(self, vlm, batch, ssd, mixed, reading):
@@ -134,7 +134,7 @@ class TestGate:
         assert torch.equal(vlm.run(batch, vlm_guard(ssd, reading=reading, gate=1e9).intervention).logits[0], plain)
         half = vlm.run(batch, vlm_guard(ssd, [LAYER], reading=reading, alpha=ALPHA, gate=mixed).intervention)
         everyone = vlm.run(batch, vlm_guard(ssd, [LAYER], reading=reading, alpha=ALPHA, gate=None).intervention).logits[0]
-        opened = half.verdicts[0, 0, LAYER]
+        opened = half.decisions[0, 0, LAYER]
         assert opened.sum() == 2
         assert torch.equal(half.logits[0], torch.where(opened[:, None], everyone, plain))
 
@@ -170,7 +170,7 @@ def test_signs_of_the_directions_do_not_matter(vlm, batch, ssd, reading):
     ]
     close(*runs)
     gated = [vlm.run(batch, vlm_guard(basis, [LAYER], reading="amplify", gate=0.0).intervention) for basis in (ssd, flipped)]
-    assert torch.equal(gated[0].verdicts[0, 0, LAYER], ~gated[1].verdicts[0, 0, LAYER])
+    assert torch.equal(gated[0].decisions[0, 0, LAYER], ~gated[1].decisions[0, 0, LAYER])
 
 
 def test_layers_are_free_until_set(vlm, batch, ssd):

@@ -26,7 +26,7 @@ STRENGTHS = (0.5, -1.0)
 
 @pytest.fixture(scope="module")
 def intervention(basis):
-    """Gated, so that mixed verdicts of the gate are under test too."""
+    """Gated, so that mixed decisions of the gate are under test too."""
     return iv.amplify(basis, 8.0).when(gates.harmful(basis, 0.0))
 
 

@@ -112,8 +112,8 @@ class TestAgainstHookedModel:
         handle = attach(intervention)
         mine = generate(hf_vlm, batch, **options)
         assert torch.equal(mine, run.tokens[0]) and not torch.equal(mine, plain)
-        assert handle.verdicts.keys() == {key[1:] for key in run.verdicts}
-        assert all(torch.equal(opened, run.verdicts[0, *key]) for key, opened in handle.verdicts.items())
+        assert handle.decisions.keys() == {key[1:] for key in run.decisions}
+        assert all(torch.equal(opened, run.decisions[0, *key]) for key, opened in handle.decisions.items())
         handle.remove()
         assert torch.equal(generate(hf_vlm, batch, **options), plain)
 
@@ -134,7 +134,7 @@ class TestAgainstHookedModel:
         with attach(edit):
             edited = generate(hf_vlm, batch)
         handle = attach(edit.when(gate))
-        mine, opened = generate(hf_vlm, batch), handle.verdicts[0, 5]
+        mine, opened = generate(hf_vlm, batch), handle.decisions[0, 5]
         assert 0 < opened.sum() < len(TEXTS) and torch.equal(mine, torch.where(opened[:, None], edited, plain))
         assert not (edited == plain).all(dim=1).any()
 
@@ -231,7 +231,7 @@ class TestAgainstRawHooks:
     @pytest.mark.parametrize("options", [{"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 3, "do_sample": True}])
     @pytest.mark.parametrize("cached", [True, False])
     def test_beams_and_several_answers(self, vlm, hf_vlm, batch, basis, gate, attach, options, cached):
-        """Rows repeat each prompt, and beams change places; all rows of a prompt have its twin and its verdict."""
+        """Rows repeat each prompt, and beams change places; all rows of a prompt have its twin and its decision."""
         twin, times, layer = vlm.batch(TEXTS), 3, 5
         kept = {}
         reference.with_hooks(hf_vlm, twin.inputs, keep=kept)
@@ -254,7 +254,7 @@ class TestAgainstRawHooks:
         handle = attach(PLANS["gated, always"](basis, gate))
         mine = generate(hf_vlm, batch, use_cache=cached, **options)
         assert torch.equal(mine, expected) and not torch.equal(mine, plain)
-        assert torch.equal(handle.verdicts[0, layer], opened.repeat_interleave(times))
+        assert torch.equal(handle.decisions[0, layer], opened.repeat_interleave(times))
 
     def test_the_unembedding(self, hf_vlm, batch, attach):
         """Generation asks for the logits of the last token alone, whose column is then another."""
@@ -301,8 +301,8 @@ class TestFamilies:
         for options in ({}, {"use_cache": False}) if name in CLOSELY else ({},):
             mine = generate(model.hf, batch, **options)
             assert torch.equal(mine, expected.tokens[0]) and not torch.equal(mine, plain)
-        assert all(torch.equal(handle.verdicts[0, layer], expected.verdicts[0, 0, layer]) for layer in (1, 2))
-        assert all(opened.any() and not opened.all() for opened in handle.verdicts.values())
+        assert all(torch.equal(handle.decisions[0, layer], expected.decisions[0, 0, layer]) for layer in (1, 2))
+        assert all(opened.any() and not opened.all() for opened in handle.decisions.values())
 
     @pytest.mark.parametrize("name", EYES)
     def test_the_twin_has_the_tokens_of_the_prompt_without_images(self, name):
@@ -604,7 +604,7 @@ class TestErrors:
             hf_vlm(**batch.inputs)
             with pytest.raises(errors.ModelError, match=f"where {batch.mask.shape[1]} in 4 rows have been seen"):
                 hf_vlm(torch.ones(4, 1, dtype=torch.long), past_key_values=foreign)
-        assert handle.verdicts == {}
+        assert handle.decisions == {}
 
     def test_a_static_cache(self, hf_vlm, attach, basis, batch):
         attach(iv.project_out(basis))

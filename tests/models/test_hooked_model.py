@@ -156,12 +156,12 @@ def test_two_states_read_at_the_same_place(vlm, batch, basis):
 
 
 def test_gate_decides_per_row(vlm, batch, basis):
-    """Mixed verdicts in one batch: closed rows are bit-identical to no edit, open ones to the ungated edit."""
+    """Mixed decisions in one batch: closed rows are bit-identical to no edit, open ones to the ungated edit."""
     states = vlm.run(vlm.batch(TEXTS), read=[Site()], logits=None).reads[Site()][0, :, 3] @ basis.at(3)[0]
     threshold = float(states.median()) + 1e-4
     intervention = iv.amplify(basis, 5.0).when(gates.harmful(basis, threshold)).at(layers=[3])
     run = vlm.run(batch, intervention)
-    opened = run.verdicts[0, 0, 3]
+    opened = run.decisions[0, 0, 3]
     assert torch.equal(opened, states > threshold)
     assert 0 < opened.sum() < len(TEXTS)
     plain, edited = vlm.run(batch).logits[0], vlm.run(batch, iv.amplify(basis, 5.0).at(layers=[3])).logits[0]
@@ -224,7 +224,7 @@ def test_gate_is_latched_for_decode_steps(vlm, batch, basis):
     run = vlm.run(batch, intervention, new_tokens=6)
     plain = vlm.run(batch, new_tokens=6).tokens[0]
     pushed = vlm.run(batch, iv.add(basis.truncate(1), 12.0).at(layers=[6]).during("decode"), new_tokens=6).tokens[0]
-    for row, opened in enumerate(run.verdicts[0, 0, 6].tolist()):
+    for row, opened in enumerate(run.decisions[0, 0, 6].tolist()):
         assert torch.equal(run.tokens[0, row], (pushed if opened else plain)[row])
     assert calls[0] == (1, [0, 1, 2, 3])
 

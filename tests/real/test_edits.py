@@ -95,7 +95,7 @@ def test_a_gate_opens_where_the_projection_says_so(model, hf, batch, ssd, middle
     assert 0 < opened.sum() < len(opened)
     intervention = iv.add(ssd, 20.0).at(layers=[middle]).when(gates.harmful(ssd, threshold=threshold, state=iv.own))
     run = model.run(batch, [iv.nothing, intervention])
-    assert torch.equal(run.verdicts[1, 0, middle].cpu(), opened.cpu())
+    assert torch.equal(run.decisions[1, 0, middle].cpu(), opened.cpu())
     edited = reference.with_hooks(hf, batch.inputs, {middle: at_last(lambda h: h + 20.0 * ssd.at(middle)[0])})[:, -1]
     near(run.logits[1][opened], edited[opened], 1e-4)
     near(run.logits[1][~opened], plain[~opened], 1e-4)

@@ -22,7 +22,7 @@ from guardlens.models.engine.batch import Batch, Layout, Placement
 from guardlens.models.engine.out_of_memory import at_work
 
 Held = Mapping[tuple[State, int | None], Float[Tensor, "query d_model"]]
-Verdicts = dict[tuple[int, int, int | None], Bool[Tensor, "query"]]
+Decisions = dict[tuple[int, int, int | None], Bool[Tensor, "query"]]
 OwnKey = tuple[int, int | None, State, int | None]
 
 
@@ -33,14 +33,14 @@ class Record:
     Attributes:
         held: States of other presentations' runs, by state and layer; shared by all lanes.
         own: States of this run, by lane, step, state and layer; without a step after all edits of their place, for whatever comes later.
-        verdicts: Which queries a gate opened for, by lane, step and layer.
+        decisions: Which queries a gate opened for, by lane, step and layer.
         reads: One vector per lane and query, by site and point.
         broken: For which states an edit gave NaN or infinity the last time that it ran, and of which queries they are, by edit and point.
     """
 
     held: Held = field(default_factory=dict)
     own: dict[OwnKey, Tensor] = field(default_factory=dict)
-    verdicts: Verdicts = field(default_factory=dict)
+    decisions: Decisions = field(default_factory=dict)
     reads: dict[tuple[Site, Point], Tensor] = field(default_factory=dict)
     broken: dict[tuple[int, int, Point], tuple[Step, Bool[Tensor, "state"], Int[Tensor, "state"]]] = field(default_factory=dict)
 
@@ -103,8 +103,8 @@ class Apply:
 
     def __call__(self, value: Float[Tensor, "row width d"], step: int) -> Float[Tensor, "row width d"] | None:
         if step == 0 and self.step.gate is not None:
-            verdict = self.step.gate.decide(self._lookup, self.point.layer)
-            self.record.verdicts[self.lane, self.number, self.point.layer] = verdict
+            decision = self.step.gate.decide(self._lookup, self.point.layer)
+            self.record.decisions[self.lane, self.number, self.point.layer] = decision
         places = self._places(value.shape[1], step)
         if places is None:
             return None
@@ -149,7 +149,7 @@ class Apply:
         if self.step.strength != 1:
             edited = exact + self.step.strength * (edited - exact)
         if self.step.gate is not None:
-            opened = self.record.verdicts[self.lane, self.number, self.point.layer].to(states.device)
+            opened = self.record.decisions[self.lane, self.number, self.point.layer].to(states.device)
             edited = torch.where(opened[context.query][:, None], edited, exact)
         edited = edited.to(states.dtype)
         bad = ~torch.isfinite(edited).all(dim=-1)

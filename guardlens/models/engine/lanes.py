@@ -44,7 +44,7 @@ def run_tiles(engine: Engine, asked: Asked, held: Held) -> Run:
     reads = reads_of(record, asked.read, batch, engine.cfg.n_layers)
     if logits is not None:
         logits = checked(logits, batch, batch.mask) if asked.logits == "all" else checked(_scored_of(logits, batch, asked.logits), batch)
-    return Run(reads, logits, tokens, record.verdicts, layout.name)
+    return Run(reads, logits, tokens, record.decisions, layout.name)
 
 
 def run_tails(
@@ -75,7 +75,7 @@ def run_tails(
         with stem.unchanged():
             raw = engine.continued(inputs, taps, batch, at)
     reads = reads_of(record, asked.read, batch, engine.cfg.n_layers)
-    return Run(reads, _by_query(raw, asked, lanes), None, record.verdicts, layout.name), stem
+    return Run(reads, _by_query(raw, asked, lanes), None, record.decisions, layout.name), stem
 
 
 def run_answers(engine: Engine, asked: Asked, held: Held, stem: Stem) -> Run:
@@ -90,7 +90,7 @@ def run_answers(engine: Engine, asked: Asked, held: Held, stem: Stem) -> Run:
     watch = partial(require_finite_step, record, batch.queries)
     tokens = engine.generate(replace(batch, inputs=inputs), taps, asked.new_tokens, asked.seed, options, watch)
     reads = reads_of(record, asked.read, batch, engine.cfg.n_layers)
-    return Run(reads, None, tokens.unflatten(0, (lanes, -1)), record.verdicts, layout.name)
+    return Run(reads, None, tokens.unflatten(0, (lanes, -1)), record.decisions, layout.name)
 
 
 def run_forks(engine: Engine, asked: Asked, held: Held) -> Run:
@@ -108,11 +108,11 @@ def run_forks(engine: Engine, asked: Asked, held: Held) -> Run:
     for intervention, start in zip(asked.interventions, starts, strict=True):
         taps, record = compile_taps([intervention], read, layout, batch, engine.cfg.n_layers, held)
         raw = engine.forked(trunk, start, taps, batch, at)
-        runs.append((reads_of(record, read, batch, engine.cfg.n_layers), _by_query(raw, asked, 1), record.verdicts))
+        runs.append((reads_of(record, read, batch, engine.cfg.n_layers), _by_query(raw, asked, 1), record.decisions))
     reads = {site: torch.cat([found[site] for found, _, _ in runs]) for site in read}
-    verdicts = {(lane, *key[1:]): opened for lane, (_, _, found) in enumerate(runs) for key, opened in found.items()}
+    decisions = {(lane, *key[1:]): opened for lane, (_, _, found) in enumerate(runs) for key, opened in found.items()}
     logits = [found for _, found, _ in runs if found is not None]
-    return Run(reads, torch.cat(logits) if logits else None, None, verdicts, "fork")
+    return Run(reads, torch.cat(logits) if logits else None, None, decisions, "fork")
 
 
 def _by_query(raw: Float[Tensor, "state vocab"] | None, asked: Asked, lanes: int) -> Float[Tensor, "lane query ..."] | None:

@@ -23,7 +23,7 @@ class Run:
         reads: Site -> one vector per query and layer (averaged where the site has several positions).
         logits: At the prompt's last token, where an answer's tokens follow, or at all tokens; None where they were not asked for.
         tokens: The newly generated ids, padded; None without generation.
-        verdicts: (lane, step, layer) -> which queries the gate opened for.
+        decisions: (lane, step, layer) -> which queries the gate opened for.
         layout: How the lanes were computed: `"plain"`, `"tile"`, `"branch"` or `"fork"`.
         why: Why not as branches; empty if they were, or if there was one lane.
     """
@@ -31,7 +31,7 @@ class Run:
     reads: Mapping[Site, Float[Tensor, "lane query layer d_model"]]
     logits: Float[Tensor, "lane query ... vocab"] | None
     tokens: Int[Tensor, "lane query new"] | None
-    verdicts: Mapping[tuple[int, int, int | None], Bool[Tensor, "query"]]
+    decisions: Mapping[tuple[int, int, int | None], Bool[Tensor, "query"]]
     layout: str
     why: str = ""
 

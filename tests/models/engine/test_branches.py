@@ -175,9 +175,9 @@ def test_gates_twins_and_own_states_ride_along(vlm, batch, basis, gated):
     branches, tiles = vlm.run(batch, interventions), vlm.run(batch, interventions, layout="tile")
     assert branches.layout == "branch"
     close(branches.logits, tiles.logits)
-    assert branches.verdicts.keys() == tiles.verdicts.keys() and len(tiles.verdicts) > 3
-    assert all(torch.equal(opened, tiles.verdicts[key]) for key, opened in branches.verdicts.items())
-    assert 0 < branches.verdicts[0, 0, 3].sum() < len(TEXTS)
+    assert branches.decisions.keys() == tiles.decisions.keys() and len(tiles.decisions) > 3
+    assert all(torch.equal(opened, tiles.decisions[key]) for key, opened in branches.decisions.items())
+    assert 0 < branches.decisions[0, 0, 3].sum() < len(TEXTS)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -102,7 +102,7 @@ def test_gates_decide_per_query_and_lane():
     moved = (changed[POST[0]] - values[POST[0]])[:, -1, 0]
     torch.testing.assert_close(moved, torch.tensor([5.0, 0, 0, 5]))
     assert torch.equal(changed[POST[0]][1:3], values[POST[0]][1:3])
-    assert record.verdicts[0, 0, 0].tolist() == [True, False] and record.verdicts[1, 0, 0].tolist() == [False, True]
+    assert record.decisions[0, 0, 0].tolist() == [True, False] and record.decisions[1, 0, 0].tolist() == [False, True]
 
 
 def test_strength_interpolates_and_zero_is_bit_identical():
@@ -201,4 +201,4 @@ def test_steps_at_one_place_have_gates_of_their_own_states():
     values[POST[0]][:, -1] = torch.stack([V.at(0)[0], -V.at(0)[0]])
     intervention = add(0).when(gate) >> push >> add(0).when(gate)
     _, record, _ = drive([intervention.at(layers=[0])], values)
-    assert record.verdicts[0, 0, 0].tolist() == [True, False] and record.verdicts[0, 2, 0].tolist() == [True, True]
+    assert record.decisions[0, 0, 0].tolist() == [True, False] and record.decisions[0, 2, 0].tolist() == [True, True]

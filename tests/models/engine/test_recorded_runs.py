@@ -74,7 +74,7 @@ def recorded(model):
 def tensors(run):
     """All that a run gave, by name."""
     reads = {f"reads {site.hook} {site.positions}": value for site, value in run.reads.items()}
-    decisions = {f"gate {' '.join(map(str, key))}": opened for key, opened in run.verdicts.items()}
+    decisions = {f"gate {' '.join(map(str, key))}": opened for key, opened in run.decisions.items()}
     found = {"logits": run.logits, "tokens": run.tokens, **reads, **decisions}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -310,8 +310,8 @@ class TestWhatTheThirdReadersMissed:
         batch = vlm.batch(WORDS, GREY)
         interventions = [iv.amplify(basis).when(gates.harmful(basis, bound)).at(layers=[6], positions="all") for bound in (-1e9, 1e9, -1e9)]
         forks, tiles = (vlm.run(batch, interventions, layout=layout) for layout in ("fork", "tile"))
-        assert forks.verdicts.keys() == tiles.verdicts.keys() and len(tiles.verdicts) == 3
-        assert all(torch.equal(opened, tiles.verdicts[key]) for key, opened in forks.verdicts.items())
+        assert forks.decisions.keys() == tiles.decisions.keys() and len(tiles.decisions) == 3
+        assert all(torch.equal(opened, tiles.decisions[key]) for key, opened in forks.decisions.items())
         close(forks.logits, tiles.logits)
 
     def test_a_fork_that_reads_before_its_edit_begins_there(self, vlm, basis):
