@@ -8,7 +8,7 @@ from guardlens.data.queries import Query, QueryPairs, text_only
 from guardlens.directions import Directions
 from guardlens.interventions import Context
 from guardlens.models.engine.batch import Batch
-from guardlens.results.files import Provenance
+from guardlens.results.provenance import Provenance
 
 seeds = st.integers(0, 2**31 - 1)
 

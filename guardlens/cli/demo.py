@@ -26,7 +26,8 @@ from guardlens.experiments.separability import held_out
 from guardlens.experiments.sweeps import sweep
 from guardlens.models.hooked_model import HookedModel
 from guardlens.models.loading import load
-from guardlens.results.files import locked, require_path
+from guardlens.results.files import require_path
+from guardlens.results.run_directory import locked
 
 STRENGTHS = (0.5, 1.0, 2.0)
 PLACEBO_DRAWS = 4

@@ -18,20 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.errors import StorageError, one_of, quoted, warn
-from guardlens.results.files import (
-    MANIFEST,
-    RECORDS,
-    RUN,
-    Provenance,
-    RunDirectory,
-    atomic,
-    digest,
-    metadata_of,
-    reading,
-    records_in,
-    run_of,
-    writing,
-)
+from guardlens.results.files import atomic, digest, metadata_of, reading, writing
+from guardlens.results.provenance import Provenance
+from guardlens.results.run_directory import MANIFEST, RECORDS, RUN, RunDirectory, records_in, run_of
 
 KIND, TENSOR = "activations", "states"
 """What a file of states says that it holds, and the name of the tensor in it."""

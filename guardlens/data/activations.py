@@ -17,7 +17,8 @@ from guardlens.data.queries import Query, counted
 from guardlens.errors import MismatchError, NumericsError, QueryError, SiteError, as_count, quoted, require_type, warn
 from guardlens.hooks import HOOKS, Point, layer_index, numbered, parse
 from guardlens.results import notebook_html as notebooks
-from guardlens.results.files import Provenance, load_tensors, reading, require_path, save_tensors
+from guardlens.results.files import load_tensors, reading, require_path, save_tensors
+from guardlens.results.provenance import Provenance
 
 Components = Float[Tensor, "component batch seq d"]
 

@@ -14,7 +14,8 @@ from guardlens.data.queries import Query, require_labels
 from guardlens.errors import MismatchError, NumericsError, as_count, require_type, warn
 from guardlens.hooks import layer_index, numbered, parse, require_same_space
 from guardlens.results import notebook_html as notebooks
-from guardlens.results.files import Provenance, bytes_of, digest, in_memory, load_tensors, reading, require_related, save_tensors
+from guardlens.results.files import bytes_of, digest, in_memory, load_tensors, reading, save_tensors
+from guardlens.results.provenance import Provenance, require_related
 
 ORTHONORMAL = 1e-2
 """How far the products of rows may be from 0 and 1: as far as bfloat16 rounds them."""

@@ -23,9 +23,9 @@ from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.engine.out_of_memory import at_work
 from guardlens.models.hooked_model import HookedModel, Queries, as_new_tokens, require_model
 from guardlens.models.identity import configuration, of_intervention, shown
-from guardlens.results.files import RunDirectory
 from guardlens.results.intervals import Interval, gap_closed, proportion
 from guardlens.results.progress import track
+from guardlens.results.run_directory import RunDirectory
 from guardlens.results.significance import McNemar, mcnemar
 from guardlens.results.tables import Frame, Table, cached_frame
 

@@ -30,9 +30,9 @@ from guardlens.models.checks import warn_of_other_residual_terms
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
-from guardlens.results.files import require_same_model
 from guardlens.results.intervals import percentile, resample_counts
 from guardlens.results.progress import track
+from guardlens.results.provenance import require_same_model
 from guardlens.results.tables import Frame, Table
 
 KEYS = ["direction", *Component._fields]

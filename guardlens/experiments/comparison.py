@@ -12,8 +12,8 @@ from guardlens.directions import Directions, warn_of_own_queries
 from guardlens.errors import MismatchError, NumericsError, as_count, one_of, quoted, require_type, warn
 from guardlens.experiments import separability as sep
 from guardlens.hooks import require_same_space
-from guardlens.results.files import require_related, require_same_model
 from guardlens.results.intervals import Interval, percentile, resample_counts
+from guardlens.results.provenance import require_related, require_same_model
 from guardlens.results.tables import Frame, Table
 
 Measured = tuple[float, Float[np.ndarray, "draw"]]

@@ -24,7 +24,7 @@ from guardlens.errors import (
 )
 from guardlens.hooks import numbered, require_same_space
 from guardlens.interventions.held_states import Context, State
-from guardlens.results.files import require_same_model
+from guardlens.results.provenance import require_same_model
 
 
 @runtime_checkable

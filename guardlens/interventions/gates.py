@@ -16,7 +16,7 @@ from guardlens.errors import InterventionError, MismatchError, NumericsError, Si
 from guardlens.hooks import numbered
 from guardlens.interventions.edits import require_directions, require_factors
 from guardlens.interventions.held_states import State, own, text_twin
-from guardlens.results.files import require_same_model
+from guardlens.results.provenance import require_same_model
 
 Operation = Literal["&", "|", "~"]
 Lookup = Callable[[State], Float[Tensor, "query d_model"]]

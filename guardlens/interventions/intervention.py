@@ -13,8 +13,8 @@ from guardlens.interventions.edits import Affine, Edit, Turned, require_edit
 from guardlens.interventions.gates import Combined, Gate, Linear
 from guardlens.interventions.held_states import State
 from guardlens.interventions.serialization import fingerprint, load, save
-from guardlens.results.files import require_same_model
 from guardlens.results.notebook_html import captioned, span, table
+from guardlens.results.provenance import require_same_model
 
 Phase = Literal["prefill", "decode", "always"]
 """When a step edits: in the prefill, in the decode steps (each new token), or both.

@@ -54,8 +54,9 @@ from guardlens.models.processing.chat_template import (
     tokenizer_of,
 )
 from guardlens.models.readiness import foreign_hooks, hook_name, require_ready
-from guardlens.results.files import Provenance, digest
+from guardlens.results.files import digest
 from guardlens.results.notebook_html import captioned, facts
+from guardlens.results.provenance import Provenance
 
 Queries = str | Query | QueryPairs | Sequence[str | Query]
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from guardlens.errors import MismatchError, StorageError, is_several, quoted, require_type
-from guardlens.results.files import Provenance, atomic, digest, encoded, reading, require_path
+from guardlens.results.files import atomic, digest, encoded, reading, require_path
 from guardlens.results.notebook_html import captioned, first_rows
+from guardlens.results.provenance import Provenance
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

@@ -22,7 +22,7 @@ from guardlens.experiments.comparison import Comparison
 from guardlens.experiments.sweeps import Sweep
 from guardlens.interventions import Intervention
 from guardlens.models.hooked_model import HookedModel
-from guardlens.results.files import locked
+from guardlens.results.run_directory import locked
 from guardlens.results.tables import rich_table
 
 DEFENCES = ["none", "self_reminder", "vlm_guard[replace]", "vlm_guard[add]", "vlm_guard[amplify]", "vlm_guard[project]", "random"]

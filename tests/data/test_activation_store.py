@@ -240,7 +240,7 @@ class TestResume:
         ("where", "call"),
         [
             ("guardlens.models.hooked_model.HookedModel.run", 3),
-            ("guardlens.results.files.RunDirectory.append", 3),
+            ("guardlens.results.run_directory.RunDirectory.append", 3),
             ("os.fsync", 5),
             ("os.fsync", 6),
         ],
@@ -337,7 +337,7 @@ from guardlens.experiments import collection
 from guardlens.experiments.collection import collect
 from guardlens.models.hooked_model import HookedModel
 from guardlens.hooks import Site
-from guardlens.results.files import Provenance
+from guardlens.results.provenance import Provenance
 
 WIDTH, LAYERS = 8192, 8
 collection.configuration = lambda *_: {}  # the stub has no weights to tell it by

@@ -6,7 +6,8 @@ import torch
 
 from guardlens import ActivationCache, Activations, Query, errors
 from guardlens.hooks import Point
-from guardlens.results.files import Provenance, save_tensors
+from guardlens.results.files import save_tensors
+from guardlens.results.provenance import Provenance
 from tests.strategies import gaussian, make_activations, make_pairs
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from guardlens import Activations, Directions, Query, defences, directions, errors, gates
 from guardlens import interventions as iv
-from guardlens.results.files import FORMAT, Provenance, checksum, digest, load_tensors, save_tensors
+from guardlens.results.files import FORMAT, checksum, digest, load_tensors, save_tensors
+from guardlens.results.provenance import Provenance
 from tests.strategies import apply, gaussian, make_activations, make_directions, make_pairs
 
 

@@ -14,8 +14,8 @@ from guardlens import errors, presentations
 from guardlens.data.queries import text_only
 from guardlens.directions import Directions
 from guardlens.experiments.attribution import CONTRAST, KEYS, Attribution
-from guardlens.results.files import Provenance
 from guardlens.results.intervals import bootstrap
+from guardlens.results.provenance import Provenance
 from tests import reference
 from tests.strategies import orthonormal
 from tests.zoo import FAMILIES

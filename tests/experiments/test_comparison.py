@@ -15,7 +15,7 @@ from guardlens.data.queries import Query
 from guardlens.evaluation.runner import Evaluation
 from guardlens.experiments import separability
 from guardlens.experiments.comparison import Comparison
-from guardlens.results.files import Provenance
+from guardlens.results.provenance import Provenance
 
 MADE_BY = Provenance(model="toy@aaa")
 N, WIDTH, LAYERS, SHIFT = 80, 6, (0, 3), 4.0

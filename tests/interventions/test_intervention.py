@@ -236,7 +236,7 @@ def test_custom_cannot_be_saved(tmp_path):
         *(
             "os:system",
             "builtins:eval",
-            "guardlens.results.files:RunDirectory",
+            "guardlens.results.run_directory:RunDirectory",
             "guardlens.interventions.intervention:Step",
             "guardlens.nope.x:Y",
             "",

@@ -445,7 +445,7 @@ def _anyones(basis, gate):
     """The same, made for no model in particular: an adapter's fingerprint is another."""
     from dataclasses import replace
 
-    from guardlens.results.files import Provenance
+    from guardlens.results.provenance import Provenance
 
     return Directions(**{**vars(basis), "provenance": Provenance("")}), replace(gate, made_for="")
 

@@ -19,7 +19,7 @@ from guardlens.data.queries import Prompt, text_only
 from guardlens.models.architectures import facts, fingerprint
 from guardlens.models.architectures.fingerprint import WORDS, _summed
 from guardlens.models.identity import configuration
-from guardlens.results.files import first_difference
+from guardlens.results.run_directory import first_difference
 
 GREY = presentations.blank("grey", 32)
 QUERIES = (gl.Query("how to mend the hat ?", "harmless"), gl.Query("how to forge the badge ?", "harmful"))

@@ -15,7 +15,9 @@ from guardlens import errors, interventions
 from guardlens.directions import Directions
 from guardlens.interventions import Intervention
 from guardlens.results import files as storage
-from guardlens.results.files import Provenance, RunDirectory, atomic, digest, load_tensors, require_same_model, save_tensors, write_text
+from guardlens.results.files import atomic, digest, load_tensors, save_tensors, write_text
+from guardlens.results.provenance import Provenance, require_same_model
+from guardlens.results.run_directory import RunDirectory
 from tests.forked_processes import forked
 from tests.strategies import make_directions
 
@@ -140,7 +142,7 @@ class TestRunDirectory:
         def refuse(*_, **__):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("guardlens.results.files.FileLock.acquire", refuse)
+        monkeypatch.setattr("guardlens.results.run_directory.FileLock.acquire", refuse)
         with pytest.warns(UserWarning, match=r"can't be locked \(.*\): see to it that no other process writes there"):
             assert RunDirectory(tmp_path, {}).records() == [{"id": 1}]
         with pytest.raises(errors.StorageError, match=r"new, which can't be written"):

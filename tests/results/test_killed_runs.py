@@ -13,7 +13,8 @@ import torch
 
 from guardlens import errors
 from guardlens.data.activation_store import WHOLE, StateStore
-from guardlens.results.files import RunDirectory, load_tensors
+from guardlens.results.files import load_tensors
+from guardlens.results.run_directory import RunDirectory
 from guardlens.results.tables import Table
 from tests.forked_processes import code_of, forks
 
