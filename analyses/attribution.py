@@ -150,7 +150,7 @@ def _scatter(rows: Frame, layer: int) -> Any:
     (ax,) = figure_style.axes_for(None, 1, 1, height=3.6, width=6.4)
     for place, (kind, name) in enumerate((("head", "head"), ("mlp", "MLP"))):
         part = both[both["component"] == kind]
-        x, marks = -part["change"], figure_style.marked(place)
+        x, marks = -part["change"], figure_style.color_and_marker(place)
         ax.hlines(part["patched"], -part["change_high"], -part["change_low"], color=marks["color"], linewidth=1.2, alpha=0.45)
         ax.vlines(x, part["patched_low"], part["patched_high"], color=marks["color"], linewidth=1.2, alpha=0.45)
         ax.plot(x, part["patched"], linestyle="none", markersize=5.5, markeredgecolor="white", label=f"{name} ({len(part)})", **marks)

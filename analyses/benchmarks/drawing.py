@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from analyses.benchmarks.growing import FLOOR, WAYS
-from guardlens.results.plots.style import MUTED, Rows, dressed, marked, styled
+from guardlens.results.plots.style import MUTED, Rows, color_and_marker, dressed, styled
 
 LABELS = {
     "layers": "layers",
@@ -57,7 +57,7 @@ def _decades(frame: Rows) -> float:
 
 
 def _style(place: int, way: str) -> dict[str, Any]:
-    return {"color": MUTED, "linestyle": (0, (4, 2)), "marker": "none"} if way == FLOOR else marked(place + 1)
+    return {"color": MUTED, "linestyle": (0, (4, 2)), "marker": "none"} if way == FLOOR else color_and_marker(place + 1)
 
 
 def _handles() -> list[Any]:

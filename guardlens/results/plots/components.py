@@ -1,4 +1,4 @@
-"""Figures of components: heads as heat maps over blocks, all else as bars beneath. Tidy frame in, axes out."""
+"""Figures of components: heads as heat maps over layers, and everything else as bars beneath them."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guardlens.errors import MismatchError
-from guardlens.results.plots import panels as artists
 from guardlens.results.plots import style
+from guardlens.results.plots.panels import as_cells, cells_around_zero, heat_map, with_dot_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 else:
-    Axes = DataFrame = Any  # lets a run-time type checker pass over what is loaded lazily
+    Axes = DataFrame = Any  # lets a run-time type checker skip what is loaded lazily
 
 KINDS = {
     "embed": "embedding",
@@ -22,21 +22,22 @@ KINDS = {
     "rest": "rest of the block",
     "between": "added after the block",
 }
-"""What is drawn as bars, with its name in the legend."""
+"""Components that are drawn as bars -> name in the legend."""
 HATCHES = ("", "", "////", "....", "xxxx")
+"""The hatches of these bars, in order."""
 HAIRLINE = 0.002
-"""Share of a scale below which a bar can't be seen."""
+"""The share of a scale below which a bar is too small to be seen."""
 WHISKER: dict[str, Any] = {"color": style.INK, "linewidth": 0.9, "alpha": 0.7}
 
 
 @style.styled
 def component_maps(frame: DataFrame, axes: Axes | Iterable[Axes] | None = None) -> np.ndarray:
-    """What each component adds: above, heads by block as a heat map; below, over the same blocks, everything else as bars.
+    """The contribution of each component: above, heads by layer as a heat map; below, over the same layers, everything else as bars.
 
     Args:
         frame: Columns panel, unit, component (`"head"`, or one of `KINDS`), block, head, value, low, high; -1 stands for no block and no
-            head. Order of appearance is order of panels, and panels of one unit stand together and share their scales.
-        axes: Where to draw: first the heat maps, then the bars; a new figure without it.
+            head. Panels come in order of appearance; those of one unit must be adjacent, and share their scales.
+        axes: The axes to draw on, first those of the heat maps, then those of the bars; a new figure by default.
 
     Returns:
         The axes, shape [2 panel].
@@ -46,7 +47,8 @@ def component_maps(frame: DataFrame, axes: Axes | Iterable[Axes] | None = None) 
         NumericsError: The frame is empty.
     """
     rows = style.require(frame, "panel", "unit", "component", "block", "head", "value", "low", "high")
-    blocks, heads = np.unique(rows.loc[rows["block"] >= 0, "block"]), np.unique(rows.loc[rows["component"] == "head", "head"])
+    blocks = np.unique(rows.loc[rows["block"] >= 0, "block"])
+    heads = np.unique(rows.loc[rows["component"] == "head", "head"])
     names = style.unique(rows, "panel")
     grid = _grid(axes, len(names), 0.9 + 0.24 * max(4, min(len(heads), 16)))
     for unit in style.unique(rows, "unit"):
@@ -60,28 +62,32 @@ def component_maps(frame: DataFrame, axes: Axes | Iterable[Axes] | None = None) 
 
 
 def _panels_of_one_scale(grid: np.ndarray, rows: style.Rows, unit: str, blocks: np.ndarray, heads: np.ndarray) -> None:
-    inside, outside = rows[rows["component"] == "head"], rows[rows["component"] != "head"]
-    limit, edges = float(np.nan_to_num(inside["value"].abs().max())) or 1.0, outside[["value", "low", "high"]]
-    low, high = min(0.0, float(edges.min().min())), max(0.0, float(edges.max().max()))
+    of_heads = rows[rows["component"] == "head"]
+    others = rows[rows["component"] != "head"]
+    limit = float(np.nan_to_num(of_heads["value"].abs().max())) or 1.0
+    ends = others[["value", "low", "high"]]
+    low = min(0.0, float(ends.min().min()))
+    high = max(0.0, float(ends.max().max()))
+    margin = 0.06 * (high - low)
     for (above, below), name in zip(grid.T, style.unique(rows, "panel"), strict=True):
         if len(heads):
-            _head_map(above, inside[inside["panel"] == name], blocks, heads, limit)
+            _head_map(above, of_heads[of_heads["panel"] == name], blocks, heads, limit)
         above.set_title(name)
-        _bars(below, outside[outside["panel"] == name], blocks)
-        below.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        _bars(below, others[others["panel"] == name], blocks)
+        below.set_ylim(low - margin, high + margin)
     if len(heads):
-        style.add_colour_bar(grid[0], artists.with_dots(unit, inside), aspect=18, pad=0.03 / grid.shape[1])
+        style.add_color_bar(grid[0], with_dot_legend(unit, of_heads), aspect=18, pad=0.03 / grid.shape[1])
 
 
 @style.styled
 def head_maps(frame: DataFrame, unit: str = "", axes: Axes | Iterable[Axes] | None = None) -> np.ndarray:
-    """One number per head: a heat map of heads over blocks per panel, on one scale centred at 0.
+    """One number per head: a heat map of heads over layers per panel, on a common scale around 0.
 
     Args:
-        frame: Columns panel, block, head, value. An n column, if there, goes to the titles; with the columns low and high, heads whose
-            interval holds 0 have a dot. nan and missing heads stay grey.
-        unit: What the values are; labels the colour bar.
-        axes: Where to draw, one per panel; a new figure without it.
+        frame: Columns panel, block, head, value. An optional column n is shown in the titles; with the optional columns low and high,
+            heads whose interval contains 0 are marked by a dot. nan and missing heads stay grey.
+        unit: The unit of the values; labels the color bar.
+        axes: The axes to draw on, one per panel; a new figure by default.
 
     Returns:
         The axes, one per panel.
@@ -100,7 +106,7 @@ def head_maps(frame: DataFrame, unit: str = "", axes: Axes | Iterable[Axes] | No
         ax.set_title(f"{name}{style.of_items(panel)}")
         ax.set_xlabel("layer")
     panels[0].set_ylabel("head")
-    style.add_colour_bar(panels, artists.with_dots(unit, rows), aspect=18, pad=0.03 / len(panels))
+    style.add_color_bar(panels, with_dot_legend(unit, rows), aspect=18, pad=0.03 / len(panels))
     return panels
 
 
@@ -112,30 +118,33 @@ def _grid(axes: Axes | Iterable[Axes] | None, panels: int, height: float) -> np.
         return given[: 2 * panels].reshape(2, panels)
     from matplotlib import pyplot
 
-    size, ratios = (1.6 + 3.0 * panels, height + 2.4), (height, 1.6)
-    return pyplot.subplots(2, panels, figsize=size, sharex=True, squeeze=False, layout="constrained", height_ratios=ratios)[1]
+    size = (1.6 + 3.0 * panels, height + 2.4)
+    return pyplot.subplots(2, panels, figsize=size, sharex=True, squeeze=False, layout="constrained", height_ratios=(height, 1.6))[1]
 
 
 def _head_map(ax: Axes, rows: style.Rows, blocks: np.ndarray, heads: np.ndarray, limit: float) -> None:
-    down, across = ("head", heads), ("block", blocks)
-    cells, unsure = artists.spread(rows, "value", down, across), artists.holding_zero(rows, down, across)
-    artists.heat_map(ax, cells, [str(block) for block in blocks], [str(head) for head in heads], limit, unsure, written=False)
+    down = ("head", heads)
+    across = ("block", blocks)
+    cells = as_cells(rows, "value", down, across)
+    undecided = cells_around_zero(rows, down, across)
+    heat_map(ax, cells, [str(block) for block in blocks], [str(head) for head in heads], limit, undecided, with_numbers=False)
 
 
 def _visible(rows: style.Rows) -> list[str]:
-    """The kinds whose bars or intervals can be seen on the scale of their panels; a legend of others would send readers searching."""
-    outside = rows[rows["component"] != "head"]
-    reach = outside[["value", "low", "high"]].abs().max(axis=1)
-    seen = set(outside.loc[reach > HAIRLINE * reach.groupby(outside["unit"]).transform("max"), "component"])
+    """The kinds whose bars or intervals are large enough to be seen on the scale of their panels, and so belong in the legend."""
+    others = rows[rows["component"] != "head"]
+    extent = others[["value", "low", "high"]].abs().max(axis=1)
+    scale = extent.groupby(others["unit"]).transform("max")
+    seen = set(others.loc[extent > HAIRLINE * scale, "component"])
     return [kind for kind in KINDS if kind in seen]
 
 
 def _bars(ax: Axes, rows: style.Rows, blocks: np.ndarray) -> None:
-    """Bars over the blocks' places in the heat map above; the embedding stands before the first."""
+    """Bars at the layers' positions in the heat map above, and the bar of the embedding before the first of them."""
     kinds = [kind for kind in KINDS if (rows["component"] == kind).any()]
     beside = [kind for kind in kinds if kind != "embed"]
     width = 0.8 / max(1, len(beside))
-    first = -max(1.0, len(blocks) / 6)  # so far off that its name is clear of the next
+    first = -max(1.0, len(blocks) / 6)  # far enough off to keep its name clear of the next one
     place = {block: position for position, block in enumerate(blocks)} | {-1: first}
     for kind in kinds:
         bars = rows[rows["component"] == kind]
@@ -153,11 +162,11 @@ def _bars(ax: Axes, rows: style.Rows, blocks: np.ndarray) -> None:
 
 def _look(kind: str) -> dict[str, Any]:
     number = list(KINDS).index(kind)
-    return {"color": style.RUNS[number], "hatch": HATCHES[number], "edgecolor": "white", "linewidth": 0.6}
+    return {"facecolor": style.RUNS[number], "hatch": HATCHES[number], "edgecolor": "white", "linewidth": 0.6}
 
 
 def _handles(kinds: Sequence[str]) -> list[Any]:
     from matplotlib.patches import Patch
 
-    patches = [Patch(label=KINDS[kind], facecolor=look.pop("color"), **look) for kind in kinds if (look := _look(kind))]
+    patches = [Patch(label=KINDS[kind], **_look(kind)) for kind in kinds]
     return [*patches, style.whisker_handle(**WHISKER)]

@@ -163,7 +163,7 @@ def test_effect_maps_leave_missing_cells_empty():
     axes = plots.effect_maps(effects().drop(index=0))
     assert np.ma.getmaskarray(axes[0, 0].collections[0].get_array())[0, 0]
     assert len(axes[0, 0].texts) == 5
-    with pytest.raises(NumericsError, match="effects without a finite extreme"):
+    with pytest.raises(NumericsError, match=r"The largest effect is nan\."):
         plots.effect_maps(effects().assign(value=np.nan))
 
 
