@@ -115,7 +115,9 @@ def effect_maps(frame: DataFrame, unit: str = "Δ refusal log-odds (nats)", axes
     strengths = ("strength", np.unique(rows["strength"]))
     limit = float(rows["value"].abs().max())
     if not np.isfinite(limit):
-        raise NumericsError("No effect is finite.", "finite numbers, or nan for single cells", "look for an overflow in the scores")
+        raise NumericsError(
+            f"The largest effect is {limit}.", "finite numbers, or nan for single cells", "look for an overflow in the scores"
+        )
     pairs = [(intervention, label) for intervention in interventions for label in labels]
     panels = style.axes_for(axes, len(pairs), len(labels), height=0.75 + 0.3 * rows["strength"].nunique(), share_y=True)
     for ax, (intervention, label) in zip(panels, pairs, strict=True):
