@@ -14,7 +14,8 @@ import guardlens as gl
 from analyses.publication import Analysis, Settings, application, clusters, guard_layer, interval, markdown, picture
 from guardlens import directions, plots
 from guardlens.cli.demo import Subject
-from guardlens.data.queries import Presentation, Query
+from guardlens.data.presentations import Presentation
+from guardlens.data.queries import Query
 from guardlens.errors import ModelError, SiteError
 from guardlens.experiments.attribution import Attribution
 from guardlens.experiments.patching import Patching

@@ -17,7 +17,7 @@ from guardlens import defences, directions, plots
 from guardlens.cli.demo import Subject
 from guardlens.cli.findings import WIDTHS
 from guardlens.cli.guard_selection import RANKS, RULE, Guard, choose, mildest
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.defences import Defence
 from guardlens.evaluation.runner import Evaluation
 from guardlens.results.intervals import Interval, mean_difference

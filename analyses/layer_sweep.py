@@ -14,7 +14,7 @@ import guardlens as gl
 from analyses.publication import Analysis, Settings, application, clusters, interval, markdown, picture
 from guardlens import defences, directions, plots
 from guardlens.cli.demo import Subject
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.experiments.scores import refusal_logodds
 from guardlens.experiments.sweeps import Sweep
 from guardlens.results.intervals import mean_difference

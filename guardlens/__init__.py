@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from guardlens import defences, directions, errors, interventions, organism
     from guardlens.data import presentations
     from guardlens.data.activations import ActivationCache, Activations
-    from guardlens.data.queries import Query, QueryPairs, read_queries
+    from guardlens.data.queries import Query, QueryPairs
+    from guardlens.data.readers import read_queries
     from guardlens.directions import Directions
     from guardlens.evaluation import judges
     from guardlens.evaluation.runner import evaluate
@@ -69,7 +70,7 @@ _HOMES = {
     "plots": "results.plots",
     "presentations": "data.presentations",
     "progress_bars": "results.progress",
-    "read_queries": "data.queries",
+    "read_queries": "data.readers",
     "scores": "experiments.scores",
     "sweep": "experiments.sweeps",
 }

@@ -4,7 +4,8 @@ import torch
 from hypothesis import strategies as st
 
 from guardlens.data.activations import Activations
-from guardlens.data.queries import Query, QueryPairs, text_only
+from guardlens.data.presentations import text_only
+from guardlens.data.queries import Query, QueryPairs
 from guardlens.directions import Directions
 from guardlens.interventions import Context
 from guardlens.models.engine.batch import Batch

@@ -12,7 +12,7 @@ from analyses.benchmarks.answering import guarded_layers
 from analyses.benchmarks.rows import FORWARDS, Plan, Row, row
 from analyses.benchmarks.timing import Way
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention, nothing
 from guardlens.models.engine.batch import Batch

@@ -6,7 +6,7 @@ from functools import partial
 import guardlens as gl
 from analyses.benchmarks import peers, subjects, timing, ways
 from analyses.benchmarks.rows import Plan, Row, row
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 
 
 def _ways(plan: Plan) -> dict[str, timing.Way]:

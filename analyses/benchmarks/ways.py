@@ -9,7 +9,8 @@ from torch import Tensor
 
 import guardlens as gl
 from guardlens import interventions as iv
-from guardlens.data.queries import Presentation, Query
+from guardlens.data.presentations import Presentation
+from guardlens.data.queries import Query
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention
 from guardlens.models.engine.batch import Batch

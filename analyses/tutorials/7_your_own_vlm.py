@@ -70,7 +70,7 @@ from transformers import (
 
 import guardlens as gl
 from guardlens import defences, directions, presentations
-from guardlens.data.queries import split
+from guardlens.data.splits import split
 from guardlens.errors import ModelError
 from guardlens.models.checks import check
 

@@ -14,7 +14,10 @@ from guardlens import defences, directions, organism
 from guardlens.cli.findings import Findings, write
 from guardlens.cli.guard_selection import RANKS, choose, mildest
 from guardlens.data import presentations
-from guardlens.data.queries import Presentation, Query, QueryPairs, read_queries, require_labels, split, text_only
+from guardlens.data.presentations import Presentation, text_only
+from guardlens.data.queries import Query, QueryPairs, require_labels
+from guardlens.data.readers import read_queries
+from guardlens.data.splits import split
 from guardlens.defences import Defence, vlm_guard
 from guardlens.errors import NumericsError, PresentationError, QueryError
 from guardlens.evaluation.judges import Judge, keyword

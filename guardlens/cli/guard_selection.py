@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from guardlens.data.activations import Activations
-from guardlens.data.queries import Presentation, Query
+from guardlens.data.presentations import Presentation
+from guardlens.data.queries import Query
 from guardlens.defences import Defence, none, vlm_guard
 from guardlens.defences._vlm_guard import Reading
 from guardlens.directions import Directions

@@ -1,27 +1,20 @@
-"""What is asked of a model: queries with labels, pairs of them, and how a query is shown (the presentation protocol)."""
+"""Queries with labels, and pairs of a harmful query and its harmless twin."""
 
-import csv
 import hashlib
-import io
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field, replace
 from numbers import Real
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from guardlens.data.images import as_images
-from guardlens.errors import PresentationError, QueryError, as_count, is_several, quoted, require_type
+from guardlens.errors import QueryError, is_several, quoted, require_type
 from guardlens.results import notebook_html as notebooks
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 Label = Literal["harmful", "harmless"]
+
+
 LABELS: tuple[Label, Label] = ("harmful", "harmless")
 
 
@@ -201,93 +194,6 @@ class QueryPairs:
         return notebooks.captioned(f"QueryPairs({len(self)} pairs)", notebooks.table(rows))
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A query as it is shown: what goes into the chat template.
-
-    Attributes:
-        text: What the user says.
-        images: What they show, before the text.
-        system: The system prompt; none if empty.
-        prefill: How the assistant's answer begins, the model going on from there.
-        template_kwargs: What else the chat template is told, as JSON text.
-
-    Raises:
-        PresentationError: A field that is no text.
-    """
-
-    text: str
-    images: "tuple[Image.Image, ...]" = ()
-    system: str = ""
-    prefill: str = ""
-    template_kwargs: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("text", "system", "prefill", "template_kwargs"):
-            object.__setattr__(self, name, as_text(getattr(self, name), f"the {name} of a prompt", PresentationError))
-
-
-@runtime_checkable
-class Presentation(Protocol):
-    """How a query reaches the model. Frozen and comparable: equal presentations show equal prompts.
-
-    Examples:
-        >>> isinstance(grey, presentations.Presentation), grey.name
-        (True, 'blank grey')
-        >>> grey(gl.Query("how to mend the hat ?")).text  # what the user says; .images is what they show
-        'how to mend the hat ?'
-    """
-
-    @property
-    def name(self) -> str:
-        """As it appears in tables, such as `text`, `blank grey`, `own`."""
-        ...
-
-    def __call__(self, query: Query) -> Prompt: ...
-
-
-@dataclass(frozen=True)
-class TextOnly:
-    """The query's text without any image: what the LLM sees.
-
-    Examples:
-        >>> presentations.TextOnly()(gl.Query("how to mend the hat ?")).images
-        ()
-    """
-
-    name: str = "text"
-
-    def __call__(self, query: Query) -> Prompt:
-        require_query(query)
-        return Prompt(query.text)
-
-
-text_only = TextOnly()
-"""A query's text without any image: what the LLM sees.
-
-Examples:
-    >>> model.batch("how to mend the hat ?", presentations.text_only).mask.shape  # query, token
-    torch.Size([1, 11])
-"""
-
-
-WITHOUT_IMAGES = "without images"
-
-
-@dataclass(frozen=True)
-class WithoutImages:
-    """What another presentation shows, its images taken away: the words around the query stay."""
-
-    inner: Presentation
-
-    @property
-    def name(self) -> str:
-        return f"{self.inner.name} | {WITHOUT_IMAGES}"
-
-    def __call__(self, query: Query) -> Prompt:
-        return replace(self.inner(query), images=())
-
-
 def require_query(query: Any) -> None:
     """Refuse what is no query, where one is shown.
 
@@ -295,47 +201,6 @@ def require_query(query: Any) -> None:
         QueryError: As said.
     """
     require_type(query, Query, QueryError, "wrap it, as in Query(text)")
-
-
-def require_presentation(presentation: Any) -> None:
-    """Refuse what can't show a query, such as an image or a function that makes presentations.
-
-    Raises:
-        PresentationError: As said.
-    """
-    named = not isinstance(presentation, type) and isinstance(presentation, Presentation)
-    if named and not (isinstance(presentation.name, str) and presentation.name.strip()):
-        raise PresentationError(f"a presentation whose name is {quoted(presentation.name)}", "a name for tables", "give it one")
-    if not named:
-        shown = getattr(presentation, "__name__", None) or f"something of type {type(presentation).__name__}"
-        raise PresentationError(
-            f"{shown} as a presentation",
-            "text_only, presentations.own, or what presentations.blank('grey') and its like give",
-            _INSTEAD.get(type(presentation).__name__, _INSTEAD[""]),
-        )
-
-
-_INSTEAD = {
-    "Intervention": "name an intervention: intervention=intervention",
-    "Defence": "take both of its parts: defence.present(presentation), intervention=defence.intervention",
-    "": "put an image of your own into Query(text, images=(image,)), and show it with presentations.own",
-}
-
-
-def as_presentations(presentations: Any) -> list[Presentation]:
-    """One presentation, several or none as a list, each with a name of its own.
-
-    Raises:
-        PresentationError: Something else is among them, or two have one name.
-    """
-    several = is_several(presentations) and not isinstance(presentations, Presentation)
-    given: Any = presentations if several else [presentations]
-    shown: list[Any] = list(given)
-    for presentation in shown:
-        require_presentation(presentation)
-    if len({presentation.name for presentation in shown}) < len(shown):
-        raise PresentationError("two presentations of one name", "a name for each", "show sizes of one image in separate calls")
-    return shown
 
 
 def as_queries(queries: Any) -> tuple[Query, ...]:
@@ -402,155 +267,3 @@ def counted(queries: Sequence[Query]) -> str:
     """How many queries of each label there are, as in `"12 harmful, 24 harmless"`."""
     labels = Counter(query.label or "unlabelled" for query in queries)
     return ", ".join(f"{number} {label}" for label, number in labels.items())
-
-
-def split(queries: Iterable[str | Query] | QueryPairs, shares: Sequence[float], seed: int = 0) -> tuple[tuple[Query, ...], ...]:
-    """Split queries at random so that no pair and no cluster stands on two sides.
-
-    Args:
-        queries: What to split; order is kept within the parts.
-        shares: Of each part, e.g. `(0.5, 0.25, 0.25)`; relative to their sum.
-        seed: Of the shuffle.
-
-    Raises:
-        QueryError: A part would be empty, or shares or seed are no such numbers.
-
-    Examples:
-        >>> from guardlens.data.queries import split
-        >>> first, second = split(queries, (2, 1))
-        >>> len(first) + len(second), {q.cluster for q in first} & {q.cluster for q in second}
-        (36, set())
-    """
-    import numpy as np
-
-    queries = as_queries(queries)
-    sound = [isinstance(share, Real) and 0 < share < math.inf for share in shares] if isinstance(shares, Iterable) else []
-    if not sound or not all(sound):
-        raise QueryError(f"the shares {shares!r}", "one positive number for each part", "split(queries, (2, 1))")
-    seed = as_count(seed, "seed", QueryError, "split(queries, shares, seed=0)", least=0)
-    groups = _linked(queries)
-    names = np.array(sorted(set(groups)))
-    order = np.random.default_rng(seed).permutation(len(names))
-    bounds = np.rint(np.cumsum(shares) / np.sum(shares) * len(names)).astype(int)
-    part_of = {str(names[place]): int(np.searchsorted(bounds, rank, side="right")) for rank, place in enumerate(order)}
-    parts = tuple(tuple(q for q, g in zip(queries, groups, strict=True) if part_of[g] == part) for part in range(len(shares)))
-    if not all(parts):
-        raise QueryError(f"{len(names)} independent groups of queries for {len(shares)} parts", "enough for each part", "give more queries")
-    return parts
-
-
-def _linked(queries: Sequence[Query]) -> list[str]:
-    """A name for each query that all queries share which are linked to it by pairs or clusters."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            name = parent[name]
-        return name
-
-    for query in queries:
-        links = [f"{kind}:{value}" for kind, value in (("pair", query.pair), ("cluster", query.cluster)) if value]
-        for link in links:
-            parent[root(link)] = root(f"id:{query.id}")
-    return [root(f"id:{query.id}") for query in queries]
-
-
-_COLUMNS = tuple(f.name for f in fields(Query))
-
-
-def read_queries(path: str | Path) -> tuple[Query, ...]:
-    """Read queries from a `.jsonl` or `.csv` file.
-
-    The columns are the fields of `Query`, in capital or small letters; only `text` must be there. `images` is a path, or in JSONL a list of
-    paths, relative to the file. Other columns are ignored, unless their name is that of a field but for a letter. A CSV file is read
-    strictly: quotes are closed, and no line has more cells than the first.
-
-    Raises:
-        QueryError: The file can't be read, has no queries, names a column twice, or a line is not usable (the line is named).
-
-    Examples:
-        >>> from pathlib import Path
-        >>> written = Path("mine.jsonl").write_text('{"text": "how to mend the hat ?", "label": "harmless"}')
-        >>> gl.read_queries("mine.jsonl")[0].label
-        'harmless'
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise QueryError(f"something of type {type(path).__name__} as a file", "the path of a .jsonl or .csv file", "write it there first")
-    path = Path(path)
-    readers = {".jsonl": _jsonl, ".csv": _csv}
-    if path.suffix.lower() not in readers:
-        raise QueryError(
-            f"{path.name or str(path)!r}", "a .jsonl or .csv file", "convert it: one query per line, with the columns 'text' and 'label'"
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise QueryError(f"{path}, which can't be read ({error})", "a text file in UTF-8", "check the path and its encoding") from None
-    queries = [_query(row, path, line) for line, row in readers[path.suffix.lower()](text, path)]
-    if not queries:
-        raise QueryError(f"{path} without a single query", "one query per line", "check that it is the right file")
-    return tuple(queries)
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object with its names as they stand there, also those that are there twice."""
-
-
-def _jsonl(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            try:
-                row = json.loads(content, object_pairs_hook=_Pairs)
-            except (ValueError, RecursionError) as error:
-                raise _unreadable(path, line, f"not JSON ({str(error)[:100]})") from None
-            yield line, _row(row, path, line) if isinstance(row, _Pairs) else row
-
-
-def _csv(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    limit = csv.field_size_limit(len(text) + 1)  # the module's own is far below what a text may have
-    try:
-        (_, header), *rows = [(reader.line_num, cells) for cells in reader] or [(1, [])]
-    except csv.Error as error:
-        raise _unreadable(path, reader.line_num, f"no CSV ({error})") from None
-    finally:
-        csv.field_size_limit(limit)
-    for line, cells in rows:
-        if len(cells) > len(header):
-            raise _unreadable(path, line, f"{len(cells)} cells under {len(header)} columns")
-        if cells:
-            pairs = [*zip(header, cells, strict=False), *((name, "") for name in header[len(cells) :])]
-            yield line, {name: cell for name, cell in _row(pairs, path, 1).items() if cell != ""}
-
-
-def _row(pairs: Iterable[tuple[str, Any]], path: Path, line: int) -> dict[str, Any]:
-    """Names and values, the names as those of fields: each once, and none that is one of them but for a letter."""
-    cells = [(name.strip().lower(), value) for name, value in pairs]
-    names = [name for name, _ in cells]
-    twice = next((name for name, number in Counter(names).items() if number > 1 and name in _COLUMNS), None)
-    if twice is not None:
-        raise _unreadable(path, line, f"{twice!r} twice")
-    meant = {
-        name: close for name in names if len(name) > 3 and name not in _COLUMNS and (close := get_close_matches(name, _COLUMNS, 1, 0.8))
-    }
-    if meant:
-        name, (close,) = next(iter(meant.items()))
-        raise _unreadable(path, line, f"the column {name!r}, which is not {close!r}")
-    return dict(cells)
-
-
-def _query(row: Any, path: Path, line: int) -> Query:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise _unreadable(path, line, "without a 'text'")
-    known = {key: row[key] for key in _COLUMNS if row.get(key) is not None}
-    images = known.pop("images", ())
-    names = images if isinstance(images, list | tuple) else [images]
-    try:
-        as_images(names, "this line")  # before the folder in front makes a path of an empty or broken one
-        return Query(**known, images=tuple(str(path.parent / name) for name in names))
-    except QueryError as error:
-        raise _unreadable(path, line, error.found) from None
-
-
-def _unreadable(path: Path, line: int, why: str) -> QueryError:
-    return QueryError(f"{path}, line {line}: {why}", 'a line such as {"text": "...", "label": "harmless"}', "mend that line")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from guardlens.data.queries import Presentation
+from guardlens.data.presentations import Presentation
 from guardlens.errors import InterventionError, quoted, require_type
 from guardlens.interventions.intervention import Intervention, nothing, require_intervention
 

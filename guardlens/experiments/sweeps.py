@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guardlens.data.queries import Presentation, Query, require_ids
+from guardlens.data.presentations import Presentation
+from guardlens.data.queries import Query, require_ids
 from guardlens.errors import (
     InterventionError,
     MismatchError,

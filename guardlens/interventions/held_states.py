@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from guardlens.data.queries import Presentation, require_presentation, text_only
+from guardlens.data.presentations import Presentation, require_presentation, text_only
 from guardlens.errors import InterventionError, require_type
 from guardlens.hooks import Positions, Site, as_layer
 

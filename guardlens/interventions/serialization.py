@@ -26,13 +26,13 @@ TAGS = {
     "combined_gate": "guardlens.interventions.gates:Combined",
     "state": "guardlens.interventions.held_states:State",
     "site": "guardlens.hooks:Site",
-    "text_only": "guardlens.data.queries:TextOnly",
-    "without_images": "guardlens.data.queries:WithoutImages",
-    "blank": "guardlens.data.presentations:Blank",
-    "noise": "guardlens.data.presentations:Noise",
-    "own": "guardlens.data.presentations:Own",
-    "framed": "guardlens.data.presentations:Framed",
-    "chat": "guardlens.data.presentations:Chat",
+    "text_only": "guardlens.data.presentations.protocol:TextOnly",
+    "without_images": "guardlens.data.presentations.wrappers:WithoutImages",
+    "blank": "guardlens.data.presentations.with_image:Blank",
+    "noise": "guardlens.data.presentations.with_image:Noise",
+    "own": "guardlens.data.presentations.with_image:Own",
+    "framed": "guardlens.data.presentations.wrappers:Framed",
+    "chat": "guardlens.data.presentations.wrappers:Chat",
 }
 """What an intervention may consist of: the name of a type in files and fingerprints, which stays when the type moves -> where it is."""
 

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from guardlens.data.queries import Query, TextOnly, text_only
+from guardlens.data.presentations import TextOnly, text_only
+from guardlens.data.queries import Query
 from guardlens.errors import InterventionError, ModelError, quoted, require_type
 from guardlens.interventions.held_states import State
 from guardlens.interventions.intervention import Intervention, nothing, require_intervention

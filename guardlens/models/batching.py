@@ -8,7 +8,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from guardlens.data.queries import Presentation, Query
+from guardlens.data.presentations import Presentation
+from guardlens.data.queries import Query
 from guardlens.errors import ArgumentError, ModelError, as_count
 from guardlens.models.architectures import Architecture
 from guardlens.models.engine.batch import Batch

@@ -10,7 +10,7 @@ import torch
 
 from guardlens import interventions as iv
 from guardlens.data import presentations
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.directions import from_vectors
 from guardlens.errors import GuardlensError, ModelError, warn
 from guardlens.hooks import Site

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from guardlens.data.activations import ActivationCache
-from guardlens.data.queries import Presentation, Prompt, Query, QueryPairs, WithoutImages, as_queries, require_presentation, text_only
+from guardlens.data.presentations import Presentation, Prompt, WithoutImages, require_presentation, text_only
+from guardlens.data.queries import Query, QueryPairs, as_queries
 from guardlens.errors import (
     ArgumentError,
     InterventionError,

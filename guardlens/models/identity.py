@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardlens.data.queries import Presentation, Query
+from guardlens.data.presentations import Presentation
+from guardlens.data.queries import Query
 from guardlens.errors import PresentationError
 from guardlens.interventions import Intervention
 from guardlens.interventions.edits import Custom, Turned

@@ -16,7 +16,7 @@ import guardlens as gl
 from guardlens import defences, directions, errors, presentations
 from guardlens.cli import demo, findings
 from guardlens.cli.guard_selection import Guard, mildest
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.evaluation.runner import Evaluation, evaluate
 from guardlens.experiments.comparison import Comparison
 from guardlens.experiments.sweeps import Sweep

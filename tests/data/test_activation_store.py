@@ -18,7 +18,8 @@ import guardlens as gl
 from guardlens import Activations, directions, errors, presentations
 from guardlens import interventions as iv
 from guardlens.data.activation_store import StateStore, _sized
-from guardlens.data.queries import Query, text_only
+from guardlens.data.presentations import text_only
+from guardlens.data.queries import Query
 from guardlens.hooks import Site
 from tests.strategies import gaussian
 

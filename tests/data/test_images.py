@@ -10,7 +10,7 @@ from transformers.image_utils import load_image
 
 from guardlens import Query, errors, presentations
 from guardlens.data.images import opened
-from guardlens.data.queries import Prompt
+from guardlens.data.presentations import Prompt
 
 RAMP = np.linspace(0, 65535, 1024).round().astype(np.uint16).reshape(32, 32)
 

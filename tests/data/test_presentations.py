@@ -3,8 +3,7 @@ import pytest
 from PIL import Image
 
 from guardlens import Query, errors
-from guardlens.data.presentations import Presentation, blank, chat, framed, noise, own, text_only
-from guardlens.data.queries import Prompt
+from guardlens.data.presentations import Presentation, Prompt, blank, chat, framed, noise, own, text_only
 
 Q = Query("how ?", id="a")
 RED = Image.new("RGBA", (3, 2), (255, 0, 0, 128))

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from guardlens import Query, QueryPairs, errors, presentations, read_queries
-from guardlens.data.queries import LABELS, as_queries, require_labels, require_presentation, split
+from guardlens.data.presentations import require_presentation
+from guardlens.data.queries import LABELS, as_queries, require_labels
+from guardlens.data.splits import split
 from tests.strategies import make_batch, make_pairs
 
 BAD, GOOD = Query("bad", "harmful"), Query("good", "harmless")

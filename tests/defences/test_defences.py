@@ -8,7 +8,7 @@ import torch
 
 import guardlens as gl
 from guardlens import defences, directions, errors, gates, presentations
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.defences import none, self_reminder, vlm_guard
 from guardlens.hooks import Site
 from guardlens.interventions import State, own

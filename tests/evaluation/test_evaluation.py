@@ -15,7 +15,8 @@ from scipy.stats import binomtest
 import guardlens as gl
 from guardlens import defences, errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import Query, text_only
+from guardlens.data.presentations import text_only
+from guardlens.data.queries import Query
 from guardlens.evaluation.runner import RATES, Evaluation, evaluate
 from guardlens.hooks import Site
 

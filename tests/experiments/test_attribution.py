@@ -11,7 +11,7 @@ from PIL import Image
 
 import guardlens as gl
 from guardlens import errors, presentations
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.directions import Directions
 from guardlens.experiments.attribution import CONTRAST, KEYS, Attribution
 from guardlens.results.intervals import bootstrap

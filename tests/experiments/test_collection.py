@@ -6,7 +6,8 @@ import torch
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import QueryPairs, text_only
+from guardlens.data.presentations import text_only
+from guardlens.data.queries import QueryPairs
 from guardlens.hooks import Site
 from tests import reference
 

@@ -9,7 +9,7 @@ from scipy.special import log_softmax, logsumexp
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.experiments.patching import Patching
 from guardlens.experiments.scores import RefusalLogOdds, kl, refusal_logodds
 from tests import reference

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import guardlens as gl
 from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.directions import Directions
 from guardlens.interventions import Intervention, Step
 from guardlens.models.engine.batch import Batch

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from guardlens import Query, errors, gates
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from tests.strategies import gaussian, make_activations, make_directions, seeds
 
 V = make_directions(dtype=torch.float32)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from guardlens import Directions, Intervention, errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.hooks import Site
 from guardlens.interventions import edits
 from guardlens.interventions import held_states as states

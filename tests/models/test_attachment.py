@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlavaProcessor, PreTrainedTokenizerFa
 import guardlens as gl
 from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import Prompt, WithoutImages, text_only
+from guardlens.data.presentations import Prompt, WithoutImages, text_only
 from guardlens.directions import Directions
 from guardlens.models.architectures import find, unwrapped
 from guardlens.models.processing import chat_template as prompts

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import Query, text_only
+from guardlens.data.presentations import text_only
+from guardlens.data.queries import Query
 from guardlens.evaluation.runner import evaluate
 from guardlens.models import batching
 from guardlens.models.batching import BatchResult, bucket_size, free_memory, in_query_order, over_batches, prompt_bytes, prompts_that_fit

@@ -262,7 +262,7 @@ class Mine:
     kinds: tuple = (Word.NO,)
     name: str = "mine"
     def __call__(self, query, answer=""):
-        return gl.data.queries.Prompt(query.text if answer in {"x", "y", "z"} else query.text + " ?")
+        return presentations.Prompt(query.text if answer in {"x", "y", "z"} else query.text + " ?")
 
 model = gl.load("organism")
 print(content(Mine()), content({"a", "b", ("c",)}), configuration(model, gl.organism.queries("validation")[:2], [Mine()]))

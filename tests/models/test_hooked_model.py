@@ -13,7 +13,7 @@ from PIL import Image
 import guardlens as gl
 from guardlens import directions, errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.hooks import Site
 from guardlens.models.architectures import find
 from tests import reference

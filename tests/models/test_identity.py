@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import guardlens as gl
 from guardlens import defences, errors, presentations
-from guardlens.data.queries import Prompt, text_only
+from guardlens.data.presentations import Prompt, text_only
 from guardlens.models.architectures import facts, fingerprint
 from guardlens.models.architectures.fingerprint import WORDS, _summed
 from guardlens.models.identity import configuration

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.hooks import Site
 from guardlens.models.architectures import Names
 from tests.zoo.llava import llava, llava_processor

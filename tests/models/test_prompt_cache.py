@@ -8,7 +8,7 @@ import torch
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 
 TEXTS = [f"how to {verb} the {noun} ?" for verb in ("wash", "mend", "push") for noun in ("hat", "fern", "radio")]
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import guardlens as gl
 from guardlens import presentations
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.hooks import EYE, HOOKS, Point
 from guardlens.models.engine.batch import Batch
 from guardlens.models.hooked_model import HookedModel

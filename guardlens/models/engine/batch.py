@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from guardlens.data.queries import Presentation, Query
+from guardlens.data.presentations import Presentation
+from guardlens.data.queries import Query
 from guardlens.errors import InterventionError, SiteError, require_type
 from guardlens.hooks import Positions
 

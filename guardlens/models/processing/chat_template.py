@@ -12,7 +12,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from guardlens.data.images import as_images, opened
-from guardlens.data.queries import Presentation, Prompt, Query
+from guardlens.data.presentations import Presentation, Prompt
+from guardlens.data.queries import Query
 from guardlens.errors import ModelError, PresentationError, QueryError, require_type
 from guardlens.models.processing.image_batching import preprocessed_once
 

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from guardlens.data.queries import Prompt
+from guardlens.data.presentations import Prompt
 from guardlens.errors import GuardlensError, ModelError
 from guardlens.models.processing.chat_template import padding_token, tokenize, tokenizer_of
 

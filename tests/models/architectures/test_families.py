@@ -16,7 +16,7 @@ from PIL import Image
 import guardlens as gl
 from guardlens import errors, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.directions import Directions
 from guardlens.hooks import Site
 from tests.zoo import FAMILIES, REFUSED

@@ -8,7 +8,7 @@ import torch
 import guardlens as gl
 from guardlens import directions, errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.experiments.scores import kl, refusal_logodds
 from guardlens.hooks import Site
 from guardlens.models import hooked_model as engine

@@ -5,7 +5,7 @@ import torch
 
 from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import text_only
+from guardlens.data.presentations import text_only
 from guardlens.hooks import Point, Site
 from guardlens.models.engine.batch import Layout
 from guardlens.models.engine.compiler import compile_taps, required_runs

@@ -6,7 +6,8 @@ import torch
 import guardlens as gl
 from guardlens import interventions as iv
 from guardlens import presentations
-from guardlens.data.queries import Query, text_only
+from guardlens.data.presentations import text_only
+from guardlens.data.queries import Query
 from guardlens.hooks import Site
 from guardlens.models import hooked_model as engine
 from guardlens.models.engine import selftests as trials

@@ -10,7 +10,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import guardlens as gl
 from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
-from guardlens.data.queries import Prompt, Query
+from guardlens.data.presentations import Prompt
+from guardlens.data.queries import Query
 from guardlens.experiments.scores import AnswerLogProb, kl, refusal_logodds
 from guardlens.hooks import Site
 from guardlens.models import hooked_model as engine

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import guardlens as gl
 from guardlens import Query, Site, errors, presentations
-from guardlens.data.queries import Prompt
+from guardlens.data.presentations import Prompt
 from guardlens.models.processing import chat_template as prompts
 from tests.models.architectures.test_families import BY_NAME, asked, loaded, takes_text_alone
 from tests.zoo.family import TEXTS, tokenizer
