@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from guardlens import defences, directions, errors, interventions, organism
     from guardlens.data import presentations
-    from guardlens.data.activations import ActivationCache, Activations
+    from guardlens.data.activations import Activations
     from guardlens.data.queries import Query, QueryPairs
     from guardlens.data.readers import read_queries
     from guardlens.directions import Directions
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from guardlens.hooks import Site
     from guardlens.interventions import gates
     from guardlens.interventions.intervention import Intervention
+    from guardlens.models.activation_cache import ActivationCache
     from guardlens.models.attachment import attach
     from guardlens.models.hooked_model import HookedModel
     from guardlens.models.loading import load
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ActivationCache": "data.activations",
+    "ActivationCache": "models.activation_cache",
     "Activations": "data.activations",
     "Directions": "directions",
     "HookedModel": "models.hooked_model",

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from guardlens.data.activations import ActivationCache
 from guardlens.data.presentations import Presentation, Prompt, WithoutImages, require_presentation, text_only
 from guardlens.data.queries import Query, QueryPairs, as_queries
 from guardlens.errors import (
@@ -32,6 +31,7 @@ from guardlens.errors import (
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.intervention import require_intervention
+from guardlens.models.activation_cache import ActivationCache
 from guardlens.models.architectures import KNOWN, Architecture, Names, constants, find, fingerprint
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held, Tap, required_runs, site_of

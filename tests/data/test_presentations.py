@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guardlens import Query, errors
-from guardlens.data.presentations import Presentation, Prompt, blank, chat, framed, noise, own, text_only
+from guardlens import Query, errors, presentations
+from guardlens.data.presentations import Presentation, Prompt, blank, chat, framed, noise, own, require_presentation, text_only
 
 Q = Query("how ?", id="a")
 RED = Image.new("RGBA", (3, 2), (255, 0, 0, 128))
@@ -101,3 +101,15 @@ def test_equal_presentations_are_one_key():
         len({blank("white"), blank("white"), blank("white", 8), noise(0), noise(0), noise(1), own, text_only, framed(own), framed(own)})
         == 7
     )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [presentations.blank, presentations.Own, "grey", None, Image.new("RGB", (4, 4))],
+    ids=["factory", "class", "name", "none", "image"],
+)
+def test_what_is_no_presentation(wrong):
+    with pytest.raises(errors.PresentationError, match=r"as a presentation\.\nExpected text_only, presentations\.own, or what"):
+        require_presentation(wrong)
+    require_presentation(presentations.own)
+    require_presentation(presentations.blank())

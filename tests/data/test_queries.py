@@ -1,6 +1,4 @@
-import csv
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from guardlens import Query, QueryPairs, errors, presentations, read_queries
-from guardlens.data.presentations import require_presentation
+from guardlens import Query, QueryPairs, errors
 from guardlens.data.queries import LABELS, as_queries, require_labels
-from guardlens.data.splits import split
 from tests.strategies import make_batch, make_pairs
 
 BAD, GOOD = Query("bad", "harmful"), Query("good", "harmless")
-
-
-def write(tmp_path, text, name="q.jsonl", encoding="utf-8"):
-    path = tmp_path / name
-    path.write_bytes(text.encode(encoding))
-    return path
 
 
 def test_ids_are_stable_and_of_the_text():
@@ -184,138 +174,6 @@ def test_as_queries_and_labels():
         require_labels([BAD, BAD])
 
 
-class TestReaders:
-    def test_jsonl(self, tmp_path, unchecked):
-        rows = [
-            {"text": "a\u2028b\x85", "label": "harmful", "pair": 0, "id": 7, "images": ["x.png", "d/y.png"], "note": 1},
-            {"text": "c", "label": None},
-        ]
-        path = write(tmp_path, "\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-        first, second = read_queries(path)
-        assert first == Query("a\u2028b\x85", "harmful", "7", (str(tmp_path / "x.png"), str(tmp_path / "d/y.png")), "0")
-        assert second == Query("c")
-
-    def test_csv(self, tmp_path):
-        text = 'text,label,images,extra\r\n"a, ""b""\nc",harmful,x.png,1\r\nd\u2028e,,,\r\n'
-        first, second = read_queries(write(tmp_path, text, "q.csv"))
-        assert first == Query('a, "b"\nc', "harmful", images=(str(tmp_path / "x.png"),)) and second == Query("d\u2028e")
-
-    @pytest.mark.parametrize(("name", "text"), [("q.jsonl", '{"text": "a"}'), ("q.csv", "text\na")])
-    def test_byte_order_mark(self, tmp_path, name, text):
-        assert read_queries(write(tmp_path, text, name, "utf-8-sig")) == (Query("a"),)
-
-    @pytest.mark.parametrize(
-        ("name", "text", "why"),
-        [
-            ("q.jsonl", '{"text": "a"}\n\n{"text": }', r"line 3: not JSON"),
-            ("q.jsonl", '{"text": "a"}\n[1]', r"line 2: without a 'text'"),
-            ("q.jsonl", '{"text": 3}', r"line 1: without a 'text'"),
-            ("q.jsonl", '{"text": "a", "label": "evil"}', r"line 1: [\s\S]*'evil'"),
-            ("q.csv", "text,label\na,harmful\nb,evil\n", r"line 3: [\s\S]*'evil'"),
-            ("q.csv", "query\na\n", r"line 2: without a 'text'"),
-        ],
-    )
-    def test_a_bad_line_is_named(self, tmp_path, name, text, why, unchecked):
-        with pytest.raises(errors.QueryError, match=rf"{why}[\s\S]*Expected a line such as[\s\S]*Next: mend that line"):
-            read_queries(write(tmp_path, text, name))
-
-    @pytest.mark.parametrize(
-        ("name", "text", "why"),
-        [
-            ("q.csv", 'text,label\n"how to mend the hat ?,harmless\nhow to break the hat ?,harmful\n', r"line 3: no CSV \(unexpected end"),
-            ("q.csv", 'text,label\n"a"b,harmless\n', r"line 2: no CSV"),
-            ("q.csv", "text,text\na,b\n", r"line 1: 'text' twice"),
-            ("q.csv", "text,label, Label\na,harmful,harmless\n", r"line 1: 'label' twice"),
-            ("q.csv", "text,lable\na,harmful\n", r"line 1: the column 'lable', which is not 'label'"),
-            ("q.csv", "text,label\na,harmful,b\n", r"line 2: 3 cells under 2 columns"),
-            ("q.csv", "text;label\na;harmful\n", r"line 2: without a 'text'"),
-            ("q.csv", "text,images\na, \n", r"line 2: the path ' ' of an image"),
-            ("q.csv", "text,images\na,x\0y\n", r"line 2: the path 'x\\x00y' of an image"),
-            ("q.jsonl", '{"text": "a", "text": "b"}', r"line 1: 'text' twice"),
-            ("q.jsonl", '{"text": "a", "pairs": "b"}', r"line 1: the column 'pairs', which is not 'pair'"),
-            ("q.jsonl", '{"text": "a", "images": ""}', r"line 1: the path '' of an image"),
-            ("q.jsonl", '{"text": "a", "images": ["x.png", null]}', r"line 1: something of type NoneType as an image"),
-            ("q.jsonl", '{"text": "a", "images": {"x": 1}}', r"line 1: something of type tuple as an image"),
-            ("q.jsonl", '{"text": "a", "images": "https://example.com/a.png"}', r"line 1: the address 'https://example.com/a.png'"),
-            ("q.jsonl", '{"text": "\\ud83d hi"}', r"line 1: half of a character"),
-            ("q.jsonl", '{"text": "a", "id": ' + "9" * 5000 + "}", r"line 1: not JSON"),
-            ("q.jsonl", '{"text": "a", "id": ' + "9" * 30 + "}", r"line 1: something of type int as the id"),
-            ("q.jsonl", '{"text": "a"}\n' + "[" * 100_000, r"line 2: not JSON"),
-            ("q.jsonl", '{"text": "a", "id": [1]}', r"line 1: something of type list as the id"),
-            ("q.jsonl", '{"text": "a", "pair": false}', r"line 1: something of type bool as the pair"),
-            ("q.jsonl", '{"text": "a", "label": {}}', r"line 1: the label \[\]"),
-        ],
-        ids=lambda value: str(value)[:24],
-    )  # fmt: skip
-    def test_what_a_line_can_not_mean(self, tmp_path, name, text, why, unchecked):
-        with pytest.raises(errors.QueryError, match=rf"{why}[\s\S]*Next: mend that line") as caught:
-            read_queries(write(tmp_path, text, name))
-        assert len(str(caught.value)) < 600
-
-    @pytest.mark.parametrize("name", ["q.CSV", "q.JSONL"])
-    def test_capital_letters_and_spaces(self, tmp_path, name):
-        content = " Text ,LABEL,Note\na,harmful,b\n" if name == "q.CSV" else '{"Text": "a", " LABEL": "harmful", "note": "b"}'
-        assert read_queries(write(tmp_path, content, name)) == (Query("a", "harmful"),)
-
-    @pytest.mark.parametrize("note", [{"labels": 1, "labels ": 2}, [{"text": 1}], "pairs"])
-    def test_what_is_within_other_columns_is_left_alone(self, tmp_path, note):
-        assert read_queries(write(tmp_path, json.dumps({"text": "a", "idx": 3, "note": note}))) == (Query("a"),)
-
-    def test_a_long_cell(self, tmp_path):
-        """The csv module's own limit is 131,072 letters, and is left as it was."""
-        limit = csv.field_size_limit()
-        (query,) = read_queries(write(tmp_path, "text,label\n" + "a" * 200_000 + ",harmless\n", "q.csv"))
-        assert len(query.text) == 200_000 and csv.field_size_limit() == limit
-
-    @given(st.binary(max_size=60), st.sampled_from(["q.csv", "q.jsonl"]))
-    def test_any_file_is_read_or_refused(self, tmp_path_factory, content, name):
-        path = tmp_path_factory.getbasetemp() / name
-        path.write_bytes((b"text,label,images\n" if name == "q.csv" else b'{"text": "') + content)
-        try:
-            assert all(query.text for query in read_queries(path))
-        except errors.QueryError:
-            return
-
-    @pytest.mark.parametrize("wrong", [None, 5, b"q.csv", ["q.csv"], io.StringIO("text\na")])
-    def test_what_is_no_path(self, wrong, unchecked):
-        with pytest.raises(errors.QueryError):
-            read_queries(wrong)
-
-    def test_bad_files(self, tmp_path):
-        with pytest.raises(errors.QueryError, match="can't be read"):
-            read_queries("a\0b.csv")
-        with pytest.raises(errors.QueryError, match="can't be read"):
-            read_queries("n" * 5000 + ".csv")
-        for name in ("q.jsonl", "q.csv"):
-            with pytest.raises(errors.QueryError, match=r"without a single query"):
-                read_queries(write(tmp_path, "", name))
-        with pytest.raises(errors.QueryError, match=r"'q.xlsx'.\nExpected a .jsonl or .csv file"):
-            read_queries(tmp_path / "q.xlsx")
-        with pytest.raises(errors.QueryError, match=r"no.csv, which can't be read .*No such file"):
-            read_queries(tmp_path / "no.csv")
-        with pytest.raises(errors.QueryError, match=r"UTF-8"):
-            read_queries(write(tmp_path, "text\nä", "l.csv", "latin-1"))
-
-
-queries = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=40, max_size=60).map(
-    lambda rows: [Query(f"q{i}", pair=f"{a}" if a < 8 else "", cluster=f"{b}" if b < 3 else "") for i, (a, b) in enumerate(rows)]
-)
-
-
-@given(queries, st.integers(0, 5))
-def test_split_never_straddles(items, seed):
-    try:
-        parts = split(items, (0.5, 0.5), seed)
-    except errors.QueryError:
-        return
-    assert sorted(q.id for part in parts for q in part) == sorted(q.id for q in items)
-    for kind in ("pair", "cluster"):
-        first, second = ({getattr(q, kind) for q in part} - {""} for part in parts)
-        assert not first & second
-    assert all(list(part) == [q for q in items if q in part] for part in parts)
-    assert parts == split(items, (0.5, 0.5), seed)
-
-
 @pytest.mark.parametrize(("wrong", "named"), [({"input_ids": 1}, "dict"), (torch.ones(2, 3), "Tensor"), (None, "NoneType"), ([3], "int")])
 def test_what_is_no_query_is_not_read_as_several(wrong, named):
     with pytest.raises(errors.QueryError, match=rf"Found something of type {named}\.\nExpected something of type Query\.\nNext: hand in"):
@@ -339,30 +197,3 @@ def test_the_way_out_of_a_frame_works(unchecked):
     frame = pd.DataFrame({"text": ["a", "b"], "label": ["harmful", None], "pair": [1, None], "id": [1, 2]})
     assert [Query(**row) for row in frame.to_dict("records")] == [Query("a", "harmful", "1", pair="1"), Query("b", id="2")]
     assert as_queries(frame["text"]) == as_queries(frame["text"].to_numpy()) == as_queries(iter(["a", "b"])) == (Query("a"), Query("b"))
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [presentations.blank, presentations.Own, "grey", None, Image.new("RGB", (4, 4))],
-    ids=["factory", "class", "name", "none", "image"],
-)
-def test_what_is_no_presentation(wrong):
-    with pytest.raises(errors.PresentationError, match=r"as a presentation\.\nExpected text_only, presentations\.own, or what"):
-        require_presentation(wrong)
-    require_presentation(presentations.own)
-    require_presentation(presentations.blank())
-
-
-def test_split_shares_seeds_and_errors(unchecked):
-    items = [Query(f"q{i}") for i in range(40)]
-    assert [len(part) for part in split(items, (2.0, 1.0, 1.0))] == [20, 10, 10]
-    assert split(items, (1.0, 1.0), 0) != split(items, (1.0, 1.0), 1)
-    assert split(QueryPairs(("a", "b"), ("c", "d")), (1, 1)) and split(["a", "b"], np.array([1, 1]))
-    for shares in (5, (), "ab", (1, 0), (1, -1), (1, NAN), (1, float("inf")), (1, "a"), None):
-        with pytest.raises(errors.QueryError, match="Expected one positive number for each part"):
-            split(items, shares)
-    for seed in (-1, 1.5, "a", None):
-        with pytest.raises(errors.QueryError, match="seed="):
-            split(items, (1, 1), seed)
-    with pytest.raises(errors.QueryError, match=r"1 independent groups of queries for 2 parts"):
-        split([Query("a", pair="x"), Query("b", pair="x", cluster="c"), Query("c", cluster="c")], (1.0, 1.0))

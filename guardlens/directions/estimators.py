@@ -1,0 +1,207 @@
+"""Estimators of safety directions from paired or labelled activations, a random control, and directions from vectors of one's own."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from guardlens.data.activations import Activations
+from guardlens.data.queries import Query, require_labels
+from guardlens.directions.basis import Directions
+from guardlens.errors import MismatchError, NumericsError, as_count, require_type, warn
+from guardlens.hooks import numbered
+from guardlens.results.files import digest
+from guardlens.results.provenance import Provenance
+
+ROUNDING = 50 * torch.finfo(torch.float32).eps
+"""Differences below this share of the states that they are differences of are rounding, and no direction."""
+
+
+def ssd(activations: Activations, rank: int = 1) -> Directions:
+    """Safety steering directions: the first right singular vectors of the paired differences.
+
+    With the rows h(harmful) - h(harmless) of A, not centred, A = U S V^T; row m of the result is the m-th row of V^T,
+    its sign chosen so that the mean of A v is positive.
+
+    Args:
+        activations: Of `QueryPairs`; in VLM-Guard, of the LLM (text only), at the last token of the prompt.
+        rank: How many directions, from 1 to the number of pairs.
+
+    Warns:
+        UserWarning: At a layer that is named, pairs differ in fewer directions than asked for; the rows beyond are zero. What is no
+            larger than rounding in float32 is no difference. Edits, gates and comparisons refuse layers without a single direction.
+
+    Raises:
+        QueryError: The queries come in no pairs.
+        NumericsError: The rank is larger than the number of pairs or the width.
+
+    Source: VLM-Guard (Liu, Wang, Xiao, Chen 2025, arXiv 2502.10486).
+
+    Examples:
+        >>> two = directions.ssd(text, rank=2)
+        >>> two.at(5).shape  # rank, d_model
+        torch.Size([2, 128])
+        >>> harmful, harmless = two.coordinates(text)[:, :, 0].split(100)  # along the first one
+        >>> bool((harmful.mean(dim=0) > harmless.mean(dim=0)).all())
+        True
+    """
+    require_type(activations, Activations, MismatchError, "collect states first: gl.collect(model.llm, pairs)")
+    harmful, harmless = activations.pairs()
+    most = min(len(harmful), activations.d_model)
+    if not 1 <= as_count(rank, "rank", NumericsError, f"ask for one from 1 to {most}", least=0) <= most:
+        raise NumericsError(f"rank {rank} of {len(harmful)} pairs", f"a rank from 1 to {most}", "ask for a lower rank, or give more pairs")
+    found = [
+        _ssd_rows(activations.at(layer)[harmful].double(), activations.at(layer)[harmless].double(), rank) for layer in activations.layers
+    ]
+    vectors, spectrum = (torch.stack(each) for each in zip(*found, strict=True))
+    queries = [activations.queries[i] for i in (*harmful, *harmless)]
+    return _directions(activations, vectors, spectrum, f"ssd(rank={rank})", _means(activations, harmful, harmless), queries)
+
+
+def _ssd_rows(
+    harmful: Float[Tensor, "pair d_model"], harmless: Float[Tensor, "pair d_model"], rank: int
+) -> tuple[Float[Tensor, "rank d_model"], Float[Tensor, "value"]]:
+    """The directions of one layer, and the singular values; both zero where these are rounding."""
+    differences = harmful - harmless
+    _, values, rows = torch.linalg.svd(differences, full_matrices=False)
+    values = values.where(values > ROUNDING * torch.cat([harmful, harmless]).norm(), 0)
+    rows = rows[:rank] * (values[:rank, None] > 0)
+    toward = (differences @ rows.T).sum(0)
+    return torch.where(toward[:, None] < 0, -rows, rows), values
+
+
+def diff_in_means(activations: Activations) -> Directions:
+    """The unit vector from the harmless to the harmful mean.
+
+    Args:
+        activations: Of labelled queries of both classes; pairs are not needed.
+
+    Warns:
+        UserWarning: At a layer that is named, the means differ by rounding alone: there is no direction, and its row is zero.
+
+    Raises:
+        QueryError: A label is missing, or all are the same.
+
+    Source: Arditi et al. 2024 (arXiv 2406.11717), there unnormalised.
+
+    Examples:
+        >>> mean = directions.diff_in_means(text)
+        >>> bool((mean.at(5)[0] @ ssd.at(5)[0]) > 0.9)  # close to the first singular vector
+        True
+    """
+    require_type(activations, Activations, MismatchError, "collect states first: gl.collect(model.llm, queries)")
+    require_labels(activations.queries)
+    harmful = torch.from_numpy(activations.harmful)
+    means = _means(activations, harmful, ~harmful)
+    difference, size = means[0] - means[1], torch.cat(means, dim=-1).norm(dim=-1, keepdim=True)
+    norm = difference.norm(dim=-1, keepdim=True)
+    vectors = (difference / norm).where(norm > ROUNDING * size, 0)[:, None]
+    return _directions(activations, vectors, vectors.new_zeros(len(vectors), 0), "diff_in_means()", means, activations.queries)
+
+
+def random(like: Directions, seed: int = 0) -> Directions:
+    """Random orthonormal rows in the shape of others, each layer its own: the control for every claim about a direction.
+
+    Where the others are zero, these are, too.
+
+    Examples:
+        >>> control = directions.random(ssd, seed=1)
+        >>> control.vectors.shape == ssd.vectors.shape, bool(abs(control.at(5)[0] @ ssd.at(5)[0]) < 0.5)
+        (True, True)
+    """
+    require_type(like, Directions, MismatchError, "say like which directions, as in directions.random(ssd)")
+    generator = torch.Generator().manual_seed(as_count(seed, "seed", NumericsError, "give a whole number", least=0))
+    gaussian = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64).transpose(1, 2)
+    vectors = torch.linalg.qr(gaussian).Q.transpose(1, 2).to(like.vectors) * like.vectors.any(-1, keepdim=True)
+    return replace(like, vectors=vectors, spectrum=like.spectrum[:, :0], method=f"random(seed={seed})", made_from=())
+
+
+def from_vectors(
+    vectors: Any,
+    *,
+    model: Any = "",
+    layers: Iterable[int] | None = None,
+    hook: str = "resid_post",
+    method: str = "from_vectors",
+) -> Directions:
+    """Directions of your own: of another tool, a file, a formula. Rows are normalised; their order and signs are kept.
+
+    Args:
+        vectors: One vector, of shape `d_model`; one per layer, `layer d_model`; or several at right angles, `layer rank d_model`. A tensor,
+            an array or a list.
+        model: `model.id` of the model that they are for, so that others refuse them; empty for any.
+        layers: The layer of each index of the first axis; None for one basis that serves every layer.
+        hook: The hook whose states they are directions of.
+        method: A name for them, as it appears in interventions and tables.
+
+    Returns:
+        Directions without class means, and so without midpoints: a gate on them needs a threshold in numbers.
+
+    Raises:
+        MismatchError: Another shape, other than one basis per layer, or another thing than numbers.
+        NumericsError: Rows of a layer that are not at right angles, not finite, or zero.
+        SiteError: There is no such hook, or a layer is none or there twice.
+
+    Examples:
+        >>> mine = directions.from_vectors(torch.ones(128), model=model.id, method="ones")
+        >>> mine, round(float(mine.vectors.norm()), 3)
+        (Directions(ones, rank 1, every layer, d_model 128), 1.0)
+    """
+    require_type(model, str, MismatchError, "pass model.id, which is a string")
+    rows = _unit(vectors).float()
+    rows = rows.reshape(-1, *rows.shape[-2:]) if rows.ndim > 2 else rows.reshape(-1, 1, rows.shape[-1])
+    unknown = torch.full_like(rows[:, 0], float("nan"))
+    given = None if layers is None else numbered(layers, hook)
+    return Directions(rows.contiguous(), given, unknown, unknown, rows.new_zeros(len(rows), 0), method, hook, Provenance(model))
+
+
+def _unit(vectors: Any) -> Float[Tensor, "*axes d_model"]:
+    """Unit vectors in float64, in which neither the square of a large number overflows nor that of a small one vanishes."""
+    try:
+        given = torch.as_tensor(vectors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MismatchError(f"vectors that are no tensor ({error})", "numbers", "stack them with torch.stack") from None
+    dense = given.layout == torch.strided and not given.is_meta and not given.is_complex()
+    if not (dense and 1 <= given.ndim <= 3 and given.numel()):
+        raise MismatchError(
+            f"vectors of shape {tuple(given.shape)}, {given.dtype}, {given.layout}, on {given.device}",
+            "real numbers of shape d_model, layer d_model or layer rank d_model",
+            "hand in dense vectors that are not empty",
+        )
+    rows = given.detach().cpu().double()
+    largest = rows.abs().amax(-1, keepdim=True)
+    if not (largest.isfinite() & (largest > 0)).all():
+        raise NumericsError("a vector that is zero or not finite", "finite numbers, one of them not 0", "leave that vector out")
+    return torch.nn.functional.normalize(rows / largest, dim=-1)
+
+
+def _means(activations: Activations, harmful: Tensor, harmless: Tensor) -> list[Float[Tensor, "layer d_model"]]:
+    """The mean states of both classes, a layer at a time: the states may be mapped from a file that is larger than memory."""
+    by_layer = [[activations.at(layer)[chosen].double().mean(0) for layer in activations.layers] for chosen in (harmful, harmless)]
+    return [torch.stack(means) for means in by_layer]
+
+
+def _directions(
+    activations: Activations, vectors: Tensor, spectrum: Tensor, method: str, means: Sequence[Tensor], queries: Iterable[Query]
+) -> Directions:
+    """What was estimated, with a warning where there is less than was asked for."""
+    harmful, harmless = means
+    made = Directions(
+        vectors.float().contiguous(),
+        activations.layers,
+        harmful.float(),
+        harmless.float(),
+        spectrum.float(),
+        method,
+        activations.hook,
+        activations.provenance,
+        tuple(sorted({digest(query.text.encode()) for query in queries})),
+    )
+    there = made.vectors.any(-1).sum(-1).tolist()
+    if few := {layer: number for layer, number in zip(activations.layers, there, strict=True) if number < made.rank}:
+        places = ", ".join(f"{number} of {made.rank} at layer {layer}" for layer, number in few.items())
+        warn(f"{method} has fewer directions than rows ({places}): harmful and harmless differ in no more")
+    return made
