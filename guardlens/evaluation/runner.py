@@ -10,7 +10,8 @@ from typing import Any, ClassVar, get_args
 
 import numpy as np
 
-from guardlens.data.presentations import Presentation, as_presentations
+from guardlens.data.presentations import Presentation
+from guardlens.data.presentations.protocol import as_presentations
 from guardlens.data.queries import Query, as_queries, require_ids, require_labels
 from guardlens.defences import Defence
 from guardlens.errors import InterventionError, MismatchError, PresentationError, one_of, quoted, require_type, type_of

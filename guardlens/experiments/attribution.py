@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from guardlens.data.presentations import Presentation, as_presentations, text_only
+from guardlens.data.presentations import Presentation, text_only
+from guardlens.data.presentations.protocol import as_presentations
 from guardlens.data.queries import LABELS, Query, as_queries, require_ids, require_labels
 from guardlens.directions import Directions, warn_of_own_queries
 from guardlens.errors import MismatchError, NumericsError, as_count, one_of, quoted, require_type

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from guardlens.data.activation_store import StateStore, dtype_of
 from guardlens.data.activations import Activations
-from guardlens.data.presentations import Presentation, require_presentation, text_only
+from guardlens.data.presentations import Presentation, text_only
+from guardlens.data.presentations.protocol import require_presentation
 from guardlens.data.queries import as_queries
 from guardlens.errors import SiteError, require_type
 from guardlens.hooks import Site

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens import interventions as iv
-from guardlens.data.presentations import Presentation, require_presentation, text_only
+from guardlens.data.presentations import Presentation, text_only
+from guardlens.data.presentations.protocol import require_presentation
 from guardlens.data.queries import Query
 from guardlens.errors import InterventionError, MismatchError, NumericsError, is_several, one_of, quoted, require_type, warn
 from guardlens.experiments.scores import refusal_logodds

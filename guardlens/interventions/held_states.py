@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from guardlens.data.presentations import Presentation, require_presentation, text_only
+from guardlens.data.presentations import Presentation, text_only
+from guardlens.data.presentations.protocol import require_presentation
 from guardlens.errors import InterventionError, require_type
 from guardlens.hooks import Positions, Site, as_layer
 

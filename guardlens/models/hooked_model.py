@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from guardlens.data.presentations import Presentation, Prompt, WithoutImages, require_presentation, text_only
+from guardlens.data.presentations import Presentation, Prompt, WithoutImages, text_only
+from guardlens.data.presentations.protocol import require_presentation
 from guardlens.data.queries import Query, QueryPairs, as_queries
 from guardlens.errors import (
     ArgumentError,

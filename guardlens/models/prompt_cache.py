@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from guardlens.data.presentations import Presentation, require_presentation, text_only
+from guardlens.data.presentations import Presentation, text_only
+from guardlens.data.presentations.protocol import require_presentation
 from guardlens.data.queries import Query, as_queries, counted
 from guardlens.errors import MismatchError
 from guardlens.models.batching import BatchResult, over_batches

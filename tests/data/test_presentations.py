@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from guardlens import Query, errors, presentations
-from guardlens.data.presentations import Presentation, Prompt, blank, chat, framed, noise, own, require_presentation, text_only
+from guardlens.data.presentations import Presentation, Prompt, blank, chat, framed, noise, own, text_only
+from guardlens.data.presentations.protocol import require_presentation
 
 Q = Query("how ?", id="a")
 RED = Image.new("RGBA", (3, 2), (255, 0, 0, 128))

@@ -1,6 +1,6 @@
 """How a query reaches the model: text only, beside a blank, noisy or its own image, or inside a sentence or a conversation."""
 
-from guardlens.data.presentations.protocol import Presentation, Prompt, TextOnly, as_presentations, require_presentation, text_only
+from guardlens.data.presentations.protocol import Presentation, Prompt, TextOnly, text_only
 from guardlens.data.presentations.with_image import Blank, Noise, Own, blank, noise, own
 from guardlens.data.presentations.wrappers import Chat, Framed, WithoutImages, chat, framed
 
@@ -14,12 +14,10 @@ __all__ = [
     "Prompt",
     "TextOnly",
     "WithoutImages",
-    "as_presentations",
     "blank",
     "chat",
     "framed",
     "noise",
     "own",
-    "require_presentation",
     "text_only",
 ]

@@ -23,6 +23,10 @@ class Prompt:
 
     Raises:
         PresentationError: A field that is no text.
+
+    Examples:
+        >>> presentations.text_only(queries[0]) == presentations.Prompt("how to forge the badge ?")
+        True
     """
 
     text: str

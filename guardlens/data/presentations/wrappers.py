@@ -14,7 +14,12 @@ WITHOUT_IMAGES = "without images"
 
 @dataclass(frozen=True)
 class WithoutImages:
-    """What another presentation shows, its images taken away: the words around the query stay."""
+    """What another presentation shows, its images taken away: the words around the query stay.
+
+    Examples:
+        >>> presentations.WithoutImages(grey)(queries[0]).images
+        ()
+    """
 
     inner: Presentation
 
