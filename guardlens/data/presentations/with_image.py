@@ -3,14 +3,17 @@
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageColor
 
 from guardlens.data.images import opened
 from guardlens.data.presentations.protocol import Prompt
 from guardlens.data.queries import Query, as_text, require_query
 from guardlens.errors import PresentationError, as_count, quoted
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LARGEST = 8192
 """Pixels a side of an image that is made here."""
@@ -32,6 +35,8 @@ class Blank:
     size: int = 336
 
     def __post_init__(self) -> None:
+        from PIL import ImageColor
+
         try:
             rgb = ImageColor.getrgb(as_text(self.colour, "a colour", PresentationError))
         except ValueError:
@@ -59,8 +64,10 @@ def _set_size(shown: "Blank | Noise") -> None:
 
 
 @lru_cache(maxsize=8)
-def _flat(colour: str, size: int) -> Image.Image:
+def _flat(colour: str, size: int) -> "Image.Image":
     """One object for all prompts, by which they are known to show the same."""
+    from PIL import Image
+
     return Image.new("RGB", (size, size), colour)
 
 
@@ -89,6 +96,8 @@ class Noise:
         return f"noise {self.seed}" if self.seed else "noise"
 
     def __call__(self, query: Query) -> Prompt:
+        from PIL import Image
+
         require_query(query)
         generator = np.random.default_rng([self.seed, zlib.crc32(query.id.encode())])
         pixels = generator.integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
