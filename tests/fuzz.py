@@ -239,7 +239,7 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "placebo": (through(intervention.placebo), {"seed": 1}),
         "placed": (intervention.placed, {"layers": [1], "strength": 1.0}),
         ">>": (intervention.__rshift__, {"after": intervention}),
-        "gates.harmful": (through(gates.harmful), {"directions": ssd, "threshold": 0.0, "state": iv.own}),
+        "gates.harmful": (through(gates.harmful), {"directions": ssd, "threshold": 0.0, "state": iv.own_state}),
         "gates &": (gates.harmful(ssd).__and__, {"other": gates.harmful(ssd)}),
         "threshold_at_fpr": (gates.threshold_at_fpr, {"directions": ssd, "activations": text, "rate": 0.1}),
         "Defence": (defences.Defence, {"name": "x", "intervention": intervention, "present": lambda inner: inner}),

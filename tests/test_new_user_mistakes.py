@@ -74,7 +74,7 @@ MISTAKES = {
     "model.run(batch, iv.custom(lambda h, c: h + 1j).at(layers=[2]))": ("InterventionError", "torch.complex64", "floating-point numbers"),
     "model.run(batch, iv.custom(lambda h, c: c.held(iv.text_twin)).at(layers=[2]))":
         ("InterventionError", "which it does not require", "custom(fn, requires=(state,))"),
-    "model.run(batch, iv.custom(lambda h, c: c.held(iv.own), (iv.text_twin,)).at(layers=[2]) >> iv.swap(iv.own).at(layers=[2]))":
+    "model.run(batch, iv.custom(lambda h, c: c.held(iv.own_state), (iv.text_twin,)).at(layers=2) >> iv.swap(iv.own_state).at(layers=2))":
         ("InterventionError", "which it does not require", "custom(fn, requires=(state,))"),
     "model.run(batch, iv.custom(lambda h, c: c.held(None)).at(layers=[2]))": ("InterventionError", "type NoneType", "of type State"),
     "iv.add(torch.randn(128), 2.0)": ("InterventionError", "something of type Tensor", "directions.from_vectors"),

@@ -58,11 +58,11 @@ measure(push=push)
 # ## For which requests: a gate
 #
 # A gate decides once per query. `gates.harmful` opens where a state lies on the harmful side of the direction. *Which* state it looks at
-# makes the difference: the request's text twin (the same prompt without its image), or the state of this very run (`iv.own`), which the
-# image has shifted.
+# makes the difference: the request's text twin (the same prompt without its image), or the state of this very run (`iv.own_state`), which
+# the image has shifted.
 
 # %%
-twin_says, own_says = gates.harmful(ssd), gates.harmful(ssd, state=iv.own)
+twin_says, own_says = gates.harmful(ssd), gates.harmful(ssd, state=iv.own_state)
 measure(by_the_twin=push.when(twin_says), by_its_own_state=push.when(own_says))
 
 # %% [markdown]
@@ -162,7 +162,7 @@ print("two layers: ", difference((push >> out.at(layers=3)), (out.at(layers=3) >
 # which the twin is harmful *and* the run still looks harmless there. Each step has its gate, and the intervention prints as it is.
 
 # %%
-still_hidden = gates.harmful(ssd) & ~gates.harmful(ssd, state=iv.own)
+still_hidden = gates.harmful(ssd) & ~gates.harmful(ssd, state=iv.own_state)
 mine = guarded >> iv.add(ssd, 20.0).at(layers=7).when(still_hidden)
 print(mine)
 measure(patch_alone=guarded, mine=mine)

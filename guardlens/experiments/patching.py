@@ -45,7 +45,7 @@ class Cell:
     def intervention(self, source: Presentation) -> Intervention:
         """What patches it at the prompt's last token."""
         part = None if self.head == WHOLE else (self.head, self.heads)
-        return iv.swap(iv.State(run=source, hook=self.hook), part).at(layers=self.layer)
+        return iv.swap(iv.State(presentation=source, hook=self.hook), part).at(layers=self.layer)
 
 
 class Patching(Table):

@@ -11,8 +11,8 @@
     swap(r)                 r
     custom(fn)              fn(states, context)
 
-`r` is a held state (`text_twin`, `own`, any `State`) or a constant: zero, a vector, or one vector per layer (a class mean). A `State` is
-read at the hook and the layer of the edit unless it names its own.
+`r` is a held state (`text_twin`, `own_state`, any `State`) or a constant: zero, a vector, or one vector per layer (a class mean). A `State`
+is read at the hook and the layer of the edit unless it names its own.
 Strength means the same for all of them: h + s (edit(h) - h).
 """
 
@@ -28,8 +28,8 @@ from guardlens.directions import Directions
 from guardlens.errors import InterventionError, as_number, type_of
 from guardlens.hooks import Site
 from guardlens.interventions import gates
-from guardlens.interventions.edits import Affine, Custom, Edit, RelativeAdd, Swap, Turned, require_directions
-from guardlens.interventions.held_states import Context, State, own, text_twin
+from guardlens.interventions.edits import Affine, Custom, Edit, Placebo, RelativeAdd, Swap, require_directions
+from guardlens.interventions.held_states import Context, State, own_state, text_twin
 from guardlens.interventions.intervention import Intervention, Phase, Step, nothing
 
 __all__ = [
@@ -39,11 +39,11 @@ __all__ = [
     "Edit",
     "Intervention",
     "Phase",
+    "Placebo",
     "RelativeAdd",
     "State",
     "Step",
     "Swap",
-    "Turned",
     "add",
     "add_component",
     "add_relative",
@@ -52,7 +52,7 @@ __all__ = [
     "gates",
     "linear",
     "nothing",
-    "own",
+    "own_state",
     "patch",
     "project_out",
     "replace",
@@ -74,7 +74,7 @@ def project_out(directions: Directions) -> Intervention:
         True
     """
     vectors = _vectors(directions)
-    return _affine(f"project_out({directions.method})", directions, read=vectors, write=-vectors)
+    return _affine(f"project_out({directions.method})", directions, down=vectors, up=-vectors)
 
 
 def amplify(directions: Directions, alpha: float = 1.0) -> Intervention:
@@ -85,7 +85,7 @@ def amplify(directions: Directions, alpha: float = 1.0) -> Intervention:
         amplify(ssd(rank=1), alpha=2).at(positions='last')
     """
     vectors, alpha = _vectors(directions), _number(alpha=alpha)
-    return _affine(f"amplify({directions.method}, alpha={alpha:g})", directions, read=vectors, write=alpha * vectors)
+    return _affine(f"amplify({directions.method}, alpha={alpha:g})", directions, down=vectors, up=alpha * vectors)
 
 
 def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
@@ -100,7 +100,7 @@ def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> 
     """
     vectors, gain = _vectors(directions), _number(gain=gain)
     name = f"replace({directions.method}, {_name(reference)}, gain={gain:g})"
-    return _affine(name, directions, read=vectors, write=-vectors, reference=reference, gain=gain)
+    return _affine(name, directions, down=vectors, up=-vectors, reference=reference, gain=gain)
 
 
 def patch(directions: Directions, reference: Reference) -> Intervention:
@@ -114,7 +114,7 @@ def patch(directions: Directions, reference: Reference) -> Intervention:
     """
     vectors = _vectors(directions)
     name = f"patch({directions.method}, {_name(reference)})"
-    return _affine(name, directions, read=vectors, write=-vectors, reference=reference, gain=1.0)
+    return _affine(name, directions, down=vectors, up=-vectors, reference=reference, gain=1.0)
 
 
 def add_component(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
@@ -126,7 +126,7 @@ def add_component(directions: Directions, reference: Reference, gain: float = 1.
     """
     none, gain = _vectors(directions)[:, :0], _number(gain=gain)
     name = f"add_component({directions.method}, {_name(reference)}, gain={gain:g})"
-    return _affine(name, directions, read=none, write=none, reference=reference, gain=gain)
+    return _affine(name, directions, down=none, up=none, reference=reference, gain=gain)
 
 
 def add(directions: Directions, alpha: float = 1.0) -> Intervention:
@@ -143,7 +143,7 @@ def add(directions: Directions, alpha: float = 1.0) -> Intervention:
         True
     """
     none, vector, alpha = _vectors(directions)[:, :0], _single(directions), _number(alpha=alpha)
-    return _affine(f"add({directions.method}, alpha={alpha:g})", directions, read=none, write=none, shift=alpha * vector)
+    return _affine(f"add({directions.method}, alpha={alpha:g})", directions, down=none, up=none, shift=alpha * vector)
 
 
 def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
@@ -178,8 +178,10 @@ def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Inte
         found = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor | np.ndarray) else f"{type_of(matrix)}"
         raise InterventionError(f"a matrix of {found}", "a square tensor, d_model by d_model", "hand in torch.eye(d_model) or its like")
     matrix, alpha, width = _real(matrix), _number(alpha=alpha), len(matrix)
-    read, none = torch.eye(width, dtype=matrix.dtype)[None], matrix.new_zeros(1, 0, width)
-    edit = Affine(f"linear({width} x {width}, alpha={alpha:g})", None, read, alpha * matrix[None], none, none, matrix.new_zeros(1, width))
+    identity, none = torch.eye(width, dtype=matrix.dtype)[None], matrix.new_zeros(1, 0, width)
+    edit = Affine(
+        f"linear({width} x {width}, alpha={alpha:g})", None, identity, alpha * matrix[None], none, none, matrix.new_zeros(1, width)
+    )
     return Intervention((Step(edit),))
 
 
@@ -189,14 +191,14 @@ def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
     A reference without a hook of its own, such as `text_twin`, is held at whatever hook is edited: `swap(text_twin).at(hook="z")`.
 
     Args:
-        reference: What is put in, e.g. `State(run=text_only, hook="attn_out")`.
+        reference: What is put in, e.g. `State(presentation=text_only, hook="attn_out")`.
         part: `(index, of)` puts in one of several equal stretches alone: `(3, 32)` is the fourth of 32 heads at the hook z.
 
     Raises:
         InterventionError: The reference is no state, or there is no such part.
 
     Examples:
-        >>> iv.swap(iv.State(run=presentations.text_only, hook="z"), part=(3, 4)).at(layers=5).steps[0].site
+        >>> iv.swap(iv.State(presentation=presentations.text_only, hook="z"), part=(3, 4)).at(layers=5).steps[0].site
         Site(hook='z', layers=(5,), positions='last')
     """
     edit = Swap(reference, part)
@@ -229,8 +231,8 @@ def _affine(
     label: str,
     directions: Directions,
     *,
-    read: Tensor,
-    write: Tensor,
+    down: Tensor,
+    up: Tensor,
     reference: Reference = 0.0,
     gain: float = 0.0,
     shift: Tensor | None = None,
@@ -240,9 +242,9 @@ def _affine(
     held = reference if isinstance(reference, State) else None
     if shift is None:
         shift = torch.zeros_like(vectors[:, 0]) if held else gain * _component(vectors, reference)  # type: ignore[arg-type]
-    held_read, held_write = (vectors, gain * vectors) if held else (none, none)
+    held_down, held_up = (vectors, gain * vectors) if held else (none, none)
     model, hook = directions.provenance.model, directions.hook
-    edit = Affine(label, directions.layers, read, write, held_read, held_write, shift, held, model, hook)
+    edit = Affine(label, directions.layers, down, up, held_down, held_up, shift, held, model, hook)
     return Intervention((Step(edit),))
 
 
@@ -293,7 +295,7 @@ def _real(values: Any) -> Tensor:
 
 def _name(reference: Any) -> str:
     if isinstance(reference, State):
-        named = {text_twin: "text_twin", own: "own"}
+        named = {text_twin: "text_twin", own_state: "own_state"}
         return named.get(reference, str(reference))
     if isinstance(reference, Tensor | np.ndarray) and reference.ndim:
         return "constant"

@@ -51,7 +51,7 @@ class Edit(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """h -> h + h read^T write + r held_read^T held_write + shift, with factors of each layer and r one held state.
+    """h -> h + h down^T up + r held_down^T held_up + shift, with factors of each layer and r one held state.
 
     Closed under composition (`then`). Projections are computed in float32 at least, whatever the model's precision.
 
@@ -74,10 +74,10 @@ class Affine:
 
     label: str
     layers: tuple[int, ...] | None
-    read: Float[Tensor, "layer rank d_model"]
-    write: Float[Tensor, "layer rank d_model"]
-    held_read: Float[Tensor, "layer held_rank d_model"]
-    held_write: Float[Tensor, "layer held_rank d_model"]
+    down: Float[Tensor, "layer rank d_model"]
+    up: Float[Tensor, "layer rank d_model"]
+    held_down: Float[Tensor, "layer held_rank d_model"]
+    held_up: Float[Tensor, "layer held_rank d_model"]
     shift: Float[Tensor, "layer d_model"]
     held: State | None = None
     model: str = ""
@@ -89,10 +89,10 @@ class Affine:
             require_type(self.held, State, InterventionError, "hold a State, such as interventions.text_twin")
         factors = {name: getattr(self, name) for name in _FACTORS}
         require_factors(self.label, self.layers, **factors)
-        pairs = (self.read, self.write), (self.held_read, self.held_write)
+        pairs = (self.down, self.up), (self.held_down, self.held_up)
         if any(one.shape != other.shape for one, other in pairs) or len({factor.shape[-1] for factor in factors.values()}) > 1:
             shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
-            raise MismatchError(f"factors of the shapes {shapes}", "read and write alike, all of one width", "make them of one basis")
+            raise MismatchError(f"factors of the shapes {shapes}", "down and up alike, all of one width", "make them of one basis")
 
     @property
     def requires(self) -> tuple[State, ...]:
@@ -121,9 +121,9 @@ class Affine:
 
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
         i, h = self.index(context.layer), _precise(states)
-        delta = h @ self.read[i].to(h).T @ self.write[i].to(h) + self.shift[i].to(h)
+        delta = h @ self.down[i].to(h).T @ self.up[i].to(h) + self.shift[i].to(h)
         if self.held is not None:
-            delta = delta + context.held(self.held).to(h) @ self.held_read[i].to(h).T @ self.held_write[i].to(h)
+            delta = delta + context.held(self.held).to(h) @ self.held_down[i].to(h).T @ self.held_up[i].to(h)
         return (h + delta).to(states.dtype)
 
     def then(self, after: "Affine") -> "Affine":
@@ -144,16 +144,16 @@ class Affine:
                 f"maps of the layers {self.layers} and {after.layers}", "the same layers", "restrict them with directions[layer]"
             )
 
-        def through(write: Tensor) -> Tensor:
-            return write + write @ after.read.transpose(1, 2) @ after.write
+        def through(up: Tensor) -> Tensor:
+            return up + up @ after.down.transpose(1, 2) @ after.up
 
         return Affine(
             f"{self.label} >> {after.label}",
             after.layers if self.layers is None else self.layers,
-            _join(self.read, after.read),
-            _join(through(self.write), after.write),
-            _join(self.held_read, after.held_read),
-            _join(through(self.held_write), after.held_write),
+            _join(self.down, after.down),
+            _join(through(self.up), after.up),
+            _join(self.held_down, after.held_down),
+            _join(through(self.held_up), after.held_up),
             through(self.shift[:, None])[:, 0] + after.shift,
             after.held if self.held is None else self.held,
             self.model or after.model,
@@ -162,7 +162,7 @@ class Affine:
 
     def scaled(self, strength: float) -> "Affine":
         """h + strength (self(h) - h)."""
-        factors = {name: strength * getattr(self, name) for name in ("write", "held_write", "shift")}
+        factors = {name: strength * getattr(self, name) for name in ("up", "held_up", "shift")}
         return replace(self, label=f"{strength:g} * ({self.label})", **factors)
 
     def to(self, device: torch.device) -> "Affine":
@@ -177,7 +177,7 @@ class Affine:
     def span(self, layer: int | None) -> Float[Tensor, "rank d_model"]:
         """Orthonormal rows that span everything the map can add at a layer."""
         i = self.index(layer)
-        rows = torch.cat([self.write[i], self.held_write[i], self.shift[i][None]])
+        rows = torch.cat([self.up[i], self.held_up[i], self.shift[i][None]])
         _, values, basis = torch.linalg.svd(rows, full_matrices=False)
         return basis[values > 1e-6 * values.max().clamp_min(torch.finfo(values.dtype).tiny)]
 
@@ -185,7 +185,7 @@ class Affine:
         return self.label
 
 
-_FACTORS = ("read", "write", "held_read", "held_write", "shift")
+_FACTORS = ("down", "up", "held_down", "held_up", "shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,13 +207,16 @@ class RelativeAdd:
     vectors: Float[Tensor, "layer d_model"]
     alpha: float
     model: str = ""
-    requires: tuple[State, ...] = ()
     hook: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
         object.__setattr__(self, "alpha", as_number(self.alpha, "alpha", InterventionError, "say add_relative(directions, 0.1)"))
         require_factors(self.label, self.layers, vectors=self.vectors)
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return ()
 
     @property
     def d_model(self) -> int:
@@ -238,7 +241,6 @@ class Swap:
     Attributes:
         held: The state r, read at the same hook.
         part: `(index, of)`: only the stretch `index` of `of`; None for the whole state.
-        model: Empty: it fits any.
 
     Raises:
         InterventionError: No state, or no such part.
@@ -250,7 +252,6 @@ class Swap:
 
     held: State
     part: tuple[int, int] | None = None
-    model: str = ""
 
     def __post_init__(self) -> None:
         require_type(self.held, State, InterventionError, "put in a State, such as interventions.text_twin")
@@ -267,6 +268,10 @@ class Swap:
     @property
     def requires(self) -> tuple[State, ...]:
         return (self.held,)
+
+    @property
+    def model(self) -> str:
+        return ""
 
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
         reference, (index, of) = context.held(self.held).to(states), self.part or (0, 1)
@@ -326,7 +331,7 @@ class Custom:
 
 
 @dataclass(frozen=True, eq=False)
-class Turned:
+class Placebo:
     """Another edit's displacement, of the same norm for every state, turned into random directions: the placebo of that edit.
 
     The space that the edit writes to is mapped onto a random one of the same rank, layer by layer; where that space is not known (a custom

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor
 
 from guardlens.data.activations import Activations
 from guardlens.directions import Directions
-from guardlens.errors import InterventionError, MismatchError, NumericsError, SiteError, as_number, quoted, require_type
+from guardlens.errors import InterventionError, MismatchError, NumericsError, SiteError, as_number, is_several, quoted, require_type
 from guardlens.hooks import numbered
 from guardlens.interventions.edits import require_directions, require_factors
-from guardlens.interventions.held_states import State, own, text_twin
+from guardlens.interventions.held_states import State, own_state, text_twin
 from guardlens.results.provenance import require_same_model
 
-Operation = Literal["&", "|", "~"]
 Lookup = Callable[[State], Float[Tensor, "query d_model"]]
 
 
@@ -31,28 +30,26 @@ class Gate(ABC):
         (harmful(ssd(rank=1), threshold=midpoint) & ~harmful(ssd(rank=1), threshold=100.0))
     """
 
+    model: str
+    """The model that it was made for; empty for any."""
+
     @property
     @abstractmethod
     def requires(self) -> tuple[State, ...]:
         """The held states that it will look up."""
-
-    @property
-    @abstractmethod
-    def model(self) -> str:
-        """The model that it was made for; empty for any."""
 
     @abstractmethod
     def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
         """Which queries it opens for, at the layer of the edit that asks."""
 
     def __and__(self, other: "Gate") -> "Gate":
-        return Combined("&", (self, other))
+        return AllOf((self, other))
 
     def __or__(self, other: "Gate") -> "Gate":
-        return Combined("|", (self, other))
+        return AnyOf((self, other))
 
     def __invert__(self) -> "Gate":
-        return Combined("~", (self,))
+        return Not(self)
 
     def __bool__(self) -> bool:
         raise InterventionError(
@@ -68,7 +65,7 @@ class Linear(Gate):
         label: How it was made, for `repr`.
         layers: The layer of each index of the first axis; None where one serves every layer.
         state: What it sees; without a hook of its own, at the hook of the weights.
-        made_for: The model that it was made for; empty for any.
+        model: The model that it was made for; empty for any.
         hook: The hook that the weights were read at; empty for any.
 
     Raises:
@@ -77,7 +74,7 @@ class Linear(Gate):
         InterventionError: Weights that are all zero, or no state.
 
     Examples:
-        >>> gate = gates.Linear("mine", None, torch.ones(1, 128), torch.zeros(1), made_for=model.id)
+        >>> gate = gates.Linear("mine", None, torch.ones(1, 128), torch.zeros(1), model=model.id)
         >>> run = model.run(batch, iv.project_out(ssd).at(layers=5).when(gate))
         >>> run.decisions[0, 0, 5].shape  # (lane, step, layer) -> query
         torch.Size([3])
@@ -88,7 +85,7 @@ class Linear(Gate):
     weights: Float[Tensor, "layer d_model"]
     thresholds: Float[Tensor, "layer"]
     state: State = text_twin
-    made_for: str = ""
+    model: str = ""
     hook: str = ""
 
     def __post_init__(self) -> None:
@@ -113,10 +110,6 @@ class Linear(Gate):
         return (self.seen,)
 
     @property
-    def model(self) -> str:
-        return self.made_for
-
-    @property
     def d_model(self) -> int:
         """Width of the states that it decides on."""
         return self.weights.shape[-1]
@@ -135,47 +128,111 @@ class Linear(Gate):
 
 
 @dataclass(frozen=True, eq=False)
-class Combined(Gate):
-    """Open where all of its gates are (`&`), where any is (`|`), or where its one gate is not (`~`).
+class AllOf(Gate):
+    """Open where all of several gates are open: `a & b`.
 
     Raises:
-        InterventionError: Another operation, or other than gates.
-        MismatchError: Gates of several models.
+        InterventionError: The gates are not gates, or there are none.
+        MismatchError: The gates were made for different models.
 
     Examples:
-        >>> either = gates.harmful(ssd) | gates.harmful(ssd, threshold=0.0)
-        >>> type(either).__name__, either.operation
-        ('Combined', '|')
+        >>> gates.harmful(ssd) & gates.harmful(ssd, threshold=0.0)
+        (harmful(ssd(rank=1), threshold=midpoint) & harmful(ssd(rank=1), threshold=0.0))
     """
 
-    operation: Operation
     gates: tuple[Gate, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gates", tuple(self.gates))
-        for gate in self.gates:
-            require_type(gate, Gate, InterventionError, "combine gates such as gates.harmful(directions)")
-        if self.operation not in get_args(Operation) or not self.gates or (self.operation == "~" and len(self.gates) > 1):
-            raise InterventionError(
-                f"{len(self.gates)} gates under {self.operation!r}", "gates under '&' or '|', or one under '~'", "write a & ~b"
-            )
-        for gate in self.gates:
-            require_same_model(f"the gate {gate!r}", gate.model, self.model)
+        object.__setattr__(self, "gates", _joinable(self.gates))
+        object.__setattr__(self, "model", _model_of(self.gates))
 
     @property
     def requires(self) -> tuple[State, ...]:
         return tuple(state for gate in self.gates for state in gate.requires)
 
-    @property
-    def model(self) -> str:
-        return next((gate.model for gate in self.gates if gate.model), "")
-
     def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
-        decisions = torch.stack([gate.decide(held, layer) for gate in self.gates])
-        return ~decisions[0] if self.operation == "~" else decisions.all(0) if self.operation == "&" else decisions.any(0)
+        return torch.stack([gate.decide(held, layer) for gate in self.gates]).all(dim=0)
 
     def __repr__(self) -> str:
-        return f"~{self.gates[0]!r}" if self.operation == "~" else f"({f' {self.operation} '.join(map(repr, self.gates))})"
+        return f"({' & '.join(map(repr, self.gates))})"
+
+
+@dataclass(frozen=True, eq=False)
+class AnyOf(Gate):
+    """Open where any of several gates is open: `a | b`.
+
+    Raises:
+        InterventionError: The gates are not gates, or there are none.
+        MismatchError: The gates were made for different models.
+
+    Examples:
+        >>> gates.harmful(ssd) | gates.harmful(ssd, threshold=0.0)
+        (harmful(ssd(rank=1), threshold=midpoint) | harmful(ssd(rank=1), threshold=0.0))
+    """
+
+    gates: tuple[Gate, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gates", _joinable(self.gates))
+        object.__setattr__(self, "model", _model_of(self.gates))
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return tuple(state for gate in self.gates for state in gate.requires)
+
+    def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
+        return torch.stack([gate.decide(held, layer) for gate in self.gates]).any(dim=0)
+
+    def __repr__(self) -> str:
+        return f"({' | '.join(map(repr, self.gates))})"
+
+
+@dataclass(frozen=True, eq=False)
+class Not(Gate):
+    """Open where another gate is closed: `~a`.
+
+    Raises:
+        InterventionError: The gate is not a gate.
+
+    Examples:
+        >>> ~gates.harmful(ssd)
+        ~harmful(ssd(rank=1), threshold=midpoint)
+    """
+
+    gate: Gate
+
+    def __post_init__(self) -> None:
+        _joinable((self.gate,))
+        object.__setattr__(self, "model", self.gate.model)
+
+    @property
+    def requires(self) -> tuple[State, ...]:
+        return self.gate.requires
+
+    def decide(self, held: Lookup, layer: int | None) -> Bool[Tensor, "query"]:
+        return ~self.gate.decide(held, layer)
+
+    def __repr__(self) -> str:
+        return f"~{self.gate!r}"
+
+
+def _joinable(gates: Any) -> tuple[Gate, ...]:
+    """The gates in a tuple, once it is known that one gate can be made of them."""
+    if not is_several(gates):
+        raise InterventionError(f"gates={quoted(gates)}", "gates in a tuple", "write a & b, or a | b")
+    joined = tuple(gates)
+    if not joined:
+        raise InterventionError("A gate of no gates decides nothing.", "one gate at least", "write a & b, or a | b")
+    for gate in joined:
+        require_type(gate, Gate, InterventionError, "combine gates such as gates.harmful(directions)")
+    for gate in joined:
+        require_same_model(f"the gate {gate!r}", gate.model, _model_of(joined))
+    return joined
+
+
+def _model_of(gates: tuple[Gate, ...]) -> str:
+    """The model that the first gate which was made for one was made for; empty if all fit any."""
+    return next((gate.model for gate in gates if gate.model), "")
 
 
 def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoint", state: State = text_twin) -> Linear:
@@ -201,7 +258,7 @@ def harmful(directions: Directions, threshold: "float | str | Tensor" = "midpoin
     require_directions(directions)
     require_type(state, State, InterventionError, "look at a State, such as interventions.text_twin")
     values, shown = _thresholds(threshold, directions)
-    seen = "" if state == text_twin else f", state={'own' if state == own else state}"
+    seen = "" if state == text_twin else f", state={'own_state' if state == own_state else state}"
     label = f"harmful({directions.method}, threshold={shown}{seen})"
     weights = directions.vectors[:, 0].contiguous()
     return Linear(label, directions.layers, weights, values, state, directions.provenance.model, directions.hook)

@@ -17,15 +17,15 @@ class State:
     """One vector per query, read in the prefill of some run and held for the decode steps.
 
     Attributes:
-        run: The presentation whose unedited run is read; None for the very run that is edited, edits included. `text_only` means the
-            prompt as it is shown, words around the query included, without its images.
+        presentation: The presentation whose unedited run is read; None for the very run that is edited, edits included. `text_only` means
+            the prompt as it is shown, words around the query included, without its images.
         hook: The hook to read; None for the hook of the edit that asks (of a gate: for the one that its directions were read at).
         layer: The layer; None for the layer of the edit that asks.
         positions: The tokens to read, averaged where several.
 
     Raises:
         SiteError: There is no such place: see `Site`.
-        PresentationError: `run` is something else.
+        PresentationError: `presentation` is something else.
 
     Examples:
         >>> early = iv.State(hook="resid_post", layer=2)  # this run's own, after block 2
@@ -34,14 +34,14 @@ class State:
         torch.Size([1, 3, 251])
     """
 
-    run: Presentation | None = None
+    presentation: Presentation | None = None
     hook: str | None = None
     layer: int | None = None
     positions: Positions = "last"
 
     def __post_init__(self) -> None:
-        if self.run is not None:
-            require_presentation(self.run)
+        if self.presentation is not None:
+            require_presentation(self.presentation)
         layers = None if self.layer is None else (as_layer(self.layer),)
         site = Site("resid_post" if self.hook is None else self.hook, layers, self.positions)
         object.__setattr__(self, "hook", None if self.hook is None else site.hook)
@@ -49,16 +49,16 @@ class State:
         object.__setattr__(self, "positions", site.positions)
 
 
-own = State()
+own_state = State()
 """This run's own state, at the hook and the layer of the edit that asks.
 
 Examples:
-    >>> same = iv.patch(ssd, iv.own).at(layers=5)  # a state's own component in its place: nothing changes
+    >>> same = iv.patch(ssd, iv.own_state).at(layers=5)  # a state's own component in its place: nothing changes
     >>> torch.allclose(model.run(batch, same).logits, model.run(batch).logits, atol=1e-3)
     True
 """
 
-text_twin = State(run=text_only)
+text_twin = State(presentation=text_only)
 """The same prompt without its images, as the LLM sees it: `model.llm`, which is the VLM's own language model if no other was given.
 
 Examples:

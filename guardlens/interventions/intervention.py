@@ -9,8 +9,8 @@ import torch
 
 from guardlens.errors import InterventionError, MismatchError, as_number, one_of, quoted, require_type, type_of
 from guardlens.hooks import BLOCKS, HOOKS, Layers, Point, Positions, Site, as_layers, parse, require_same_space
-from guardlens.interventions.edits import Affine, Edit, Turned, require_edit
-from guardlens.interventions.gates import Combined, Gate, Linear
+from guardlens.interventions.edits import Affine, Edit, Placebo, require_edit
+from guardlens.interventions.gates import AllOf, AnyOf, Gate, Linear, Not
 from guardlens.interventions.held_states import State
 from guardlens.interventions.serialization import fingerprint, load, save
 from guardlens.results.notebook_html import captioned, span, table
@@ -156,7 +156,7 @@ class Intervention:
         Raises:
             InterventionError: A seed that is no whole number from 0 up.
         """
-        return self._each(lambda step: replace(step, edit=Turned(step.edit, seed)))
+        return self._each(lambda step: replace(step, edit=Placebo(step.edit, seed)))
 
     def __rshift__(self, after: "Intervention") -> "Intervention":
         """First this intervention, then `after`. Associative; the order matters only where their sites meet.
@@ -194,7 +194,7 @@ class Intervention:
             for point in step.site.points(n_layers):
                 for state in step.requires:
                     source = source_of(state, point, n_layers)
-                    if state.run is None and source.order > point.order:
+                    if state.presentation is None and source.order > point.order:
                         raise InterventionError(
                             f"an edit at {point.name} that needs this run's own {source.name}",
                             "a state from the same place or before",
@@ -212,7 +212,7 @@ class Intervention:
             InterventionError: It asks for a state that comes too late.
         """
         for step in self.steps:
-            edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
+            edit = step.edit.edit if isinstance(step.edit, Placebo) else step.edit
             if step.gate is not None:
                 require_same_model(f"the directions of {step.gate!r}", step.gate.model, *models)
             met = [(edit, step.site.hook), *((edit, state.hook) for state in edit.requires if state.hook)]
@@ -231,7 +231,7 @@ class Intervention:
         """With the factors of its linear edits on a device."""
 
         def move(edit: Any) -> Any:
-            if isinstance(edit, Turned):
+            if isinstance(edit, Placebo):
                 return replace(edit, edit=move(edit.edit))
             return edit.to(device) if isinstance(edit, Affine) else edit
 
@@ -350,8 +350,10 @@ def source_of(state: State, asked_at: Point, n_layers: int) -> Point:
 
 def _gates(gate: Gate | None) -> Iterator[Linear]:
     """The linear gates that a gate is made of."""
-    if isinstance(gate, Combined):
+    if isinstance(gate, AllOf | AnyOf):
         for inner in gate.gates:
             yield from _gates(inner)
+    elif isinstance(gate, Not):
+        yield from _gates(gate.gate)
     elif isinstance(gate, Linear):
         yield gate

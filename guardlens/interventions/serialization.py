@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from guardlens.errors import StorageError
-from guardlens.interventions.edits import Custom, Turned
+from guardlens.interventions.edits import Custom, Placebo
 from guardlens.results.files import checksum, digest, in_memory, load_tensors, reading, save_tensors
 
 KIND = "intervention"
@@ -21,9 +21,11 @@ TAGS = {
     "affine": "guardlens.interventions.edits:Affine",
     "relative_add": "guardlens.interventions.edits:RelativeAdd",
     "swap": "guardlens.interventions.edits:Swap",
-    "turned": "guardlens.interventions.edits:Turned",
+    "placebo": "guardlens.interventions.edits:Placebo",
     "linear_gate": "guardlens.interventions.gates:Linear",
-    "combined_gate": "guardlens.interventions.gates:Combined",
+    "all_of": "guardlens.interventions.gates:AllOf",
+    "any_of": "guardlens.interventions.gates:AnyOf",
+    "not": "guardlens.interventions.gates:Not",
     "state": "guardlens.interventions.held_states:State",
     "site": "guardlens.hooks:Site",
     "text_only": "guardlens.data.presentations.protocol:TextOnly",
@@ -42,7 +44,7 @@ _TAG_OF = {place: tag for tag, place in TAGS.items()}
 def save(intervention: Any, path: str | Path) -> None:
     """Write an intervention to one safetensors file."""
     for step in intervention.steps:
-        edit = step.edit.edit if isinstance(step.edit, Turned) else step.edit
+        edit = step.edit.edit if isinstance(step.edit, Placebo) else step.edit
         if isinstance(edit, Custom):
             raise StorageError(
                 f"{edit!r} in the intervention", "data only", "rebuild an intervention with custom functions in code; save the rest of it"

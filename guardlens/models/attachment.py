@@ -376,7 +376,7 @@ def _require_alone(hf: Any) -> None:
 def _require_known(intervention: Intervention, n_layers: int) -> None:
     """Refuse what a prompt's tokens don't tell."""
     states: list[State] = list(intervention.requires(n_layers))
-    other = next((state.run for state in states if state.run not in (None, text_only)), None)
+    other = next((state.presentation for state in states if state.presentation not in (None, text_only)), None)
     if other is not None:
         raise InterventionError(
             f"a state of the presentation {other.name!r}",

@@ -593,9 +593,9 @@ class HookedModel:
         wanted = required_runs(asked.interventions, self.cfg.n_layers)
         held = {} if known is None else known
         missing = {state: layers for state, layers in wanted.items() if any((state, layer) not in held for layer in layers)}
-        for presentation in {state.run for state in missing if state.run is not None}:
+        for presentation in {state.presentation for state in missing if state.presentation is not None}:
             model, other = self.source(asked.batch, presentation)
-            sought = {state: layers for state, layers in missing.items() if state.run == presentation}
+            sought = {state: layers for state, layers in missing.items() if state.presentation == presentation}
             if known is not None:
                 computed = model.cfg.computed(other.beside_image)
                 sought |= {

@@ -15,7 +15,7 @@ from guardlens.data.presentations import Presentation
 from guardlens.data.queries import Query
 from guardlens.errors import PresentationError
 from guardlens.interventions import Intervention
-from guardlens.interventions.edits import Custom, Turned
+from guardlens.interventions.edits import Custom, Placebo
 from guardlens.models.architectures import KNOWN, facts
 from guardlens.models.content_digest import content
 from guardlens.models.hooked_model import HookedModel
@@ -76,7 +76,7 @@ def shown(presentation: Presentation, queries: Sequence[Query]) -> str:
 
 def of_intervention(intervention: Intervention) -> str:
     """What an intervention does: its fingerprint, and the code of custom functions, for which a fingerprint has their names alone."""
-    edits = [step.edit.edit if isinstance(step.edit, Turned) else step.edit for step in intervention.steps]
+    edits = [step.edit.edit if isinstance(step.edit, Placebo) else step.edit for step in intervention.steps]
     functions = [edit.fn for edit in edits if isinstance(edit, Custom)]
     return "-".join([intervention.fingerprint, *([content(functions, "the custom functions of an intervention")] if functions else [])])
 

@@ -11,7 +11,7 @@ from guardlens import defences, directions, errors, gates, presentations
 from guardlens.data.presentations import text_only
 from guardlens.defences import none, self_reminder, vlm_guard
 from guardlens.hooks import Site
-from guardlens.interventions import State, own
+from guardlens.interventions import State, own_state
 from tests import reference
 
 TEXTS = ["how to forge the badge ?", "please explain how to wash the hat .", "i want to push the radio ?", "tell me how to mend the fern ."]
@@ -98,7 +98,7 @@ def test_decode_steps_are_edited_on_demand(vlm, batch, ssd):
 def test_image_run_as_its_own_reference_is_the_identity(vlm, batch, ssd):
     """R1 with the text run replaced by the image run, alpha = 1, g = 1 (methods.md, section 6)."""
     plain = vlm.run(batch, read=[Site()])
-    for reference_state in (own, State(run=GREY)):
+    for reference_state in (own_state, State(presentation=GREY)):
         run = vlm.run(batch, vlm_guard(ssd, reference=reference_state, gate=None).intervention, read=[Site()])
         close(run.reads[Site()], plain.reads[Site()])
         close(run.logits, plain.logits)
@@ -125,7 +125,7 @@ class TestGate:
     def test_another_reference_is_seen_by_the_gate_too(self, vlm, batch, ssd):
         states = vlm.run(batch, read=[Site()], logits=None).reads[Site()][0, :, LAYER] @ ssd.at(LAYER)[0]
         threshold = float(states.median()) + 1e-4
-        run = vlm.run(batch, vlm_guard(ssd, [LAYER], gate=threshold, reference=State(run=GREY)).intervention)
+        run = vlm.run(batch, vlm_guard(ssd, [LAYER], gate=threshold, reference=State(presentation=GREY)).intervention)
         assert torch.equal(run.decisions[0, 0, LAYER], states > threshold)
 
     @pytest.mark.parametrize("reading", ["replace", "add", "amplify"])
@@ -253,7 +253,7 @@ def test_fingerprints_tell_defences_apart(ssd):
         vlm_guard(ssd.truncate(1)),
         vlm_guard(ssd, positions="all"),
         vlm_guard(ssd, phase="always"),
-        vlm_guard(ssd, reference=own),
+        vlm_guard(ssd, reference=own_state),
         vlm_guard(dataclasses.replace(ssd, vectors=-ssd.vectors)),
         none,
         self_reminder,

@@ -276,7 +276,7 @@ class TestSwap:
         np.testing.assert_allclose(odds(logits, vlm.tokenizer), expected, atol=1e-4)
 
     def test_it_acts_where_its_state_is_held(self):
-        intervention = iv.swap(iv.State(run=text_only, hook="z", positions="image"), part=(3, 4))
+        intervention = iv.swap(iv.State(presentation=text_only, hook="z", positions="image"), part=(3, 4))
         assert (intervention.steps[0].site.hook, intervention.steps[0].site.positions) == ("z", "image")
         assert intervention.free and repr(intervention).startswith("swap(") and "part=(3, 4)" in repr(intervention)
 

@@ -278,7 +278,7 @@ def test_answers_under_random_interventions_are_those_of_raw_hooks(setting, draw
 def laws(V, M):
     """Pairs of interventions that are one, by name."""
     one, r = V.truncate(1), V.harmless_mean[1]
-    out, same, push = iv.project_out(V), iv.swap(iv.own), iv.linear(M, 0.5)
+    out, same, push = iv.project_out(V), iv.swap(iv.own_state), iv.linear(M, 0.5)
     flipped = replace(V, vectors=-V.vectors)
     opened, closed = gates.harmful(V, -1e9), gates.harmful(V, 1e9)
 
@@ -295,10 +295,10 @@ def laws(V, M):
         "replace with gain 0 projects out": (iv.replace(V, iv.text_twin, 0.0), out),
         "patch is idempotent": (iv.patch(V, r) >> iv.patch(V, r), iv.patch(V, r)),
         "swap with own is the identity": (same, iv.nothing),
-        "patch with own is the identity": (iv.patch(V, iv.own), iv.nothing),
+        "patch with own is the identity": (iv.patch(V, iv.own_state), iv.nothing),
         "so it is between steps": (push >> same >> out >> same >> push, push >> out >> push),
-        "and patch, too": (iv.patch(V, iv.own) >> push >> iv.patch(V, iv.own) >> out, push >> out),
-        "and under a gate of its own": (push >> same.when(gates.harmful(V, 0.0, iv.own)) >> out, push >> out),
+        "and patch, too": (iv.patch(V, iv.own_state) >> push >> iv.patch(V, iv.own_state) >> out, push >> out),
+        "and under a gate of its own": (push >> same.when(gates.harmful(V, 0.0, iv.own_state)) >> out, push >> out),
         "a chain is its folded map": (out >> push >> iv.add(one, 3.0), folded(out, push, iv.add(one, 3.0))),
         "a chain of held states, too": (iv.patch(V, iv.text_twin) >> push, folded(iv.patch(V, iv.text_twin), push)),
         "associative": ((out >> push) >> iv.add(one), out >> (push >> iv.add(one))),

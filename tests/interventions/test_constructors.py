@@ -38,7 +38,7 @@ def test_closed_forms(seed, rank, alpha):
         (iv.patch(V, iv.text_twin), h + (r - h) @ P),
         (iv.replace(V, iv.text_twin, alpha), h - h @ P + alpha * r @ P),
         (iv.replace(V, vector, alpha), h - h @ P + alpha * vector @ P),
-        (iv.add_component(V, iv.own, alpha), h + alpha * r @ P),
+        (iv.add_component(V, iv.own_state, alpha), h + alpha * r @ P),
         (iv.add_component(V, mean, alpha), h + alpha * mean[1] @ P),
         (iv.add(one, alpha), h + alpha * v),
         (iv.add_relative(one, alpha), h + alpha * h.norm(dim=1, keepdim=True) * v),
@@ -57,7 +57,7 @@ def test_laws(seed, rank):
     close(apply(iv.amplify(V, -1.0), h, 1), out)
     close(apply(iv.patch(V, iv.text_twin), patched, 1, r), patched)
     close(patched - patched @ P, h - h @ P)
-    close(apply(iv.patch(V, iv.own), h, 1, h), h)
+    close(apply(iv.patch(V, iv.own_state), h, 1, h), h)
     close(apply(iv.replace(V, iv.text_twin, 1.0), h, 1, r), patched)
     close(apply(iv.replace(V, iv.text_twin, 0.0), h, 1, r), out)
 
@@ -198,7 +198,7 @@ def test_errors():
     for intervention in (iv.project_out(V), iv.add_relative(V.truncate(1))):
         with pytest.raises(errors.SiteError, match=r"at layer 5[\s\S]*\[0, 1\]|at layer 5[\s\S]*Next: collect that layer too"):
             apply(intervention, h, 5)
-    first, second = (iv.patch(V, state).steps[0].edit for state in (iv.text_twin, iv.own))
+    first, second = (iv.patch(V, state).steps[0].edit for state in (iv.text_twin, iv.own_state))
     with pytest.raises(errors.InterventionError, match=r"two held states[\s\S]*at most one in a folded map[\s\S]*a >> b"):
         first.then(second)
     with pytest.raises(errors.InterventionError, match=r"maps of the layers \(0, 1\) and \(3, 4\)"):

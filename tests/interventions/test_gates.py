@@ -40,7 +40,7 @@ def test_one_threshold_per_layer_and_a_state_of_its_own_layer():
 @given(st.floats(-0.75, 0.75, width=32), st.floats(-0.75, 0.75, width=32), seeds)
 def test_and_or_not(low, high, seed):
     states = gaussian(seed, 9, 6, dtype=torch.float32)
-    twin, own = (dataclasses.replace(state, hook="resid_post") for state in (iv.text_twin, iv.own))
+    twin, own = (dataclasses.replace(state, hook="resid_post") for state in (iv.text_twin, iv.own_state))
     a, b = gates.harmful(V, low), gates.harmful(V, high, own)
 
     def decide(gate):
@@ -109,5 +109,5 @@ def test_a_layer_has_one_row_of_an_edit_and_of_a_gate():
 def test_its_name_says_what_it_sees():
     made = make_directions()
     assert repr(gates.harmful(made)) == "harmful(test, threshold=midpoint)"
-    assert repr(gates.harmful(made, 0.0, iv.own)) == "harmful(test, threshold=0.0, state=own)"
+    assert repr(gates.harmful(made, 0.0, iv.own_state)) == "harmful(test, threshold=0.0, state=own_state)"
     assert "layer=3" in repr(gates.harmful(made, state=iv.State(layer=3)))

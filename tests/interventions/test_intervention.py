@@ -76,7 +76,7 @@ def test_a_state_is_read_at_the_hook_of_the_edit_and_a_gates_at_that_of_its_dire
     intervention = iv.swap(iv.text_twin).when(gates.harmful(V)).at(hook="z", layers=[1])
     assert intervention.requires(4) == {iv.State(text_only, "z"): {1}, iv.State(text_only, "resid_post"): {1}}
     of_z = gates.harmful(dataclasses.replace(V, hook="z"))
-    assert iv.nothing.requires(4) == {} and iv.swap(iv.own).when(of_z).requires(4) == {
+    assert iv.nothing.requires(4) == {} and iv.swap(iv.own_state).when(of_z).requires(4) == {
         iv.State(hook="resid_post"): {0, 1, 2, 3},
         iv.State(text_only, "z"): {0, 1, 2, 3},
     }
@@ -135,7 +135,7 @@ class TestSpaces:
             (iv.patch(V, iv.text_twin).placebo().at(hook="ln_final"), "hook resid_post, at ln_final"),
             (iv.project_out(OF_Z), "hook z, at resid_post"),
             (iv.patch(V, iv.State(text_only, "z")), "hook resid_post, at z"),
-            (iv.swap(iv.own).when(~gates.harmful(OF_Z, state=iv.State(text_only, "mlp_out"))), "hook z, at mlp_out"),
+            (iv.swap(iv.own_state).when(~gates.harmful(OF_Z, state=iv.State(text_only, "mlp_out"))), "hook z, at mlp_out"),
         ],
     )
     def test_other_spaces_are_refused(self, intervention, found):
@@ -146,7 +146,7 @@ class TestSpaces:
         gate = gates.harmful(self.OF_ATTENTION, state=iv.State(text_only, "embed"))
         for hook in ("embed", "resid_pre", "attn_out", "mlp_out", "resid_post"):
             iv.patch(V, iv.text_twin).when(gate).at(hook=hook).check(("mine@1",), 2, self.WIDTHS)
-        iv.patch(self.OF_Z, iv.own).when(gates.harmful(self.OF_Z)).at(hook="z").check(("mine@1",), 2, self.WIDTHS)
+        iv.patch(self.OF_Z, iv.own_state).when(gates.harmful(self.OF_Z)).at(hook="z").check(("mine@1",), 2, self.WIDTHS)
         iv.linear(torch.eye(6)).at(hook="z").check(("mine@1",), 2, self.WIDTHS)
 
     def test_maps_of_two_spaces_are_not_folded(self):
@@ -170,9 +170,9 @@ def test_a_file_from_before_directions_had_a_hook_is_read(tmp_path):
         if not isinstance(value, dict):
             return value
         fields = value.get("fields", {})
-        if value.get("type", "").endswith(":State"):
+        if value.get("type") == "state":
             fields["hook"] = "resid_post"
-        elif "hook" in fields and not value["type"].endswith(":Site"):
+        elif "hook" in fields and value["type"] != "site":
             del fields["hook"]
         return {key: aged(item) for key, item in value.items()}
 
@@ -269,9 +269,9 @@ CHANGES = {
     "steps a list": (("steps",), [1]),
     "steps a number": (("steps",), 5),
     "a field more": (("x",), 1),
-    "a tensor that is not there": ((*STEP, "edit", "read"), {"tensor": "nope"}),
-    "a text for a tensor": ((*STEP, "edit", "read"), "nope"),
-    "a tensor for a text": ((*STEP, "phase"), {"tensor": "intervention.steps.0.edit.read"}),
+    "a tensor that is not there": ((*STEP, "edit", "down"), {"tensor": "nope"}),
+    "a text for a tensor": ((*STEP, "edit", "down"), "nope"),
+    "a tensor for a text": ((*STEP, "phase"), {"tensor": "intervention.steps.0.edit.down"}),
     "another phase": ((*STEP, "phase"), "later"),
     "strength a text": ((*STEP, "strength"), "x"),
     "strength null": ((*STEP, "strength"), None),
@@ -282,7 +282,7 @@ CHANGES = {
     "a hook that there is not": ((*STEP, "site", "hook"), "resid_pots"),
     "other layers": ((*STEP, "edit", "layers"), {"tuple": [*range(9)]}),
     "layers a text": ((*STEP, "edit", "layers"), "12345"),
-    "another width": ((*STEP, "edit", "read"), {"tensor": "narrow"}),
+    "another width": ((*STEP, "edit", "down"), {"tensor": "narrow"}),
     "factors of nan": ((*STEP, "edit", "shift"), {"tensor": "nan"}),
     "factors of integers": ((*STEP, "edit", "shift"), {"tensor": "whole"}),
     "no fields": ((*STEP,), {"type": "step"}),
@@ -295,7 +295,7 @@ def test_a_file_is_read_like_an_intervention_that_is_made(tmp_path, change):
     intervention, (keys, value) = PLANS["vlm_guard"], CHANGES[change]
     intervention.save(tmp_path / "p")
     tensors, header = load_tensors(tmp_path / "p", "intervention")
-    read, shift = tensors["intervention.steps.0.edit.read"], tensors["intervention.steps.0.edit.shift"]
+    read, shift = tensors["intervention.steps.0.edit.down"], tensors["intervention.steps.0.edit.shift"]
     tensors |= {"narrow": read[..., :-1].contiguous(), "nan": torch.full_like(shift, float("nan")), "whole": shift.long()}
     save_tensors(tmp_path / "q", "intervention", tensors, changed(header, *keys, to=value))
     with pytest.raises(errors.StorageError):
@@ -335,7 +335,7 @@ def test_fingerprints_stay():
         iv.linear(2 * eye).at(layers=[3]),
         iv.replace(read, iv.text_twin).when(gates.harmful(read, 0.0)).scaled(0.5),
     )
-    assert [intervention.fingerprint for intervention in interventions] == ["71342e3f55cf", "60d4f7fc2bc3", "cc523c223067"]
+    assert [intervention.fingerprint for intervention in interventions] == ["71342e3f55cf", "6772affa5312", "a743b3d69f44"]
 
 
 def test_numbers_of_numpy_are_saved(tmp_path):
@@ -375,7 +375,7 @@ def test_fingerprint_of_half_precision_factors():
 def test_a_name_stands_for_a_function_in_fingerprints():
     half = iv.custom(lambda h, c: h / 2, name="half").at(layers=[1])
     assert half.fingerprint == iv.custom(lambda h, c: h * 0.5, name="half").at(layers=[1]).fingerprint
-    assert half.fingerprint != iv.custom(lambda h, c: h / 2, (iv.own,), name="half").at(layers=[1]).fingerprint
+    assert half.fingerprint != iv.custom(lambda h, c: h / 2, (iv.own_state,), name="half").at(layers=[1]).fingerprint
     assert (
         len(
             {

@@ -447,7 +447,7 @@ def _anyones(basis, gate):
 
     from guardlens.results.provenance import Provenance
 
-    return Directions(**{**vars(basis), "provenance": Provenance("")}), replace(gate, made_for="")
+    return Directions(**{**vars(basis), "provenance": Provenance("")}), replace(gate, model="")
 
 
 class _Adapter(torch.nn.Module):

@@ -147,7 +147,7 @@ def test_text_twin_is_read_from_the_image_free_run(vlm, batch, basis):
 
 def test_two_states_read_at_the_same_place(vlm, batch, basis):
     """A state of the asking layer and one of a fixed layer may coincide."""
-    fixed = iv.State(run=text_only, layer=4)
+    fixed = iv.State(presentation=text_only, layer=4)
     intervention = iv.patch(basis, iv.text_twin).at(layers=[4]) >> iv.patch(basis, fixed).at(layers=[5])
     assert intervention.requires(LAYERS) == {iv.State(text_only, "resid_post"): {4}, replace(fixed, hook="resid_post"): {4}}
     twin = vlm.run(vlm.batch(TEXTS), read=[Site()], logits=None).reads[Site()][0, :, 4]
@@ -275,7 +275,7 @@ def test_own_state_is_read_before_its_edit_and_after_earlier_ones(vlm, batch, ba
         :, -1
     ]
     close(vlm.run(batch, intervention).logits[0], expected)
-    own = vlm.run(batch, iv.patch(basis, iv.own)).logits
+    own = vlm.run(batch, iv.patch(basis, iv.own_state)).logits
     close(own, vlm.run(batch).logits)
 
 

@@ -93,7 +93,7 @@ def test_a_gate_opens_where_the_projection_says_so(model, hf, batch, ssd, middle
     threshold = float(along.sort().values[1:].mean())
     opened = along > threshold
     assert 0 < opened.sum() < len(opened)
-    intervention = iv.add(ssd, 20.0).at(layers=[middle]).when(gates.harmful(ssd, threshold=threshold, state=iv.own))
+    intervention = iv.add(ssd, 20.0).at(layers=[middle]).when(gates.harmful(ssd, threshold=threshold, state=iv.own_state))
     run = model.run(batch, [iv.nothing, intervention])
     assert torch.equal(run.decisions[1, 0, middle].cpu(), opened.cpu())
     edited = reference.with_hooks(hf, batch.inputs, {middle: at_last(lambda h: h + 20.0 * ssd.at(middle)[0])})[:, -1]

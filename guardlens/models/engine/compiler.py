@@ -46,7 +46,7 @@ class Record:
 
     def lookup(self, lane: int, number: int, asked_at: Point, n_layers: int, state: State) -> Float[Tensor, "query d_model"]:
         """The held state that the step `number` of a lane means at `asked_at`."""
-        if state.run is None:
+        if state.presentation is None:
             return self.own[own_key(lane, number, asked_at, n_layers, state)]
         return self.held[resolved(state, asked_at), source_of(state, asked_at, n_layers).layer]
 
@@ -230,7 +230,7 @@ def compile_taps(
             prompt = places(positions, answer)[lane] if positions is not None or answer else None
             for point in step.site.points(n_layers):
                 for state in step.requires:
-                    if state.run is None:
+                    if state.presentation is None:
                         source, key = source_of(state, point, n_layers), own_key(lane, number, point, n_layers, state)
                         hold = Tap(source, Hold(record, key, places(state.positions)[lane], queries))
                         if source == point:
@@ -253,6 +253,6 @@ def required_runs(interventions: Sequence[Intervention], n_layers: int) -> dict[
     wanted: dict[State, set[int | None]] = {}
     for intervention in interventions:
         for state, layers in intervention.requires(n_layers).items():
-            if state.run is not None:
+            if state.presentation is not None:
                 wanted.setdefault(state, set()).update(layers)
     return wanted

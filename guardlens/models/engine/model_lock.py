@@ -65,7 +65,7 @@ def nested() -> InterventionError:
     return InterventionError(
         "a run of a model inside of a run of the same model, as of an edit or a hook function that calls it",
         "one run at a time",
-        "run it before, and hand the edit what it gave; a state of another presentation is iv.State(run=...)",
+        "run it before, and hand the edit what it gave; a state of another presentation is iv.State(presentation=...)",
     )
 
 

@@ -126,7 +126,7 @@ class Asked:
         """Where edits write in the prompt, and where reads and own states look."""
         steps = [step for intervention in self.interventions for step in intervention.steps]
         found = [step.site.positions for step in steps if step.phase != "decode"]
-        found += [state.positions for step in steps for state in step.requires if state.run is None]
+        found += [state.positions for step in steps for state in step.requires if state.presentation is None]
         return tuple(dict.fromkeys((*found, *(site.positions for site in self.read))))
 
     @property
@@ -142,7 +142,7 @@ def points_of(intervention: Intervention, read: Sequence[Site], n_layers: int) -
     for step in intervention.steps:
         for point in step.site.points(n_layers):
             yield point
-            yield from (source_of(state, point, n_layers) for state in step.requires if state.run is None)
+            yield from (source_of(state, point, n_layers) for state in step.requires if state.presentation is None)
     for site in read:
         yield from site.points(n_layers)
 

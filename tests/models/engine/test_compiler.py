@@ -53,7 +53,7 @@ def test_order_at_a_point():
     values = both()
     intervention = (
         add(1).at(layers=[0])
-        >> note("own", iv.own).at(layers=[0])
+        >> note("own", iv.own_state).at(layers=[0])
         >> add(10).at(layers=[0])
         >> note("later", iv.State(layer=0, positions="all")).at(layers=[1])
     )
@@ -136,7 +136,7 @@ def test_phases(phase, prefill, decode):
 
 def test_a_gate_is_latched_for_decode_steps():
     V = make_directions(dtype=torch.float32)
-    gate = gates.harmful(V, 0.0, iv.own)
+    gate = gates.harmful(V, 0.0, iv.own_state)
     values, token = both(), both(seed=9, width=1)
     values[POST[0]][:, -1] = torch.stack([V.at(0)[0], -V.at(0)[0]])
     _, record, taps = drive([add(1).when(gate).during("decode").at(layers=[0])], values)
@@ -156,7 +156,7 @@ def test_required_runs_are_united_and_leave_out_the_own_run():
     interventions = [
         iv.patch(V, iv.text_twin).at(layers=[0]),
         iv.patch(V, iv.text_twin).at(layers=[1]) >> iv.patch(V, white).at(layers=[1]),
-        iv.patch(V, iv.own),
+        iv.patch(V, iv.own_state),
     ]
     assert required_runs(interventions, 2) == {twin: {0, 1}, white: {1}}
 
@@ -178,7 +178,7 @@ def noting(seen, state, moved=100):
 
 def test_a_step_has_the_own_state_of_just_before_it():
     seen, values = [], both()
-    intervention = noting(seen, iv.own).at(layers=[0])
+    intervention = noting(seen, iv.own_state).at(layers=[0])
     drive([intervention >> add(1).at(layers=[0]) >> intervention], values)
     start = values[POST[0]][:, -1]
     assert torch.equal(seen[0], start) and torch.equal(seen[1], start + 101)
@@ -196,7 +196,7 @@ def test_a_state_of_an_earlier_layer_is_that_after_all_its_edits_whoever_else_as
 def test_steps_at_one_place_have_gates_of_their_own_states():
     """The first step carries every state over the threshold, so the second one's gate opens for all."""
     V = make_directions(dtype=torch.float32)
-    gate = gates.harmful(V, 0.0, iv.own)
+    gate = gates.harmful(V, 0.0, iv.own_state)
     values, push = both(), iv.custom(lambda states, context: states + 9 * V.at(0)[0])
     values[POST[0]][:, -1] = torch.stack([V.at(0)[0], -V.at(0)[0]])
     intervention = add(0).when(gate) >> push >> add(0).when(gate)
