@@ -222,7 +222,7 @@ def _joinable(gates: Any) -> tuple[Gate, ...]:
         raise InterventionError(f"gates={quoted(gates)}", "gates in a tuple", "write a & b, or a | b")
     joined = tuple(gates)
     if not joined:
-        raise InterventionError("A gate of no gates decides nothing.", "one gate at least", "write a & b, or a | b")
+        raise InterventionError("a gate of no gates", "one gate at least", "write a & b, or a | b")
     for gate in joined:
         require_type(gate, Gate, InterventionError, "combine gates such as gates.harmful(directions)")
     for gate in joined:
