@@ -236,7 +236,7 @@ def test_a_basis_shows_what_there_is():
     assert only.get_ylabel() == "layer"
     _, mine = pyplot.subplots(1, 2)
     assert list(plots.basis(shares(), alike(), axes=mine)) == list(mine)
-    with pytest.raises(NumericsError, match="without a spectrum and of a single layer"):
+    with pytest.raises(NumericsError, match="of a single layer and without a spectrum"):
         plots.basis(shares().iloc[:0], alike().iloc[:0])
 
 
