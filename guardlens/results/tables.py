@@ -1,10 +1,17 @@
-"""Results as tidy tables: equal-length columns, facts about how they were made, saved as CSV beside JSON."""
+"""Results as tidy tables: columns of equal length with facts about how they were made, saved as CSV with JSON beside it.
+
+Each kind of result is a subclass of `Table` with a `kind` of its own, under which it registers itself. `Table.load` imports the class of a
+kind that is not registered yet by the entry points of the group `guardlens.tables`, to which other packages can add kinds of theirs:
+
+    [project.entry-points."guardlens.tables"]
+    sweep = "guardlens.experiments.sweeps:Sweep"
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, wraps
-from importlib import import_module
+from importlib import metadata
 from io import BytesIO
 from numbers import Real
 from pathlib import Path
@@ -22,17 +29,11 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound="Table")
 
-KINDS = {
-    "comparison": ("experiments.comparison", "Comparison"),
-    "attribution": ("experiments.attribution", "Attribution"),
-    "patching": ("experiments.patching", "Patching"),
-    "sweep": ("experiments.sweeps", "Sweep"),
-    "evaluation": ("evaluation.runner", "Evaluation"),
-}
-"""Kind of a saved result -> its module and class, loaded when it is asked for."""
-
 Frame = Any
-"""A pandas data frame. pandas types its own selections too loosely to be checked."""
+"""A pandas data frame; pandas types its own selections too loosely for them to be checked."""
+
+ENTRY_POINTS = "guardlens.tables"
+"""The group of entry points that says where the class of each kind of table is."""
 
 
 def cached_frame(compute: Callable[[Kind], Frame]) -> Callable[[Kind], Frame]:
@@ -53,12 +54,12 @@ class Table:
     """One row per measurement.
 
     Attributes:
-        columns: Column name -> values, all of one length. They are copied, and can't be written to.
-        facts: How it was made: interventions, presentations, seeds, the layout that ran.
-        provenance: Model, template, versions, date.
+        columns: Column name -> values, all of one length. They are read-only copies.
+        facts: How the table was made: interventions, presentations, seeds, layouts.
+        provenance: Model, chat template, package versions, date.
 
     Raises:
-        MismatchError: Columns of different lengths, of several axes, or without a name.
+        MismatchError: The columns differ in length, or one has several axes or no name.
 
     Examples:
         >>> rows = [{"layer": 5, "auroc": 0.9}, {"layer": 6, "auroc": 1.0}]
@@ -76,8 +77,13 @@ class Table:
 
     kind: ClassVar[str] = "table"
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kind" in vars(cls):
+            _REGISTERED[cls.kind] = cls
+
     def __post_init__(self) -> None:
-        require_type(self.columns, Mapping, MismatchError, "hand in a dictionary of columns, or Table.from_rows(rows)")
+        require_type(self.columns, Mapping, MismatchError, "pass a dictionary of columns, or call Table.from_rows(rows)")
         object.__setattr__(self, "columns", {name: _column(name, values) for name, values in self.columns.items()})
         lengths = {name: len(values) for name, values in self.columns.items()}
         if len(set(lengths.values())) > 1:
@@ -85,14 +91,18 @@ class Table:
 
     @classmethod
     def from_rows(cls: type[Kind], rows: Sequence[Mapping[str, Any]], **more: Any) -> Kind:
-        """Make a table of dictionaries with the same keys.
+        """Make a table from dictionaries with the same keys.
+
+        Args:
+            rows: The dictionaries, one per row.
+            more: `facts` and `provenance`.
 
         Raises:
-            MismatchError: Rows with other keys.
+            MismatchError: The rows have different keys.
         """
         rows = list(rows) if is_several(rows) else [rows]  # type: ignore[list-item]
         for row in rows:
-            require_type(row, Mapping, MismatchError, "hand in dictionaries; of a data frame, frame.to_dict('records')")
+            require_type(row, Mapping, MismatchError, "pass dictionaries, such as frame.to_dict('records') of a data frame")
         names = list(rows[0]) if rows else []
         for place, row in enumerate(rows):
             if set(row) != set(names):
@@ -103,7 +113,7 @@ class Table:
 
     @property
     def frame(self) -> Frame:
-        """The columns as a pandas data frame of the caller's own."""
+        """A new pandas data frame with these columns."""
         return self._frame.copy()
 
     @cached_property
@@ -116,57 +126,59 @@ class Table:
         return len(next(iter(self.columns.values()), ()))
 
     def where(self: Kind, **equal: Any) -> Kind:
-        """The rows whose columns have these values.
+        """Select the rows whose columns have the given values.
 
         Raises:
-            MismatchError: There is no such column, or a number is asked of a column of texts or the other way round.
+            MismatchError: There is no such column, or a number is compared with a column of texts, or a text with one of numbers.
         """
         unknown = set(equal) - set(self.columns)
         if unknown:
             raise MismatchError(f"the column {sorted(unknown)[0]!r}", f"one of {list(self.columns)}", "check its name")
-        keep = np.ones(len(self), dtype=bool)
+        selected = np.ones(len(self), dtype=bool)
         for name, value in equal.items():
             _require_comparable(name, self.columns[name], value)
-            keep &= self.columns[name] == value
-        return type(self)({name: values[keep] for name, values in self.columns.items()}, self.facts, self.provenance)
+            selected &= self.columns[name] == value
+        return type(self)({name: values[selected] for name, values in self.columns.items()}, self.facts, self.provenance)
 
     def save(self, path: str | Path) -> None:
-        """Write `path`, which may leave out `.csv`, and the facts and the provenance as JSON beside it.
+        """Write the columns to a CSV, and facts and provenance to a JSON file beside it.
 
-        Text is written as it is: a spreadsheet takes a cell that begins with `=` for a formula.
+        Texts are written unchanged; beware that a spreadsheet reads a cell that begins with `=` as a formula.
+
+        Args:
+            path: The CSV; the ending `.csv` may be left out.
 
         Raises:
-            StorageError: It can't be written, or it holds what can't be read back: None, dates, complex numbers, facts that aren't JSON.
+            StorageError: The files can't be written, or the table holds values that can't be read back: None, dates, complex numbers, or
+                facts that are not JSON.
         """
-        path = _csv(path)
-        rows, types = _written(self), {name: _type_of(name, values) for name, values in self.columns.items()}
+        path = _csv_path(path)
+        rows = _as_csv(self)
+        types = {name: _type_of(name, values) for name, values in self.columns.items()}
         meta = {"kind": self.kind, "types": types, "facts": dict(self.facts), "provenance": asdict(self.provenance), "csv": digest(rows)}
-        described = encoded(meta, "the facts of a table", indent=1).encode()
         with atomic(path.with_suffix(".json")) as json_file, atomic(path) as csv_file:
-            json_file.write_bytes(described)
+            json_file.write_bytes(encoded(meta, "the facts of a table", indent=1).encode())
             csv_file.write_bytes(rows)
 
     @classmethod
     def load(cls: type[Kind], path: str | Path) -> Kind:
-        """Read what `save` wrote; as `Table`, a result of any kind.
+        """Read a table that `save` wrote. `Table.load` reads any kind, and returns an instance of its class.
 
         Raises:
-            StorageError: It can't be read, is another kind of table, or isn't what was saved.
+            StorageError: The files can't be read, hold another kind of table, or were changed since they were saved.
         """
-        path = _csv(path)
+        path = _csv_path(path)
         with reading(path, "a CSV with its JSON beside it, as Table.save writes them"):
-            rows, meta = path.read_bytes(), json.loads(path.with_suffix(".json").read_bytes())
+            rows = path.read_bytes()
+            meta = json.loads(path.with_suffix(".json").read_bytes())
             if meta["csv"] != digest(rows):
                 raise StorageError(
-                    f"{path}, which isn't the CSV that its JSON belongs to",
-                    "both as they were saved",
-                    "save it again, or read it with pandas",
+                    f"The CSV {path} is not the one that its JSON describes.", "", "save the table again, or read it with pandas"
                 )
-            made = KINDS.get(meta["kind"]) if cls is Table else None
-            kind: type[Any] = cls if made is None else getattr(import_module(f"guardlens.{made[0]}"), made[1])
+            kind: type[Any] = class_of_kind(meta["kind"]) if cls is Table else cls
             if meta["kind"] != kind.kind:
-                raise StorageError(f"a table of the kind {meta['kind']!r}", cls.kind, "load it with its own class")
-            return kind(_read(rows, meta["types"]), meta["facts"], Provenance(**meta["provenance"]))
+                raise StorageError(f"a table of the kind {meta['kind']!r}", f"the kind {kind.kind!r}", "load it with its own class")
+            return kind(_parsed_csv(rows, meta["types"]), meta["facts"], Provenance(**meta["provenance"]))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} rows: {', '.join(self.columns)})"
@@ -175,41 +187,56 @@ class Table:
         return captioned(repr(self), first_rows(self.frame))
 
 
-def _require_comparable(name: str, column: np.ndarray, value: Any) -> None:
-    """Refuse a value that no row of a column can equal, such as '5' in one of numbers.
+_REGISTERED: dict[str, type[Table]] = {Table.kind: Table}
+
+
+def class_of_kind(kind: str) -> type[Table]:
+    """The class of a kind of table, imported by its entry point if need be.
 
     Raises:
-        MismatchError: As said.
+        StorageError: No installed package has such a kind.
+    """
+    if kind not in _REGISTERED:
+        for entry in metadata.entry_points(group=ENTRY_POINTS, name=kind):
+            entry.load()  # defining the class registers it
+    if kind not in _REGISTERED:
+        raise StorageError(f"a table of the kind {kind!r}", "a kind that is installed", "import the module of its class first")
+    return _REGISTERED[kind]
+
+
+def _require_comparable(name: str, column: np.ndarray, value: Any) -> None:
+    """Refuse a value that no row of a column can equal, such as '5' in a column of numbers.
+
+    Raises:
+        MismatchError: The value is no text and the column is, or the other way round.
     """
     texts = column.dtype.kind == "U" or (column.dtype.kind == "O" and all(isinstance(each, str) for each in column))
     fits = isinstance(value, str) if texts else isinstance(value, Real | np.generic) and not isinstance(value, str)
     if len(column) and not fits:
-        held = column[0].item() if isinstance(column[0], np.generic) else column[0]
-        raise MismatchError(
-            f"{name}={quoted(value)}", f"one {'text' if texts else 'number'}, as in {name}={held!r}", "ask for a value of its kind"
-        )
+        example = column[0].item() if isinstance(column[0], np.generic) else column[0]
+        raise MismatchError(f"{name}={quoted(value)}", f"one {'text' if texts else 'number'}, as in {name}={example!r}")
 
 
-def _csv(path: str | Path) -> Path:
-    """The path with its ending; a point in a name (`alpha_0.25`) is none."""
+def _csv_path(path: str | Path) -> Path:
+    """The path with the ending `.csv`. A dot within a name (`alpha_0.25`) begins no ending."""
     path = require_path(path)
     return path if path.suffix == ".csv" else path.with_name(f"{path.name}.csv")
 
 
 def _column(name: Any, values: Any) -> np.ndarray:
-    """A copy that can't be written to."""
+    """A read-only copy of a column."""
     try:
         column = np.array(values)
     except ValueError:  # rows of several lengths
         column = np.empty((0, 0))
     if not isinstance(name, str) or column.ndim != 1:
-        raise MismatchError(f"the column {name!r} of shape {np.shape(column)}", "a text as name, and one value per row", "mend the column")
+        raise MismatchError(f"the column {name!r} of shape {np.shape(column)}", "a text as its name, and one value per row")
     column.flags.writeable = False
     return column
 
 
 TYPES = (*"U?", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)), "f2", "f4", "f8")
-"""What a column may hold when it is saved: text, truth values, whole numbers and floating ones."""
+"""The types of columns that can be saved: text, booleans, integers and floating-point numbers."""
 
 
 def _type_of(name: str, values: np.ndarray) -> str:
@@ -221,31 +248,31 @@ def _type_of(name: str, values: np.ndarray) -> str:
         raise StorageError(
             f"the column {name!r} of {values.dtype}, with {odd}",
             "text or numbers",
-            "convert it: dates to text, None to '' or nan",
+            "convert dates to text, and None to '' or nan",
         )
     return kind
 
 
-def _written(table: Table) -> bytes:
-    """The rows as CSV.
+def _as_csv(table: Table) -> bytes:
+    """The rows of a table as CSV.
 
     Raises:
-        StorageError: They couldn't be read back.
+        StorageError: They could not be read back from it.
     """
     types = {name: _type_of(name, values) for name, values in table.columns.items()}
     frame = table._frame
     try:
         rows = frame.to_csv(index=False, lineterminator="\r\n").encode()  # with \r\n, a lone \r in an answer is quoted, too
-        again = _read(rows, types)
+        again = _parsed_csv(rows, types)
     except (ValueError, LookupError, TypeError) as error:
-        raise StorageError(f"a table that CSV can't hold ({error})", "text in Unicode, and numbers", "mend the column") from error
+        raise StorageError(f"A CSV can't hold this table ({error}).", "text in Unicode, and numbers") from error
     for name, values in table.columns.items():
         if not np.array_equal(values.astype(again[name].dtype), again[name], equal_nan=values.dtype.kind == "f"):
-            raise StorageError(f"the column {name!r}, which CSV can't hold", "text without NUL, and numbers", "mend the column")
+            raise StorageError(f"A CSV can't hold the column {name!r}.", "text without NUL, and numbers")
     return rows
 
 
-def _read(rows: bytes, types: Mapping[str, str]) -> dict[str, np.ndarray]:
+def _parsed_csv(rows: bytes, types: Mapping[str, str]) -> dict[str, np.ndarray]:
     """The columns of a CSV."""
     import pandas as pd
 
@@ -256,11 +283,11 @@ def _read(rows: bytes, types: Mapping[str, str]) -> dict[str, np.ndarray]:
     frame = pd.read_csv(BytesIO(rows), dtype=str, keep_default_na=False, skip_blank_lines=False)
     if list(frame.columns) != list(types):
         raise ValueError(f"the columns {list(frame.columns)} in place of {list(types)}")
-    return {name: _parsed(frame[name].to_numpy(dtype=object), kind) for name, kind in types.items()}
+    return {name: _parsed_column(frame[name].to_numpy(dtype=object), kind) for name, kind in types.items()}
 
 
-def _parsed(cells: np.ndarray, kind: str) -> np.ndarray:
-    """The values of a column from their text, exactly."""
+def _parsed_column(cells: np.ndarray, kind: str) -> np.ndarray:
+    """The exact values of a column from their text."""
     if kind == "U":
         return cells
     if kind == "?":

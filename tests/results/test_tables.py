@@ -1,14 +1,20 @@
 import importlib
 import json
 import math
+import pkgutil
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import guardlens
 from guardlens import Table, errors
 from guardlens.results import tables
+
+ROOT = Path(__file__).parents[2]
 
 
 class Other(Table):
@@ -61,7 +67,9 @@ def test_errors(tmp_path):
     with pytest.raises(errors.MismatchError, match=r"columns of the lengths {'a': 1, 'b': 2}[\s\S]*give every row every column"):
         Table({"a": np.zeros(1), "b": np.zeros(2)})
     table().save(tmp_path / "t")
-    with pytest.raises(errors.StorageError, match=r"a table of the kind 'table'.\nExpected other.\nNext: load it with its own class"):
+    with pytest.raises(
+        errors.StorageError, match=r"a table of the kind 'table'.\nExpected the kind 'other'.\nNext: load it with its own class"
+    ):
         Other.load(tmp_path / "t")
     with pytest.raises(errors.StorageError, match=r"no.csv, which can't be read[\s\S]*a CSV with its JSON beside it"):
         Table.load(tmp_path / "no")
@@ -69,9 +77,8 @@ def test_errors(tmp_path):
 
 def test_a_result_of_any_kind_is_loaded_as_what_it_is(tmp_path):
     kinds = {each.kind: each for each in every_subclass(Table) if each.__module__.startswith("guardlens.")}
-    assert {kind: (f"guardlens.{module}", name) for kind, (module, name) in tables.KINDS.items()} == {
-        kind: (each.__module__, each.__name__) for kind, each in kinds.items()
-    }
+    entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    assert entry_points[tables.ENTRY_POINTS] == {kind: f"{each.__module__}:{each.__name__}" for kind, each in kinds.items()}
     for each in kinds.values():
         each({"score": np.array(["kl"])}, {"n": 1}).save(tmp_path / each.kind)
         loaded = Table.load(tmp_path / each.kind)
@@ -79,9 +86,39 @@ def test_a_result_of_any_kind_is_loaded_as_what_it_is(tmp_path):
 
 
 def every_subclass(of):
-    """With the modules of all results imported."""
-    [importlib.import_module(f"guardlens.{name}") for name in ("comparison", "attribution", "patching", "sweeps", "evaluation")]
+    """With all modules imported."""
+    for module in pkgutil.walk_packages(guardlens.__path__, "guardlens."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     return [found for each in of.__subclasses__() for found in (each, *each.__subclasses__())]
+
+
+class Plugin:
+    """An entry point that another package could have."""
+
+    def __init__(self):
+        self.loaded = 0
+
+    def load(self):
+        self.loaded += 1
+
+        class Remote(Table):
+            kind = "remote"
+
+        return Remote
+
+
+def test_a_kind_whose_module_was_not_imported_is_found_by_its_entry_point(tmp_path, monkeypatch):
+    Table({"a": np.ones(1)}).save(tmp_path / "t")
+    meta = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps(meta | {"kind": "remote"}))
+    with pytest.raises(errors.StorageError, match=r"Found a table of the kind 'remote'\.\nExpected a kind that is installed"):
+        Table.load(tmp_path / "t")
+    plugin = Plugin()
+    known = {(tables.ENTRY_POINTS, "remote"): [plugin]}
+    monkeypatch.setattr(tables.metadata, "entry_points", lambda group, name: known.get((group, name), []))
+    assert [type(Table.load(tmp_path / "t")).__name__ for _ in range(2)] == ["Remote", "Remote"] and plugin.loaded == 1
+    del tables._REGISTERED["remote"]
 
 
 def test_a_point_in_a_name_is_no_ending(tmp_path):
@@ -110,7 +147,7 @@ def test_what_a_csv_cannot_hold_is_refused_and_leaves_no_file(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["", "\ufeffa"])
 def test_names_that_a_csv_cannot_hold(tmp_path, name):
-    with pytest.raises(errors.StorageError, match=r"a table that CSV can't hold"):
+    with pytest.raises(errors.StorageError, match=r"A CSV can't hold this table"):
         Table({name: np.ones(1)}).save(tmp_path / "t")
 
 
@@ -179,12 +216,14 @@ def test_a_csv_that_was_changed_is_refused(tmp_path, change):
     Table({"b": np.array(["x", "y"]), "a": np.array([1, 2])}).save(tmp_path / "t")
     path = tmp_path / "t.csv"
     path.write_bytes(CHANGES[change](path.read_bytes()))
-    with pytest.raises(errors.StorageError, match=r"t.csv, which isn't the CSV that its JSON belongs to[\s\S]*save it again, or"):
+    with pytest.raises(
+        errors.StorageError, match=r"The CSV .*t.csv is not the one that its JSON describes\.\nNext: save the table again, or"
+    ):
         Table.load(path)
 
 
 META = [
-    *({"kind": kind} for kind in ([], "other")),
+    *({"kind": kind} for kind in ([], "nowhere")),
     *({"types": types} for types in ({"a": "q"}, {"b": "i8"}, {}, None)),
     *({"provenance": provenance} for provenance in (None, {"x": 1}, {"model": 5})),
     *({missing: ...} for missing in ("kind", "types", "facts", "provenance", "csv")),
