@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 import guardlens as gl
-from analyses.publication import Analysis, Settings, application, clusters, guard_layer, interval, markdown, picture
+from analyses.publication import Analysis, Settings, application, blanks_and_noise, clusters, guard_layer, interval, markdown, picture
 from guardlens import directions, plots
 from guardlens.cli.demo import Subject
 from guardlens.data.presentations import Presentation
@@ -36,7 +36,7 @@ def measure(subject: Subject, settings: Settings) -> Table:
     model = subject.model
     ssd = directions.ssd(gl.collect(model, subject.pairs))
     layer = guard_layer(subject, ssd)
-    images = [image for image in subject.images if image.name.startswith(("blank grey", "noise"))]
+    images = blanks_and_noise(subject, "grey")
     written = gl.attribute(model, ssd, subject.validation, images, layer=layer)
     patched = {
         image.name: gl.activation_patching(model, subject.validation, image, hooks=list(HOOKS), scores=(refusal_logodds,))

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 import guardlens as gl
-from analyses.publication import Analysis, Settings, application, clusters, interval, markdown, picture
+from analyses.publication import Analysis, Settings, application, blanks_and_noise, clusters, interval, markdown, picture
 from guardlens import defences, directions, plots
 from guardlens.cli.demo import Subject
 from guardlens.data.presentations import text_only
@@ -21,8 +21,6 @@ from guardlens.results.intervals import mean_difference
 from guardlens.results.tables import Frame, Table
 
 STRENGTHS, PLACEBOS = (0.5, 1.0, 2.0), 4
-SHOWN = ("blank grey", "blank white", "noise")
-"""Images, as their names begin."""
 GUARD, PROJECT = "vlm_guard[replace]", "project-out"
 ARMS = {(GUARD, "edit"): GUARD, (PROJECT, "edit"): PROJECT, (GUARD, "placebo"): f"placebo of {GUARD}"}
 """Intervention and arm -> the name of the curve."""
@@ -35,7 +33,7 @@ def measure(subject: Subject, settings: Settings) -> Table:
     interventions = {GUARD: defences.vlm_guard(ssd).intervention, PROJECT: defences.vlm_guard(ssd, reading="project").intervention}
     strengths, placebos = ((1.0, 2.0), 1) if settings.quick else (STRENGTHS, PLACEBOS)
     scored: dict[str, Any] = {"scores": (refusal_logodds,), "strengths": strengths, "placebos": placebos}
-    shown = [text_only, *(image for image in subject.images if image.name.startswith(SHOWN))]
+    shown = [text_only, *blanks_and_noise(subject, "grey", "white")]
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "the intervention .* changes no score"

@@ -149,11 +149,19 @@ def subject(settings: Settings, **options: Any) -> Any:
 
 
 def _fewer(whole: Any) -> Any:
+    from guardlens import presentations
     from guardlens.data.queries import QueryPairs
 
     pairs = QueryPairs(whole.pairs.harmful[:QUICK_PAIRS], whole.pairs.harmless[:QUICK_PAIRS])
-    shown = (*whole.images[:2], *(image for image in whole.images if image.name.startswith("noise")))
+    shown = (*whole.images[:2], *(image for image in whole.images if isinstance(image, presentations.Noise)))
     return replace(whole, pairs=pairs, validation=_spread(whole.validation), test=_spread(whole.test), images=shown, new_tokens=12)
+
+
+def blanks_and_noise(subject: Any, *colors: str) -> list[Any]:
+    """The subject's blank images of these colors, and its noise."""
+    from guardlens.data.presentations import Blank, Noise
+
+    return [image for image in subject.images if isinstance(image, Noise) or (isinstance(image, Blank) and image.colour in colors)]
 
 
 def _spread(queries: Sequence[Any]) -> tuple[Any, ...]:

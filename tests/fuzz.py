@@ -161,7 +161,10 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "QueryPairs.from_queries": (gl.QueryPairs.from_queries, {"queries": pairs.queries}),
         "read_queries": (gl.read_queries, {"path": "x.jsonl"}),
         "Site": (gl.Site, {"hook": "resid_post", "layers": (1,), "positions": "last"}),
-        "own images": (lambda images: model.batch(gl.Query("a", images=images), presentations.own), {"images": (Image.new("L", (8, 8)),)}),
+        "own images": (
+            lambda images: model.batch(gl.Query("a", images=images), presentations.own_images),
+            {"images": (Image.new("L", (8, 8)),)},
+        ),
         "blank": (through(presentations.blank), {"colour": "grey", "size": 8}),
         "Blank": (through(presentations.Blank), {"colour": "grey", "size": 8}),
         "noise": (through(presentations.noise), {"seed": 1, "size": 8}),
@@ -169,7 +172,7 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "chat": (through(presentations.chat), {"inner": grey, "system": "a ", "prefill": " b", "label": "c"}),
         "a presentation": (grey, {"query": queries[0]}),
         "text_only": (presentations.text_only, {"query": queries[0]}),
-        "own": (presentations.own, {"query": queries[-1]}),
+        "own": (presentations.own_images, {"query": queries[-1]}),
         "batch": (model.batch, {"queries": queries[:2], "presentation": grey, "padding_side": "left"}),
         "run": (
             model.run,

@@ -211,7 +211,7 @@ axes = ssd.plot_coordinates(runs, layer)
 # *Is it the colour?* Any colour, noise or the query's own picture is a presentation:
 #
 # ```python
-# ways = [presentations.blank("white"), presentations.noise(size=model.cfg.image_size), presentations.own]
+# ways = [presentations.blank("white"), presentations.noise(size=model.cfg.image_size), presentations.own_images]
 # gl.compare(in_text, [gl.collect(model, queries, way) for way in ways], ssd).plot()
 # ```
 #

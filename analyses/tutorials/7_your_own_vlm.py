@@ -296,7 +296,7 @@ print(model, f"{len(pairs)} pairs to fit, {len(held_out)} queries held out", sep
 # %%
 ssd = directions.ssd(gl.collect(model.llm, pairs))
 llm = gl.collect(model.llm, held_out)
-vlm = gl.collect(model, held_out, presentations.own)
+vlm = gl.collect(model, held_out, presentations.own_images)
 gap = gl.compare(llm, vlm, ssd)
 gap.plot()
 
@@ -306,7 +306,7 @@ gap.plot()
 
 # %%
 guard = defences.vlm_guard(ssd)
-effect = gl.sweep(model, guard.intervention, held_out, presentations.own, strengths=[0.5, 1.0])
+effect = gl.sweep(model, guard.intervention, held_out, presentations.own_images, strengths=[0.5, 1.0])
 best = effect.best(1)
 summary = effect.summary().query("score == 'refusal_logodds' and strength == 1 and layer == @best[0]")
 print(f"bag of words: AUROC {gap.facts['bag_of_words'][0]:.2f}; layout: {effect.facts['layout']}; best layer: {best}")

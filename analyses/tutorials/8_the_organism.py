@@ -108,7 +108,7 @@ print("seed", recipe["seed"], "| seconds on one core:", {name: round(time["cpu"]
 # %%
 picture = world.pictures("test")[100]
 shown = gl.Query(lessons.DESCRIBE, images=(picture.image(),))
-print("it is:  ", picture.caption, "\nit says:", model.generate(shown, presentations.own))
+print("it is:  ", picture.caption, "\nit says:", model.generate(shown, presentations.own_images))
 
 # %% [markdown]
 # ## What came of it
@@ -149,7 +149,7 @@ print(last[["metric", "run", "value", "low", "high", "n"]].round(2).to_string(in
 # "The organism's gap" is no number. First, another picture: the same weights and requests beside each of five.
 
 # %%
-pictures = [grey, presentations.blank("white"), presentations.blank("black"), presentations.noise(size=32), presentations.own]
+pictures = [grey, presentations.blank("white"), presentations.blank("black"), presentations.noise(size=32), presentations.own_images]
 table = gl.evaluate(
     model,
     {"none": gl.defences.none},

@@ -106,7 +106,7 @@ def own_subject(source: str, data: str | Path, new_tokens: int = 64, seed: int =
 def _images(model: HookedModel, own: bool) -> tuple[Presentation, ...]:
     size = model.cfg.image_size or 336
     blanks = [presentations.blank(colour, size) for colour in ("grey", "white", "black")]
-    return (*blanks, presentations.noise(size=size), *((presentations.own,) if own else ()))
+    return (*blanks, presentations.noise(size=size), *((presentations.own_images,) if own else ()))
 
 
 def run(subject: Subject, out: str | Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ TAGS = {
     "without_images": "guardlens.data.presentations.wrappers:WithoutImages",
     "blank": "guardlens.data.presentations.with_image:Blank",
     "noise": "guardlens.data.presentations.with_image:Noise",
-    "own": "guardlens.data.presentations.with_image:Own",
+    "own": "guardlens.data.presentations.with_image:OwnImages",
     "framed": "guardlens.data.presentations.wrappers:Framed",
     "chat": "guardlens.data.presentations.wrappers:Chat",
 }

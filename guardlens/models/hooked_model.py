@@ -511,7 +511,7 @@ class HookedModel:
             return queries
         items = as_queries(queries)  # once: it may be a generator
         if presentation is None and self.sees_images and any(query.images for query in items):
-            warn("images of queries are not shown: ask with presentations.own to show them, or with text_only")
+            warn("images of queries are not shown: ask with presentations.own_images to show them, or with text_only")
         return self.batch(items, shown)
 
     def to_logits(self, states: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape vocab"]:

@@ -57,7 +57,7 @@ def whole():
 
 @pytest.fixture(scope="module")
 def subject(whole):
-    images = (presentations.blank("grey", 32), presentations.noise(size=32), presentations.own)
+    images = (presentations.blank("grey", 32), presentations.noise(size=32), presentations.own_images)
     validation, test = some(whole.validation, 24, 2), some(whole.test, 24, 2)
     return dataclasses.replace(whole, images=images, validation=validation, test=test, new_tokens=10, batch_size=48)
 
@@ -343,8 +343,8 @@ class TestOwnSubject:
     def test_own_images_are_shown_where_every_query_has_one(self, saved, tmp_path):
         gl.organism.queries("test")[0].images[0].save(tmp_path / "a.png")
         own = demo.own_subject(saved, write(tmp_path / "pairs.jsonl", 4, images="a.png"))
-        assert own.images[-1] is presentations.own
-        assert own.model.batch(own.test, presentations.own).image.any()
+        assert own.images[-1] is presentations.own_images
+        assert own.model.batch(own.test, presentations.own_images).image.any()
 
     def test_text_only_model(self, llm, tmp_path):
         llm.hf.save_pretrained(tmp_path / "tiny-llm")

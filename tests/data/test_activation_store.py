@@ -384,6 +384,6 @@ def test_memory_does_not_grow_with_the_number_of_queries(tmp_path):
 def test_queries_with_paths_of_images(vlm, tmp_path):
     TEXTS[0].images[0].save(tmp_path / "a.png")
     queries = [Query("how to mend the hat ?", images=(str(tmp_path / "a.png"),))]
-    streamed = ask(vlm, tmp_path / "s", queries, presentations.own)
-    assert torch.equal(streamed.states, gl.collect(vlm, queries, presentations.own).states)
+    streamed = ask(vlm, tmp_path / "s", queries, presentations.own_images)
+    assert torch.equal(streamed.states, gl.collect(vlm, queries, presentations.own_images).states)
     assert streamed.queries == tuple(queries) and Activations.load(tmp_path / "s").queries[0].images == ()

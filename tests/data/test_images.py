@@ -16,7 +16,7 @@ RAMP = np.linspace(0, 65535, 1024).round().astype(np.uint16).reshape(32, 32)
 
 
 def shown(*images):
-    return [np.asarray(image) for image in presentations.own(Query("x y", id="q", images=images)).images]
+    return [np.asarray(image) for image in presentations.own_images(Query("x y", id="q", images=images)).images]
 
 
 def saved(tmp_path, image, name, **options):
@@ -153,7 +153,7 @@ def test_palettes_are_told_apart(vlm, unchecked):
 
 def test_presentations_of_ones_own_show_the_same(vlm, tmp_path, unchecked):
     path = saved(tmp_path, _page("RGBA"), "t.png")
-    expected = vlm.batch(gl_query := Query("how to mend the hat ?", images=path), presentations.own)
+    expected = vlm.batch(gl_query := Query("how to mend the hat ?", images=path), presentations.own_images)
     for images in ([path], (str(path),), path, _page("RGBA"), np.asarray(opened(path, "it"))):
         found = vlm.batch(gl_query, _Mine(images))
         assert found.pictures == expected.pictures and (found.inputs["pixel_values"] == expected.inputs["pixel_values"]).all()

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from guardlens import Query, errors, presentations
-from guardlens.data.presentations import Presentation, Prompt, blank, chat, framed, noise, own, text_only
+from guardlens.data.presentations import Presentation, Prompt, blank, chat, framed, noise, own_images, text_only
 from guardlens.data.presentations.protocol import require_presentation
 
 Q = Query("how ?", id="a")
@@ -19,7 +19,7 @@ def test_names():
         "text": text_only,
         "blank #3060c0": blank("#3060c0"),
         "noise": noise(),
-        "own": own,
+        "own": own_images,
         "blank grey | tip": framed(blank(), label="tip"),
     }
     assert {presentation.name: presentation for presentation in named.values()} == named
@@ -46,18 +46,18 @@ def test_noise_is_of_the_seed_and_the_query():
 
 def test_own_images_from_memory_and_disk(tmp_path):
     RED.save(tmp_path / "red.png")
-    images = own(Query("x", images=(RED, str(tmp_path / "red.png"), tmp_path / "red.png"))).images
+    images = own_images(Query("x", images=(RED, str(tmp_path / "red.png"), tmp_path / "red.png"))).images
     assert [image.mode for image in images] == ["RGB"] * 3 and all(np.array_equal(image, images[0]) for image in images)
     assert np.asarray(images[0])[0, 0].tolist() == [255, 127, 127]  # half transparent red, on white
 
 
 def test_missing_images(tmp_path):
     with pytest.raises(errors.PresentationError, match=r"query 'a' without an own image[\s\S]*Next: add it, or show a blank image"):
-        own(Q)
+        own_images(Q)
     (tmp_path / "text.png").write_text("no")
     for name in ("none.png", "text.png"):
         with pytest.raises(errors.PresentationError, match=rf"the image .*{name} of query 'a'[\s\S]*Next: check its path"):
-            own(Query("x", id="a", images=(tmp_path / name,)))
+            own_images(Query("x", id="a", images=(tmp_path / name,)))
 
 
 def test_framed_keeps_images_and_nests():
@@ -99,18 +99,31 @@ class TestChatWithinChat:
 
 def test_equal_presentations_are_one_key():
     assert (
-        len({blank("white"), blank("white"), blank("white", 8), noise(0), noise(0), noise(1), own, text_only, framed(own), framed(own)})
+        len(
+            {
+                blank("white"),
+                blank("white"),
+                blank("white", 8),
+                noise(0),
+                noise(0),
+                noise(1),
+                own,
+                text_only,
+                framed(own_images),
+                framed(own_images),
+            }
+        )
         == 7
     )
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [presentations.blank, presentations.Own, "grey", None, Image.new("RGB", (4, 4))],
+    [presentations.blank, presentations.OwnImages, "grey", None, Image.new("RGB", (4, 4))],
     ids=["factory", "class", "name", "none", "image"],
 )
 def test_what_is_no_presentation(wrong):
-    with pytest.raises(errors.PresentationError, match=r"as a presentation\.\nExpected text_only, presentations\.own, or what"):
+    with pytest.raises(errors.PresentationError, match=r"as a presentation\.\nExpected text_only, presentations\.own_images, or what"):
         require_presentation(wrong)
-    require_presentation(presentations.own)
+    require_presentation(presentations.own_images)
     require_presentation(presentations.blank())

@@ -216,7 +216,9 @@ class TestErrors:
 class TestSelfReminder:
     QUERY = gl.organism.queries("test")[0]
 
-    @pytest.mark.parametrize("presentation", [text_only, GREY, presentations.noise(size=32), presentations.own], ids=lambda p: p.name)
+    @pytest.mark.parametrize(
+        "presentation", [text_only, GREY, presentations.noise(size=32), presentations.own_images], ids=lambda p: p.name
+    )
     def test_words_around_the_text_and_the_image_as_it_was(self, presentation):
         told, plain = self_reminder.present(presentation)(self.QUERY), presentation(self.QUERY)
         before, after = told.text.split(plain.text)

@@ -64,7 +64,7 @@ def data(page: SimpleNamespace) -> None:
 def prompts(page: SimpleNamespace) -> None:
     model = page.model
     assert list(page.beside) == ["blank grey", "blank #3060c0", "noise"]
-    assert model.batch(page.query, presentations.own).image.any() and not model.batch(page.query).image.any()
+    assert model.batch(page.query, presentations.own_images).image.any() and not model.batch(page.query).image.any()
     assert model.tokenizer.decode(model.batch("how ?", page.begun).inputs["input_ids"][0, -2:]) == "sure :"
     assert "please stay safe ." in model.tokenizer.decode(model.batch("how ?", page.framed).inputs["input_ids"][0])
     again = model.generate("how to mend the hat ?", page.grey, do_sample=True, temperature=3.0, seed=1)

@@ -339,12 +339,12 @@ class TestErrors:
     def test_own_presentation_without_an_image(self, vlm):
         bare = (*QUERIES[:-1], dataclasses.replace(QUERIES[-1], images=(), id="bare"))
         with pytest.raises(errors.PresentationError, match="Found query 'bare' without an own image"):
-            self.ask(vlm, bare, (text_only, presentations.own))
+            self.ask(vlm, bare, (text_only, presentations.own_images))
 
     def test_image_that_is_not_there(self, vlm):
         lost = (*QUERIES[:-1], dataclasses.replace(QUERIES[-1], images=("nowhere.png",), id="lost"))
         with pytest.raises(errors.PresentationError, match=r"Found the image nowhere.png of query 'lost'"):
-            self.ask(vlm, lost, (text_only, presentations.own))
+            self.ask(vlm, lost, (text_only, presentations.own_images))
 
     def test_two_queries_of_one_id(self, vlm):
         with pytest.raises(errors.GuardlensError, match="Found two queries with one id"):

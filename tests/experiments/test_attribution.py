@@ -50,7 +50,7 @@ def asked(family):
         gl.Query(text, label, f"q{i}", images=images[i] if images else ())
         for i, (text, label) in enumerate(zip(texts, ("harmful", "harmless"), strict=True))
     ]
-    return shown, presentations.own if family.vision else text_only
+    return shown, presentations.own_images if family.vision else text_only
 
 
 def values(table, presentation, **where):

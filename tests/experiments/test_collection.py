@@ -29,7 +29,7 @@ def raw(model, queries, presentation):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("presentation", [text_only, GREY, presentations.noise(size=32), presentations.own], ids=lambda p: p.name)
+@pytest.mark.parametrize("presentation", [text_only, GREY, presentations.noise(size=32), presentations.own_images], ids=lambda p: p.name)
 def test_states_equal_raw_hooks(vlm, presentation):
     found = gl.collect(vlm, PAIRS, presentation)
     close(found.states, raw(vlm, PAIRS.queries, presentation))

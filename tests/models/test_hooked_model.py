@@ -366,7 +366,7 @@ class TestImagesThatAreNotShown:
         for ask in (vlm.generate, vlm.run_with_cache, vlm.run_with_hooks):
             with pytest.warns(UserWarning, match=r"images of queries are not shown: ask with presentations\.own"):
                 ask(query)
-        assert vlm.generate(query, presentations.own, max_new_tokens=1) is not None
+        assert vlm.generate(query, presentations.own_images, max_new_tokens=1) is not None
         alone = vlm.run_with_cache(query, text_only)[0]
         assert torch.equal(alone, vlm.run_with_cache(query.text)[0])
 
@@ -403,7 +403,7 @@ class TestErrors:
 
     def test_query_without_own_image(self, vlm):
         with pytest.raises(errors.PresentationError, match="query 'q7' without an own image"):
-            vlm.batch([gl.Query("how to mend the hat ?", id="q7")], presentations.own)
+            vlm.batch([gl.Query("how to mend the hat ?", id="q7")], presentations.own_images)
 
     def test_no_queries(self, vlm):
         with pytest.raises(errors.QueryError, match="no queries"):

@@ -310,7 +310,7 @@ def test_presentations_count_by_what_they_show(model, tmp_path):
         Image.new("RGB", (32, 32), colour).save(tmp_path / "own.png")
         return [replace(query, images=(str(tmp_path / "own.png"),)) for query in QUERIES]
 
-    white, black = (whole(model, presentations.own, owning(colour)) for colour in ("white", "black"))
+    white, black = (whole(model, presentations.own_images, owning(colour)) for colour in ("white", "black"))
     assert first_difference(white, black)[0] == "presentations.own.shows"
 
 

@@ -143,7 +143,7 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
 def batch_of(family: Family, model: HookedModel) -> Batch:
     images = [(picture(row, family.images[row % 2]),) if family.vision else () for row in range(len(TEXTS))]
     shown = [gl.Query(text, images=images[row]) for row, text in enumerate(TEXTS)]
-    return model.batch(shown, presentations.own if family.vision else text_only)
+    return model.batch(shown, presentations.own_images if family.vision else text_only)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """How a query reaches the model: text only, beside a blank, noisy or its own image, or inside a sentence or a conversation."""
 
 from guardlens.data.presentations.protocol import Presentation, Prompt, TextOnly, text_only
-from guardlens.data.presentations.with_image import Blank, Noise, Own, blank, noise, own
+from guardlens.data.presentations.with_image import Blank, Noise, OwnImages, blank, noise, own_images
 from guardlens.data.presentations.wrappers import Chat, Framed, WithoutImages, chat, framed
 
 __all__ = [
@@ -9,7 +9,7 @@ __all__ = [
     "Chat",
     "Framed",
     "Noise",
-    "Own",
+    "OwnImages",
     "Presentation",
     "Prompt",
     "TextOnly",
@@ -18,6 +18,6 @@ __all__ = [
     "chat",
     "framed",
     "noise",
-    "own",
+    "own_images",
     "text_only",
 ]

@@ -97,7 +97,7 @@ def require_presentation(presentation: Any) -> None:
         shown = getattr(presentation, "__name__", None) or f"something of type {type(presentation).__name__}"
         raise PresentationError(
             f"{shown} as a presentation",
-            "text_only, presentations.own, or what presentations.blank('grey') and its like give",
+            "text_only, presentations.own_images, or what presentations.blank('grey') and its like give",
             _INSTEAD.get(type(presentation).__name__, _INSTEAD[""]),
         )
 
@@ -105,7 +105,7 @@ def require_presentation(presentation: Any) -> None:
 _INSTEAD = {
     "Intervention": "name an intervention: intervention=intervention",
     "Defence": "take both of its parts: defence.present(presentation), intervention=defence.intervention",
-    "": "put an image of your own into Query(text, images=(image,)), and show it with presentations.own",
+    "": "put an image of your own into Query(text, images=(image,)), and show it with presentations.own_images",
 }
 
 

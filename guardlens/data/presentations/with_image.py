@@ -105,14 +105,14 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Own:
+class OwnImages:
     """The query's own images, in RGB: turned as their EXIF data say, transparency on white, 16 bits scaled to 8.
 
     Raises:
         PresentationError: A query without an image, or with one that Pillow can't read or whose black and white are not known.
 
     Examples:
-        >>> presentations.Own()(queries[0]).images == queries[0].images
+        >>> presentations.OwnImages()(queries[0]).images == queries[0].images
         True
     """
 
@@ -151,10 +151,10 @@ def noise(seed: int = 0, size: int = 336) -> Noise:
     return Noise(seed, size)
 
 
-own = Own()
+own_images = OwnImages()
 """The query's own images. Asking for it with a query that has none is an error.
 
 Examples:
-    >>> model.generate(queries[-1], presentations.own).split()[0]
+    >>> model.generate(queries[-1], presentations.own_images).split()[0]
     'sure'
 """

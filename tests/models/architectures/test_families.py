@@ -59,7 +59,7 @@ def asked(family, images=1):
     """The test's queries, beside random pictures of the family's two sizes, and how they are shown."""
     pictures = [tuple(picture(10 * row + i, family.images[(row + i) % 2]) for i in range(images)) for row in range(len(TEXTS))]
     shown = [gl.Query(text, id=f"q{row}", images=pictures[row] if family.vision else ()) for row, text in enumerate(TEXTS)]
-    return shown, presentations.own if family.vision else text_only
+    return shown, presentations.own_images if family.vision else text_only
 
 
 def batch_of(family, model, rows=range(len(TEXTS)), **options):
@@ -314,7 +314,7 @@ def test_states_are_the_same_in_any_batch_in_any_order_with_any_padding(name, da
     side = data.draw(st.sampled_from(["left", "right"]))
     shown, own = asked(family)
     presentation = own if not family.vision or not takes_text_alone(family) or data.draw(st.booleans()) else text_only
-    names = ["last", "instruction", "all", "post_instruction"] + (["image"] if presentation is presentations.own else [])
+    names = ["last", "instruction", "all", "post_instruction"] + (["image"] if presentation is presentations.own_images else [])
     site = Site(positions=data.draw(st.sampled_from(names)))
     together = model.run(model.batch([shown[row] for row in rows], presentation, padding_side=side), read=[site])
     for index, row in enumerate(rows):

@@ -172,7 +172,7 @@ class TestWhenItIsUsed:
         from tests.models.architectures.test_families import picture
 
         asked = [Query(text, images=(picture(row, (32, 32)),)) for row, text in enumerate(WORDS)]
-        batch = vlm.batch(asked, presentations.own)
+        batch = vlm.batch(asked, presentations.own_images)
         assert batch.common_start <= int(batch.image[0].long().argmax())
 
     def test_not_where_it_saves_little(self, vlm):

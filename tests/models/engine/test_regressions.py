@@ -284,7 +284,7 @@ class TestFoundByTheSecondReader:
     def test_pictures_of_their_own_leave_prefixes_of_common_ones_alone(self, eager_to_share):
         model, size = fresh("LLaVA-1.5"), BY_NAME["LLaVA-1.5"].images[0]
         own = [Query(text, images=(picture(row, size),)) for row, text in enumerate(TEXTS)]
-        assert model.share(model.batch(own, presentations.own)) is None
+        assert model.share(model.batch(own, presentations.own_images)) is None
         assert model.share(model.batch(TEXTS, presentations.blank("grey", size[0]))) is not None
 
     def test_a_row_holds_no_more_than_the_prefix_is_long(self, eager_to_share, monkeypatch):

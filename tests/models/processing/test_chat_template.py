@@ -379,13 +379,13 @@ class TestCrossAttention:
     def test_one_number_of_images_in_a_batch(self):
         model = loaded("Llama 3.2 Vision")
         with pytest.raises(errors.PresentationError, match="prompts of 1 and 2 images in one batch"):
-            model.batch(self.queries(model), presentations.own)
+            model.batch(self.queries(model), presentations.own_images)
 
     def test_collect_parts_them(self):
         model = loaded("Llama 3.2 Vision")
         queries = self.queries(model)
-        found = gl.collect(model, queries, presentations.own)
-        alone = [gl.collect(model, [query], presentations.own).states for query in queries]
+        found = gl.collect(model, queries, presentations.own_images)
+        alone = [gl.collect(model, [query], presentations.own_images).states for query in queries]
         torch.testing.assert_close(found.states, torch.cat(alone), atol=1e-5, rtol=1e-5)
         assert [query.id for query in found.queries] == ["one", "two", "one more"]
 
@@ -425,4 +425,4 @@ def test_pictures_that_a_processor_refuses(unchecked):
 
     query = Query("how ?", images=Image.new("RGB", (9000, 30)))
     with pytest.raises(errors.PresentationError, match=r"Found images that Qwen2_5_VLProcessor does not take \(absolute aspect ratio must"):
-        loaded("Qwen2.5-VL").batch(query, presentations.own)
+        loaded("Qwen2.5-VL").batch(query, presentations.own_images)

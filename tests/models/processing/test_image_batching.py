@@ -53,10 +53,10 @@ def test_one_picture_is_enough(vlm, monkeypatch):
 def test_different_pictures_are_all_seen(vlm, monkeypatch):
     seen = counted(monkeypatch, vlm)
     own = [Query(text, images=(Image.new("RGB", (32, 32), (row, 0, 0)),)) for row, text in enumerate(TEXTS)]
-    found = vlm.batch(own, presentations.own)
+    found = vlm.batch(own, presentations.own_images)
     assert seen == [len(TEXTS)] and len(set(found.pictures)) == len(TEXTS)
     equal = [Query(text, images=(Image.new("RGB", (32, 32), "red"),)) for text in TEXTS]
-    assert len(set(vlm.batch(equal, presentations.own).pictures)) == 1 and seen[-1] == 1
+    assert len(set(vlm.batch(equal, presentations.own_images).pictures)) == 1 and seen[-1] == 1
 
 
 def test_a_processor_that_joins_its_images_is_left_alone(vlm, monkeypatch):
