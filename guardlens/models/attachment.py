@@ -26,7 +26,7 @@ from guardlens.models.engine.drivers.torch_hooks import placed
 from guardlens.models.engine.generation_options import merged, require_stepwise
 from guardlens.models.engine.run import require_finite_step
 from guardlens.models.processing.chat_template import tokenizer_of
-from guardlens.models.processing.text_twin import Cutter
+from guardlens.models.processing.text_twin import ImageRemover
 
 Inputs = Mapping[str, Any]
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -318,7 +318,7 @@ def attach(
     require_type(hf, nn.Module, ModelError, "hand in the model of transformers and its processor; of a HookedModel, its .hf and .processor")
     require_uncompiled(hf)
     require_named(hf, names)
-    cfg = find(hf, KNOWN.also(names))
+    cfg = find(hf, KNOWN.preferring(names))
     _require_alone(hf)
     _require_known(intervention, cfg.n_layers)
     intervention.check((f"{type(hf).__name__}@{fingerprint(hf)}",), cfg.n_layers, cfg.widths)
@@ -338,7 +338,7 @@ def attach(
         raise ModelError(
             f"a processor of type {type(processor).__name__}", "the model's processor", "hand in AutoProcessor.from_pretrained(...)"
         )
-    learned = Cutter.learn(processor, cfg.image_token_id) if needs_twin and twin is None else None  # type: ignore[arg-type]
+    learned = ImageRemover.learn(processor, cfg.image_token_id) if needs_twin and twin is None else None  # type: ignore[arg-type]
     made = Attachment(intervention, hf, cfg, learned if twin is None else twin)
     made._hook()
     return made

@@ -150,7 +150,7 @@ def _cause(mine: torch.Tensor, expected: torch.Tensor) -> str:
     if masked.any() and _near(mine, expected, "")[0]:
         return f"; they are the same but for {int(masked.sum())} tokens, which the model rules out after its unembedding"
     if _near(times * mine, expected, "")[0]:
-        return f"; the model's own are {times:.3g} times these, a scale that guardlens/architectures/names.py does not know"
+        return f"; the model's own are {times:.3g} times these, a scale that guardlens/models/architectures/families.py does not know"
     if torch.equal(mine.argsort(-1), expected.argsort(-1)):
         return "; the tokens keep their order: something is done to the logits after the unembedding, as by a soft cap"
     return ""

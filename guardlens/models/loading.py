@@ -64,7 +64,7 @@ def load(
         >>> gl.load(model.hf, processor=model.processor).cfg.n_layers
         8
     """
-    known = KNOWN.also(names)
+    known = KNOWN.preferring(names)
     _require_loadable(source, dtype, device, device_map)
     if isinstance(source, nn.Module):
         _require_whole(source, processor, {"dtype": None if dtype == "auto" else dtype, "device_map": device_map, **options})

@@ -22,7 +22,7 @@ from guardlens.data.presentations import Prompt, WithoutImages, text_only
 from guardlens.directions import Directions
 from guardlens.models.architectures import find, unwrapped
 from guardlens.models.processing import chat_template as prompts
-from guardlens.models.processing.text_twin import Cutter
+from guardlens.models.processing.text_twin import ImageRemover
 from tests import reference, zoo
 from tests.zoo.family import TEXTS as SENTENCES
 from tests.zoo.family import build, tokenizer
@@ -310,9 +310,9 @@ class TestFamilies:
         processor, token = family.processor(), find(family.model()).image_token_id
         if "text alone" in dict(family.unsupported):
             with pytest.raises(errors.ModelError, match=CUT):
-                Cutter.learn(processor, token)
+                ImageRemover.learn(processor, token)
             return
-        cutter = Cutter.learn(processor, token)
+        remover = ImageRemover.learn(processor, token)
         alone = [Prompt(SENTENCES[0], system=system, prefill="Sure, here") for system in ("", "You are a careful helper.")]
         for count in (1, 2, 3) if "several images in a prompt" not in dict(family.unsupported) else (1,):
             pictures = tuple(picture(i, family.images[i % 2]) for i in range(count))
@@ -323,7 +323,7 @@ class TestFamilies:
                 except errors.PresentationError:
                     continue  # the template has no place for a system prompt
                 inputs = prompts.tokenize(processor, shown, "left", True)
-                twin = cutter(inputs)
+                twin = remover(inputs)
                 assert twin.keys() == expected.keys() and all(torch.equal(twin[key], expected[key]) for key in expected)
                 assert twin["input_ids"].shape[1] < inputs["input_ids"].shape[1]
 
@@ -350,7 +350,7 @@ def test_tokenizers_that_add_spaces(spaces):
     inputs = prompts.tokenize(processor, shown, "left", True)
     expected = prompts.tokenize(processor, [Prompt(SENTENCES[0]), Prompt(SENTENCES[2])], "left", True)["input_ids"]
     assert (inputs["input_ids"] == 1).sum() == 2  # the tokenizer itself writes <s>
-    assert torch.equal(Cutter.learn(processor, 3)(inputs)["input_ids"], expected)
+    assert torch.equal(ImageRemover.learn(processor, 3)(inputs)["input_ids"], expected)
 
 
 class _Own:
@@ -637,9 +637,9 @@ class TestErrors:
     def test_an_image_between_unknown_marks(self):
         name = "Qwen2.5-VL"
         processor, token = ALL[name].processor(), find(ALL[name].model()).image_token_id
-        cutter, ids = Cutter.learn(processor, token), torch.tensor([[token, 60, 61]])
+        remover, ids = ImageRemover.learn(processor, token), torch.tensor([[token, 60, 61]])
         with pytest.raises(errors.ModelError, match="row 0 has an image between marks that the probes did not show"):
-            cutter({"input_ids": ids, "attention_mask": ids == ids})
+            remover({"input_ids": ids, "attention_mask": ids == ids})
 
     def test_a_processor_that_takes_no_text_alone(self, processor, attach, basis):
         class NeedsImages:
@@ -663,17 +663,17 @@ class TestErrors:
         words = "{{ messages[0].content[-1].text }} assistant :"
         before = rendering("{% if shown %} push <image> how{% endif %} " + words)
         token = processor.tokenizer.convert_tokens_to_ids("<image>")
-        assert Cutter.learn(before, token).cut("<s> push <image> <image> how to mend") == "<s> to mend"
+        assert ImageRemover.learn(before, token).without_images("<s> push <image> <image> how to mend") == "<s> to mend"
         around = rendering("{% if shown %} <image>{% endif %} " + words + "{% if shown %} please{% endif %}")
         with pytest.raises(errors.ModelError, match=f"{CUT}: row 0 has an image between marks that the probes did not show"):
             attach(iv.patch(basis, iv.text_twin), by=around)
         with pytest.raises(errors.ModelError, match=f"{CUT}: its prompts with an image show no 'mend'"):
-            Cutter.learn(before, processor.tokenizer.convert_tokens_to_ids("mend"))
+            ImageRemover.learn(before, processor.tokenizer.convert_tokens_to_ids("mend"))
         blind = rendering(" radio " + words)
         with pytest.raises(errors.ModelError, match=f"{CUT}: The total number of <image> tokens in the prompts should be the same"):
             attach(iv.patch(basis, iv.text_twin), by=blind)
         far = rendering("{% if shown %} <image>{% endif %} " + words + " {{ 'mend' if shown and 'tulip' in messages[0].content[-1].text }}")
-        with pytest.raises(errors.ModelError, match=f"{CUT}: cutting an image of 24 x 24 does not give the prompt without one"):
+        with pytest.raises(errors.ModelError, match=f"{CUT}: removing an image of 24 x 24 does not give the prompt without one"):
             attach(iv.patch(basis, iv.text_twin), by=far)
 
 

@@ -1,11 +1,11 @@
-"""Where each family of transformers keeps its parts: one generic rule (`find`), names as data (`names`). Knows modules, not nnsight."""
+"""Where each family of transformers keeps its parts: one generic rule (`discovery`), and names as data (`families`). No nnsight here."""
 
 from guardlens.models.architectures.architecture import Architecture
 from guardlens.models.architectures.discovery import find, require_named, require_parts_alone
 from guardlens.models.architectures.families import KNOWN, Names
 from guardlens.models.architectures.fingerprint import constants, facts, fingerprint
+from guardlens.models.architectures.lookup import unwrapped
 from guardlens.models.architectures.parts import Part
-from guardlens.models.architectures.search import unwrapped
 
 __all__ = [
     "KNOWN",

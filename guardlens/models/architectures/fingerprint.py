@@ -1,4 +1,4 @@
-"""Whose numbers are these? All that a model computes with, as facts that can be compared one by one, and a fingerprint of them."""
+"""Everything that a model computes with, as facts that can be compared one by one, and a fingerprint of these facts."""
 
 import hashlib
 import json
@@ -15,31 +15,50 @@ from torch import Tensor, nn
 from guardlens.results.files import digest
 
 WORDS = 2**16
-"""64-bit words that are summed up together; a tensor of fewer values is hashed as it is."""
+"""Number of 64-bit words per summation block. A tensor of no more values is hashed directly."""
 
-PART, PART_ON_GPU = 2**18, 2**24
-"""Values of a tensor that are looked at at once: as many as a cache holds."""
+CHUNK = 2**18
+"""Values of a tensor that are processed at once on a CPU: as many as its cache holds."""
+
+CHUNK_ON_GPU = 2**24
+"""Values of a tensor that are processed at once on a GPU."""
 
 WITHOUT_EFFECT = {
-    *("transformers_version", "_name_or_path", "_model_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype"),
-    *("use_cache", "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "problem_type"),
-    *("initializer_range", "initializer_factor", "pad_token_id", "bos_token_id", "eos_token_id"),
+    "_model_name_or_path",
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "label2id",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
 }
-"""Entries of a config that change no state of a prompt."""
+"""Entries of a config that do not change a prompt's hidden states."""
 
-PASSING = {"max_seq_len_cached", "compute_type_is_set", "training", "gradient_checkpointing", "loss_type"} | WITHOUT_EFFECT
-"""Attributes of modules that change as they run, or that change no state."""
+TRANSIENT = {"max_seq_len_cached", "compute_type_is_set", "training", "gradient_checkpointing", "loss_type"} | WITHOUT_EFFECT
+"""Attributes of modules that change while a model runs, or that do not change a prompt's hidden states."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """What a model looked like when its fingerprint was made.
+class _Snapshot:
+    """A model as it was when its fingerprint was computed.
 
     Attributes:
-        tensors: Its weights.
-        marks: By which they, the config and the adapters are known to be the same.
-        hashes: Of each weight, by its name.
-        fingerprint: Of all.
+        tensors: Weak references to its weights.
+        marks: Cheap signs of change: they differ if a weight, the config or an adapter has changed.
+        hashes: The name of each weight -> its hash.
+        fingerprint: The model's fingerprint.
     """
 
     tensors: list[Any]
@@ -48,41 +67,44 @@ class _Seen:
     fingerprint: str
 
 
-_SEEN: "WeakKeyDictionary[nn.Module, _Seen]" = WeakKeyDictionary()
+_SNAPSHOTS: WeakKeyDictionary[nn.Module, _Snapshot] = WeakKeyDictionary()
 
 
 def fingerprint(hf: nn.Module) -> str:
-    """A digest of everything that the model computes with; other weights, another config or another adapter give another one.
+    """Return a digest of everything that the model computes with: it changes with the weights, the config and the adapters.
 
-    Weights that are equal as numbers are equal here, in whatever precision and on whatever device. Each is hashed once, and again when its
-    storage or its version says that it was written to. What bypasses that (a write through `.data` or to an inference tensor) is seen by
+    Weights count as numbers, whatever their precision and device. Each weight is hashed once, and again when its storage or its version
+    shows that it was written to. Writes that leave no such trace (through `.data`, or to an inference tensor) are noticed only by
     `facts(hf, anew=True)`, and by the fingerprint from then on.
     """
-    tensors, seen = dict(_tensors(hf)), _SEEN.get(hf)
-    if seen is not None and seen.marks == _marks(hf, tensors) and all(map(_is, seen.tensors, tensors.values())):
-        return seen.fingerprint
+    tensors = dict(_tensors(hf))
+    before = _SNAPSHOTS.get(hf)
+    if before is not None and before.marks == _marks(hf, tensors) and all(map(_is, before.tensors, tensors.values())):
+        return before.fingerprint
     facts(hf)
-    return _SEEN[hf].fingerprint
+    return _SNAPSHOTS[hf].fingerprint
 
 
 def facts(hf: nn.Module, *, anew: bool = False) -> dict[str, Any]:
-    """What the model computes with: hashes of its weights, its config, the numbers in its modules, and the state of its adapters.
+    """Return what the model computes with: a hash of its weights, its config, the numbers in its modules and the state of its adapters.
 
     Args:
         hf: The model.
         anew: Hash every weight again, which costs a pass over all of them.
     """
-    tensors, seen = dict(_tensors(hf)), None if anew else _SEEN.get(hf)
-    marks, kept = _marks(hf, tensors), _unchanged(seen, tensors)
-    hashes = {name: kept.get(name) or _hash(hf, name, tensor) for name, tensor in tensors.items()}
+    tensors = dict(_tensors(hf))
+    marks = _marks(hf, tensors)
+    known = {} if anew else _unchanged(_SNAPSHOTS.get(hf), tensors)
+    hashes = {name: known.get(name) or _hash(hf, name, tensor) for name, tensor in tensors.items()}
     weights = digest(*(f"{name} {hashed}".encode() for name, hashed in sorted(hashes.items())))
     found = {"weights": weights, "config": _effective(_config_of(hf)), "constants": constants(hf), "adapters": _adapters(hf)}
-    _SEEN[hf] = _Seen([ref(t) for t in tensors.values()], marks, hashes, digest(json.dumps(found, sort_keys=True).encode()))
+    whole = digest(json.dumps(found, sort_keys=True).encode())
+    _SNAPSHOTS[hf] = _Snapshot([ref(tensor) for tensor in tensors.values()], marks, hashes, whole)
     return found
 
 
 def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters, and the buffers that are saved with them."""
+    """Yield the names and values of all parameters and of the buffers that are saved with them."""
     for path, module in hf.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in module._non_persistent_buffers_set:
@@ -90,25 +112,26 @@ def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _marks(hf: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-    """What is cheap to look at, and differs where something was written to."""
+    """Signs of change that cost no pass over the weights."""
     return {name: _mark(tensor) for name, tensor in tensors.items()}, _config_of(hf), _adapters(hf)
 
 
 def _mark(tensor: Tensor) -> Any:
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version  # inference tensors don't count their versions
+    version = None if tensor.is_inference() else tensor._version  # inference tensors do not count their versions
+    return tensor.data_ptr(), version
 
 
-def _unchanged(seen: _Seen | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The hashes of the weights that are as they were."""
-    if seen is None:
+def _unchanged(before: _Snapshot | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The hashes of the weights that have not changed since the snapshot."""
+    if before is None:
         return {}
-    before = dict(zip(seen.hashes, seen.tensors, strict=True))
-    same = {name for name, tensor in tensors.items() if name in before and _is(before[name], tensor)}
-    return {name: seen.hashes[name] for name in same if seen.marks[0][name] == _mark(tensors[name])}
+    references = dict(zip(before.hashes, before.tensors, strict=True))
+    same = {name for name, tensor in tensors.items() if name in references and _is(references[name], tensor)}
+    return {name: before.hashes[name] for name in same if before.marks[0][name] == _mark(tensors[name])}
 
 
-def _is(kept: Any, tensor: Tensor) -> bool:
-    return kept() is tensor
+def _is(reference: Any, tensor: Tensor) -> bool:
+    return reference() is tensor
 
 
 def _hash(hf: nn.Module, name: str, tensor: Tensor) -> str:
@@ -120,7 +143,7 @@ def _hash(hf: nn.Module, name: str, tensor: Tensor) -> str:
 
 
 def _beside(tensor: Any) -> Iterator[Tensor]:
-    """The numbers that a quantised parameter is scaled by, which are none of the model's own tensors (bitsandbytes, 4 and 8 bits)."""
+    """The scales of a quantised parameter, which are not among the model's own tensors (bitsandbytes, 4 and 8 bits)."""
     if state := getattr(tensor, "quant_state", None):
         yield from (part for _, part in sorted(state.as_dict(packed=True).items()))
     if (scale := getattr(tensor, "SCB", None)) is not None:
@@ -128,21 +151,21 @@ def _beside(tensor: Any) -> Iterator[Tensor]:
 
 
 def _offloaded(hf: nn.Module, name: str) -> Tensor:
-    """A parameter that accelerate keeps in memory or on disk until its module runs; nothing of one that has no values at all."""
+    """A parameter that accelerate keeps in memory or on disk until its module runs; empty if the parameter has no values at all."""
     owner, _, own = name.rpartition(".")
-    kept = getattr(getattr(hf.get_submodule(owner), "_hf_hook", None), "weights_map", None)
-    return torch.empty(0) if kept is None else kept[own]
+    offloaded = getattr(getattr(hf.get_submodule(owner), "_hf_hook", None), "weights_map", None)
+    return torch.empty(0) if offloaded is None else offloaded[own]
 
 
 def _summed(values: Tensor) -> bytes:
-    """All values of a flat tensor: their bytes, or sums over stretches of them, in which every single change shows.
+    """Return the bytes of a flat tensor or, if it is large, sums over blocks of words that any single change of a value alters.
 
-    Each word is multiplied by an odd number of its place, and its upper half once more alone, modulo 2^64. So sums are the same on every
-    device, and one pass at the speed of memory makes them.
+    Each word is multiplied by an odd number that belongs to its position, and its upper half is multiplied once more on its own, modulo
+    2^64. The sums are the same on every device and need one pass at the speed of memory.
     """
     if values.numel() <= WORDS:
         return _bytes(values).cpu().numpy().tobytes()
-    sums = [_sums(_bytes(part)) for part in values.split(PART_ON_GPU if values.is_cuda else PART)]
+    sums = [_sums(_bytes(part)) for part in values.split(CHUNK_ON_GPU if values.is_cuda else CHUNK)]
     return torch.cat(sums).cpu().numpy().tobytes()
 
 
@@ -155,7 +178,7 @@ def _sums(values: UInt8[Tensor, "byte"]) -> Int[Tensor, "sum"]:
 
 
 def _bytes(values: Tensor) -> UInt8[Tensor, "byte"]:
-    """The bytes of values, of half-precision ones as single precision has them."""
+    """The bytes of the values; half precision is converted to single precision first."""
     exact = values.float() if values.is_floating_point() and values.element_size() < 4 else values
     return exact.contiguous().view(torch.uint8)
 
@@ -172,7 +195,7 @@ def _config_of(hf: nn.Module) -> dict[str, Any]:
 
 
 def _effective(config: Any) -> Any:
-    """A config without what changes no state, as JSON has it."""
+    """A config as JSON, without the entries that have no effect on hidden states."""
     if isinstance(config, dict):
         return {str(key): _effective(value) for key, value in sorted(config.items(), key=str) if key not in WITHOUT_EFFECT}
     if isinstance(config, list | tuple):
@@ -181,12 +204,13 @@ def _effective(config: Any) -> Any:
 
 
 def constants(hf: nn.Module) -> str:
-    """A digest of what modules are (which activation), and of what they keep as plain attributes: the epsilon of a norm, the scale of an
-    attention, whether it is causal.
+    """Return a digest of the modules' classes (which activation?) and of their plain attributes.
+
+    Such attributes are the epsilon of a norm, the scale of an attention, or whether it is causal.
     """
     found = []
     for path, module in hf.named_modules():
-        plain = {name: value for name, value in vars(module).items() if _is_plain(value) and name[0] != "_" and name not in PASSING}
+        plain = {name: value for name, value in vars(module).items() if _is_plain(value) and name[0] != "_" and name not in TRANSIENT}
         found.append(f"{path}: {type(module).__qualname__} {_effective(plain)}")
     return digest(*(each.encode() for each in found))
 
@@ -196,10 +220,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _adapters(hf: nn.Module) -> list[str]:
-    """What PEFT's layers say of themselves: which adapters are active, whether they are off, merged, and how strong they are."""
-    said = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    """The state of PEFT's layers: which adapters are active, whether they are disabled or merged, and how strong they are."""
+    properties = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
     layers = [module for module in hf.modules() if isinstance(getattr(type(module), "disable_adapters", None), property)]
-    states = [", ".join(f"{name}={getattr(layer, name, None)}" for name in said) for layer in layers]
-    return [f"{states.count(state)} layers: {state}" for state in sorted(set(states))] + (
-        [digest(*map(str.encode, states))] if states else []
-    )
+    states = [", ".join(f"{name}={getattr(layer, name, None)}" for name in properties) for layer in layers]
+    if not states:
+        return []
+    counts = [f"{states.count(state)} layers: {state}" for state in sorted(set(states))]
+    return [*counts, digest(*map(str.encode, states))]

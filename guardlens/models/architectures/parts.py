@@ -1,4 +1,4 @@
-"""A part: a module, one of its sides, and which piece of that tensor is a hook's value. Tensor algebra only: no family is named here."""
+"""A part: a module, its input or output, and the slice of that tensor that is a hook's value. Tensor algebra only, without any family."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -14,20 +14,20 @@ Side = Literal["input", "output"]
 
 @runtime_checkable
 class View(Protocol):
-    """A piece of what a module takes or gives."""
+    """A slice of a module's input or output."""
 
     def read(self, whole: Any) -> Any:
-        """The piece; None where the module did not compute it."""
+        """Return the slice; None if the module did not compute it."""
         ...
 
     def write(self, whole: Any, new: Tensor) -> Any:
-        """The whole with another piece."""
+        """Return the whole with the slice replaced."""
         ...
 
 
 @dataclass(frozen=True)
 class Item:
-    """One item where the module gives a tuple; the tensor itself where it gives one."""
+    """One item of a tuple; a module that returns a single tensor counts as returning a tuple of one."""
 
     index: int = 0
 
@@ -42,7 +42,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Joined:
-    """As `Item`, but of a list (the tokens of each image) all joined, and of an output object of transformers the last hidden state."""
+    """Like `Item`, but concatenates a list of per-image tensors and takes `last_hidden_state` from a ModelOutput."""
 
     def read(self, whole: Any) -> Any:
         if isinstance(whole, list):
@@ -57,7 +57,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Columns:
-    """A stretch of the last axis: queries, keys and values that one matrix computes side by side."""
+    """Columns `start` to `stop` of the last axis: queries, keys or values that one matrix computes side by side."""
 
     start: int
     stop: int
@@ -71,7 +71,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """A stretch of every group's `of` heads, where the last axis is `(group head d_head)`: queries, then their key, then their value."""
+    """Heads `start` to `stop` of every group of `of` heads, where the last axis is `(group head d_head)`.
+
+    A group holds the queries that share a key and a value, then this key, then this value.
+    """
 
     start: int
     stop: int
@@ -93,32 +96,34 @@ class Interleaved:
 
 @dataclass(frozen=True)
 class Normalised:
-    """What a norm has before its gain, worked out from its input. It can't be written: no module has it."""
+    """The output of a norm before its gain, computed from its input. No module holds it, so it cannot be written."""
 
     centred: bool
     epsilon: float
 
     def read(self, whole: Any) -> Any:
-        x = Item().read(whole).float()
-        x = x - x.mean(-1, keepdim=True) if self.centred else x
-        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)).to(Item().read(whole))
+        given = Item().read(whole)
+        x = given.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)).to(given)
 
     def write(self, whole: Any, new: Tensor) -> Any:
         raise SiteError(
-            "an edit of a normalised state, which only exists inside the norm", "a hook that can be written", "edit resid_post or ln_final"
+            "A normalised state exists only inside the norm, so it cannot be edited.", next_step="edit resid_post or ln_final instead"
         )
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where a hook's value is.
+    """Where to find a hook's value.
 
     Attributes:
         path: The module's path from the top of the model.
-        side: What it takes, or what it gives.
-        view: Which piece of that.
-        heads: In how many heads TransformerLens splits the last axis; None where it does not.
-        listed: Whether the module has the tokens of all prompts in one list, `(batch seq) d`.
+        side: The module's input or its output.
+        view: Which slice of that.
+        heads: The number of heads into which TransformerLens splits the last axis; None if it does not.
+        listed: Whether the module holds the tokens of all prompts in one list, `(batch seq) d`.
     """
 
     path: str
@@ -128,14 +133,19 @@ class Part:
     listed: bool = False
 
     def under(self, path: str) -> "Part":
-        """The same part of a module at `path`."""
+        """Return this part with `path` in front of its own path."""
         return replace(self, path=".".join(filter(None, (path, self.path))))
 
     def read(self, whole: Any, name: str, rows: int) -> Tensor:
-        """The value, from what the module takes or gives, of a batch of so many rows.
+        """Take the value from the module's input or output.
+
+        Args:
+            whole: The input or output.
+            name: What an error calls the hook.
+            rows: The number of rows of the batch.
 
         Raises:
-            SiteError: The module did not compute it, as with attention patterns unless attention is eager.
+            SiteError: The module did not compute it. Attention patterns, for example, need eager attention.
         """
         value = self.view.read(whole)
         if value is None:
@@ -147,17 +157,17 @@ class Part:
         return rearrange(value, "(row seq) d -> row seq d", row=rows) if self.listed else value
 
     def write(self, whole: Any, new: Tensor) -> Any:
-        """What the module takes or gives, with another value."""
+        """Return the module's input or output with the value replaced."""
         return self.view.write(whole, rearrange(new, "row seq d -> (row seq) d") if self.listed else new)
 
     def before(self) -> "Part":
-        """What the module takes."""
+        """Return the part for the same module's input."""
         return replace(self, side="input")
 
     def split(self, value: Tensor) -> Tensor:
-        """In TransformerLens's shape: `batch seq (head d_head)` becomes `batch seq head d_head`."""
+        """Convert a value to TransformerLens's shape: `batch seq (head d_head)` becomes `batch seq head d_head`."""
         return value if self.heads is None else rearrange(value, "... (head d) -> ... head d", head=self.heads)
 
     def join(self, value: Tensor) -> Tensor:
-        """Back from TransformerLens's shape."""
+        """Convert a value back from TransformerLens's shape."""
         return value if self.heads is None else rearrange(value, "... head d -> ... (head d)")

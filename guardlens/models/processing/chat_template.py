@@ -1,4 +1,4 @@
-"""From presented queries to tensors: chat template, tokens, padding, and which tokens are the query's own. Knows processors, not models."""
+"""From presented queries to tensors: chat template, tokens, padding, and the instruction mask. Knows processors, but no models."""
 
 import json
 import re
@@ -15,33 +15,33 @@ from guardlens.data.images import as_images, opened
 from guardlens.data.presentations import Presentation, Prompt
 from guardlens.data.queries import Query
 from guardlens.errors import ModelError, PresentationError, QueryError, require_type
-from guardlens.models.processing.image_batching import preprocessed_once
+from guardlens.models.processing.image_batching import preprocessing_once
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer of a processor, which a text-only model's is itself."""
+    """Return the tokenizer of a processor; the processor of a text-only model is its tokenizer."""
     return getattr(processor, "tokenizer", processor)
 
 
 @contextmanager
-def padding_token(words: Any) -> Iterator[str]:
-    """Inside, a tokenizer without a pad token (Llama's, GPT-2's) pads with the end of text, or what else it has: the mask hides it."""
-    if words.pad_token is not None:
-        yield words.pad_token
+def padding_token(tokenizer: Any) -> Iterator[str]:
+    """Within this context, a tokenizer without a pad token (Llama's, GPT-2's) pads with another token, which the attention mask hides."""
+    if tokenizer.pad_token is not None:
+        yield tokenizer.pad_token
         return
-    words.pad_token = next((token for token in (words.eos_token, words.bos_token, words.unk_token) if token), None)
-    words.pad_token = words.pad_token or words.convert_ids_to_tokens(0)
+    special = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
+    tokenizer.pad_token = next((token for token in special if token), None) or tokenizer.convert_ids_to_tokens(0)
     try:
-        yield words.pad_token
+        yield tokenizer.pad_token
     finally:
-        words.pad_token = None
+        tokenizer.pad_token = None
 
 
 def presented(queries: Sequence[Query], presentation: Presentation) -> list[Prompt]:
-    """What a presentation shows of each query, all images in RGB.
+    """Present each query, with all images converted to RGB.
 
     Raises:
-        PresentationError: It returns something else, or an image can't be read.
+        PresentationError: The presentation does not return a Prompt, or an image cannot be read.
     """
     return [_in_rgb(presentation(query), query, presentation.name) for query in queries]
 
@@ -55,11 +55,11 @@ def _in_rgb(prompt: Prompt, query: Query, name: str) -> Prompt:
 def require_showable(
     queries: Sequence[Query], prompts: Sequence[Prompt], presentation: Presentation, processor: Any, sees_images: bool
 ) -> None:
-    """Refuse what would not mean what it says.
+    """Reject prompts that the processor would misread.
 
     Raises:
-        PresentationError: An image for a text-only model.
-        QueryError: Words that the tokenizer or the processor takes for something else: the end of a turn, an image, the speaker's role.
+        PresentationError: A prompt for a text-only model shows an image.
+        QueryError: A text holds a special token, which would be read as the end of a turn, an image or the speaker's role.
     """
     if not sees_images and any(prompt.images for prompt in prompts):
         raise PresentationError(
@@ -67,98 +67,123 @@ def require_showable(
             "presentations.text_only",
             "load a vision-language model to show images",
         )
-    for place, allowed in (("text", False), ("system prompt", False), ("prefill", True)):
-        texts = [getattr(prompt, place.split()[0]) for prompt in prompts]
-        for query, token in zip(queries, _special_tokens(processor, texts, allowed) if any(texts) else texts, strict=True):
+    for field, name in (("text", "text"), ("system", "system prompt"), ("prefill", "prefill")):
+        texts = [getattr(prompt, field) for prompt in prompts]
+        if not any(texts):
+            continue
+        for query, token in zip(queries, _special_tokens(processor, texts, prefill=field == "prefill"), strict=True):
             if token:
                 kind = "image" if token == str(getattr(processor, "image_token", None)) else "special"
                 raise QueryError(
-                    f"the {kind} token {token!r} in the {place} of query {query.id!r}",
+                    f"the {kind} token {token!r} in the {name} of query {query.id!r}",
                     "plain text",
                     "remove it, or write it otherwise; turns and images are added by the chat template",
                 )
 
 
 def _special_tokens(processor: Any, texts: Sequence[str], prefill: bool) -> list[str]:
-    """The first special token in each text, or nothing. A prefill may hold those with which an answer goes on (of its thinking, say)."""
+    """The first special token in each text, or an empty string.
+
+    A prefill may hold special tokens that occur within an answer (such as those around its thinking), but not those that end it or stand
+    for an image.
+    """
     from transformers import AddedToken
 
-    words = tokenizer_of(processor)
+    tokenizer = tokenizer_of(processor)
     marks = {str(mark) for name, mark in vars(processor).items() if name.endswith("_token") and isinstance(mark, str | AddedToken)}
-    added = words.added_tokens_decoder
-    special = {*words.all_special_ids, *(number for number, token in added.items() if token.special)}
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
     if prefill:
-        special = {words.eos_token_id, *words.convert_tokens_to_ids(sorted(marks))} & special
+        special = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(sorted(marks))} & special
     found = []
-    for text, ids in zip(texts, words(list(texts), add_special_tokens=False, verbose=False)["input_ids"], strict=True):
-        met = (words.convert_ids_to_tokens(number) for number in ids if number in special)
-        typed = (token for token in met if token.casefold() in text.casefold())  # words that are unknown have a special token, too
+    for text, ids in zip(texts, tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"], strict=True):
+        candidates = (tokenizer.convert_ids_to_tokens(number) for number in ids if number in special)
+        # An unknown word also becomes a special token, but one that is not in the text.
+        typed = (token for token in candidates if token.casefold() in text.casefold())
         found.append(next(typed, "") or next((mark for mark in sorted(marks) if mark and mark in text), ""))
     return found
 
 
 def tokenize(processor: Any, prompts: Sequence[Prompt], padding_side: str, sees_images: bool) -> dict[str, Tensor]:
-    """What the Hugging Face model takes, with the generation prompt at the end.
+    """Turn prompts into the model's input tensors, with the generation prompt at the end.
 
     Args:
-        processor: A VLM's processor, or the tokenizer of a text-only model. Without a chat template, prompts are taken as they are.
+        processor: A VLM's processor, or the tokenizer of a text-only model. Without a chat template, prompts are tokenized as they are.
         prompts: Presented queries.
-        padding_side: `"left"` or `"right"`; the processor's own setting is left alone.
-        sees_images: Whether it is a VLM.
+        padding_side: `"left"` or `"right"`; the processor's own setting is not changed.
+        sees_images: Whether the model is a VLM.
 
     Raises:
-        ModelError: A prompt without image for a processor that can't take one.
-        PresentationError: A system prompt that the chat template has no place for, an image that the processor refuses, or a prefill that
-            it does not end with.
+        ModelError: A prompt has no image, and the processor requires one.
+        PresentationError: The chat template has no place for a system prompt, the processor rejects an image or adds tokens behind a
+            prefill.
     """
-    words, kind = tokenizer_of(processor), type(processor).__name__
     texts = [render(processor, prompt, sees_images) for prompt in prompts]
-    shown = any(prompt.images for prompt in prompts)
-    # One list per prompt: families differ in how they read a flat one.
-    images = {"images": [list(prompt.images) for prompt in prompts]} if shown else {}
-    front, behind = _opening(processor, texts[0])
-    options = {"return_tensors": "pt", "padding": True, "padding_side": padding_side, "add_special_tokens": front}
+    add_special_tokens, surplus = _special_tokens_to_add(processor, texts[0])
+    options = {"return_tensors": "pt", "padding": True, "padding_side": padding_side, "add_special_tokens": add_special_tokens}
+    inputs = _processed(processor, prompts, texts, options, sees_images)
+    if surplus:
+        inputs = _without_last_tokens(inputs, surplus)
+    _require_prefills_last(processor, prompts, texts, inputs)
+    inputs.pop("labels", None)  # PaliGemma's processor returns them, and its model would compute a loss
+    return inputs
+
+
+def _processed(
+    processor: Any, prompts: Sequence[Prompt], texts: list[str], options: dict[str, Any], sees_images: bool
+) -> dict[str, Tensor]:
+    """Call the processor, and translate the errors that it raises."""
+    kind = type(processor).__name__
+    images = [list(prompt.images) for prompt in prompts]  # one list per prompt: families differ in how they read a flat one
+    shown = any(images)
+    if shown:
+        options = options | {"images": images}
     try:
-        with padding_token(words), preprocessed_once(processor, [prompt.images for prompt in prompts]):
-            inputs = dict(processor(text=texts, **images, **options))
+        with padding_token(tokenizer_of(processor)):
+            return dict(preprocessing_once(processor, images)(text=texts, **options))
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         if sees_images and not shown:
             raise needs_image(kind, str(error)) from None
         found = f"{'images' if shown else 'prompts'} that {kind} does not take ({str(error)[:200]})"
         raise PresentationError(found, "what its model was made for", "show other ones, or convert them beforehand") from error
-    if behind:
-        inputs = _without_end(inputs, behind)
+
+
+def _require_prefills_last(processor: Any, prompts: Sequence[Prompt], texts: Sequence[str], inputs: dict[str, Tensor]) -> None:
+    """Check that each prompt with a prefill ends with the prefill's last token."""
+    tokenizer = tokenizer_of(processor)
     for prompt, text, ids, mask in zip(prompts, texts, inputs["input_ids"], inputs["attention_mask"], strict=True):
-        if prompt.prefill and words(text, add_special_tokens=False)["input_ids"][-1] != ids[mask.bool()][-1]:
+        if prompt.prefill and tokenizer(text, add_special_tokens=False)["input_ids"][-1] != ids[mask.bool()][-1]:
             raise PresentationError(
-                f"the prefill {prompt.prefill!r}, after which {kind} adds more",
+                f"the prefill {prompt.prefill!r}, after which {type(processor).__name__} adds more",
                 "a processor that leaves the end of a prompt alone",
                 "leave the prefill out",
             )
-    return {name: value for name, value in inputs.items() if name != "labels"}  # PaliGemma's, of which it would compute a loss
 
 
-def _opening(processor: Any, text: str) -> tuple[bool, int]:
-    """Whether the tokenizer must add its special tokens, for those at the front, and how many that then puts behind."""
-    words = tokenizer_of(processor)
-    plain, whole = (words("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+def _special_tokens_to_add(processor: Any, text: str) -> tuple[bool, int]:
+    """Whether the tokenizer must add special tokens to get those at the front, and how many unwanted ones it then adds at the end."""
+    tokenizer = tokenizer_of(processor)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    begun = words.bos_token is not None and text.lstrip().startswith(words.bos_token)
-    templated = bool(getattr(processor, "chat_template", None))
-    front = not begun and (words.bos_token_id in whole[:start] if templated else start > 0)
-    return front, len(whole) - start - len(plain) if front else 0
+    if tokenizer.bos_token is not None and text.lstrip().startswith(tokenizer.bos_token):
+        return False, 0
+    has_template = bool(getattr(processor, "chat_template", None))
+    needed = tokenizer.bos_token_id in whole[:start] if has_template else start > 0
+    return needed, len(whole) - start - len(plain) if needed else 0
 
 
-def _without_end(inputs: dict[str, Tensor], behind: int) -> dict[str, Tensor]:
-    """Rows without their last tokens: what a tokenizer puts behind a prompt ends it before the model has answered."""
+def _without_last_tokens(inputs: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Remove the last tokens of every row, which would end the prompt before the model has answered."""
     mask = inputs["attention_mask"]
-    inputs = inputs | {"attention_mask": mask * (mask.flip(1).cumsum(1).flip(1) > behind)}
-    alike = {name: value for name, value in inputs.items() if value.shape[:2] == mask.shape and not value.is_floating_point()}
-    return inputs | {name: value[:, :-behind] for name, value in alike.items()}
+    tokens_from_here = mask.flip(1).cumsum(1).flip(1)
+    inputs = inputs | {"attention_mask": mask * (tokens_from_here > count)}
+    per_token = {name: value for name, value in inputs.items() if value.shape[:2] == mask.shape and not value.is_floating_point()}
+    return inputs | {name: value[:, :-count] for name, value in per_token.items()}
 
 
 def needs_image(what: str, why: str) -> ModelError:
-    """The refusal of a prompt without an image."""
+    """Return the error for a prompt without an image, if the model or processor `what` requires one."""
     return ModelError(
         f"{what}, which takes no prompt without an image ({why})",
         "a model with a text twin: one that also runs on text alone",
@@ -167,10 +192,10 @@ def needs_image(what: str, why: str) -> ModelError:
 
 
 def render(processor: Any, prompt: Prompt, sees_images: bool) -> str:
-    """The prompt as text, each image as its one placeholder, up to and with the words that the answer begins with.
+    """Return the prompt as text, including the prefill, with one placeholder per image.
 
     Raises:
-        PresentationError: A system prompt that the chat template has no place for, or a keyword that it does not know.
+        PresentationError: The chat template has no place for the system prompt, or does not read one of `template_kwargs`.
     """
     template = getattr(processor, "chat_template", None)
     keywords = json.loads(prompt.template_kwargs or "{}")
@@ -179,7 +204,7 @@ def render(processor: Any, prompt: Prompt, sees_images: bool) -> str:
         raise PresentationError(
             f"template_kwargs with {unknown!r}, which the chat template of {type(processor).__name__} does not read",
             "a variable of the chat template",
-            "check its spelling in processor.chat_template, or leave it out",
+            "compare its spelling with processor.chat_template, or leave it out",
         )
     if not template:
         images = "".join(getattr(processor, "image_token", "<image>") for _ in prompt.images)
@@ -187,7 +212,7 @@ def render(processor: Any, prompt: Prompt, sees_images: bool) -> str:
     user = {"role": "user", "content": _content(prompt.text, len(prompt.images), sees_images)}
     if not prompt.system:
         return _templated(processor, prompt, [user], keywords) + prompt.prefill
-    # Most templates of VLMs take a system prompt as parts, some as a string, and these print the parts as Python would.
+    # Most VLM templates take a system prompt as a list of parts. Some take a string, and would print the list as Python code.
     for content in (_content(prompt.system, 0, sees_images), prompt.system):
         text = _templated(processor, prompt, [{"role": "system", "content": content}, user], keywords)
         shown = text.count(prompt.system.strip()) > prompt.text.count(prompt.system.strip())
@@ -208,59 +233,68 @@ def _templated(processor: Any, prompt: Prompt, messages: list[dict[str, Any]], k
 def instruction_mask(
     processor: Any, prompts: Sequence[Prompt], ids: Int[Tensor, "query seq"], mask: Bool[Tensor, "query seq"], sees_images: bool
 ) -> Bool[Tensor, "query seq"]:
-    """The tokens of what the user says: each query's text, with the words that a presentation puts around it.
+    """Mark the tokens of the instruction: each query's text, including the words that a presentation puts around it.
 
-    Nothing is marked where the tokenizer gives no offsets, or where the template or the processor changes the text.
+    No token is marked if the tokenizer gives no offsets, or if the template or the processor changes the text.
     """
     chosen = torch.zeros_like(mask)
-    words = tokenizer_of(processor)
-    for row, prompt in enumerate(prompts if words.is_fast else ()):
-        text, start, stop = _text_of(processor, prompt, sees_images)
+    tokenizer = tokenizer_of(processor)
+    if not tokenizer.is_fast:
+        return chosen
+    for row, prompt in enumerate(prompts):
+        text, start, stop = _instruction_in_text(processor, prompt, sees_images)
         columns = mask[row].nonzero().flatten()
-        found = _tokens_of(words, text, start, stop, ids[row, columns].tolist())
+        found = _tokens_of(tokenizer, text, start, stop, ids[row, columns].tolist())
         chosen[row, columns[found.start : found.stop]] = True
     return chosen
 
 
-def _text_of(processor: Any, prompt: Prompt, sees_images: bool) -> tuple[str, int, int]:
-    """A prompt as text, and where in it the query's own begins and ends; nowhere if the template changes it.
+def _instruction_in_text(processor: Any, prompt: Prompt, sees_images: bool) -> tuple[str, int, int]:
+    """The prompt as text, and where the instruction starts and stops in it; an empty span if the template changes it.
 
-    It is found by a mark in its place, since the template may well say the same words.
+    The instruction is located by rendering a marker in its place, since the template may contain the same words.
     """
-    text, asked, mark = render(processor, prompt, sees_images), prompt.text.strip(), "§"
-    while mark in text:
-        mark += "§"
-    head, _, tail = render(processor, replace(prompt, text=mark), sees_images).partition(mark)
-    stop = len(text) - len(tail)
-    if not asked or not text.startswith(head) or not text.endswith(tail) or text[len(head) : stop].strip() != asked:
+    text = render(processor, prompt, sees_images)
+    instruction = prompt.text.strip()
+    marker = "§"
+    while marker in text:
+        marker += "§"
+    head, _, tail = render(processor, replace(prompt, text=marker), sees_images).partition(marker)
+    between = text[len(head) : len(text) - len(tail)]
+    if not instruction or not text.startswith(head) or not text.endswith(tail) or between.strip() != instruction:
         return text, 0, 0
-    start = text.index(asked, len(head))
-    return text, start, start + len(asked)
+    start = text.index(instruction, len(head))
+    return text, start, start + len(instruction)
 
 
-def _tokens_of(words: Any, text: str, start: int, stop: int, ids: list[int]) -> range:
-    """Which of a prompt's tokens say `text[start:stop]`: found with all that follows them, since images, which come before, shift them."""
-    tokens = words(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
-    known, offsets = tokens["input_ids"], tokens["offset_mapping"]
+def _tokens_of(tokenizer: Any, text: str, start: int, stop: int, ids: list[int]) -> range:
+    """The tokens in `ids` that spell `text[start:stop]`.
+
+    They are located together with all tokens that follow, because images, which come earlier in the prompt, shift them.
+    """
+    tokens = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    expected = tokens["input_ids"]
+    offsets = tokens["offset_mapping"]
     inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
     if not inside:
         return range(0)
-    # What a processor writes for an image may merge with the first words: these are found by what their tokens say.
-    met, place = next((i, place) for i in range(inside[0], len(known) + 1) if (place := _last_occurrence(known[i:], ids)) >= 0)
-    end = place + inside[-1] + 1 - met
-    if met == inside[0] or end < place:
+    # The text that a processor inserts for an image may merge with the first words, whose tokens then differ from the expected ones.
+    matched, place = next((i, place) for i in range(inside[0], len(expected) + 1) if (place := _last_occurrence(expected[i:], ids)) >= 0)
+    end = place + inside[-1] + 1 - matched
+    if matched == inside[0] or end < place:
         return range(place, end)
-    merged = text[start : offsets[met][0] if met < len(known) else None]
-    said = (first for first in range(place - 1, max(-1, place - 2 - len(merged)), -1) if _says(words, ids[first:place], merged))
-    return range(next(said, end), end)
+    merged = text[start : offsets[matched][0] if matched < len(expected) else None]
+    candidates = range(place - 1, max(-1, place - 2 - len(merged)), -1)
+    first = next((first for first in candidates if _spells(tokenizer, ids[first:place], merged)), end)
+    return range(first, end)
 
 
-def _says(words: Any, ids: list[int], text: str) -> bool:
-    return words.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).endswith(text)
+def _spells(tokenizer: Any, ids: list[int], text: str) -> bool:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).endswith(text)
 
 
 def _last_occurrence(part: list[int], whole: list[int]) -> int:
-    """Where `part` begins in `whole`, the last time that it does; -1 if it does not."""
+    """The index of the last occurrence of `part` in `whole`; -1 if there is none."""
     return next((i for i in range(len(whole) - len(part), -1, -1) if whole[i : i + len(part)] == part), -1)
 
 

@@ -1,7 +1,8 @@
-"""A picture that all prompts of a batch show is preprocessed once, where the processor's own results say that this changes nothing."""
+"""Preprocess an image that all prompts of a batch share only once, if the processor's own results show that this changes nothing."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,56 +10,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_REPEATS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-"""Of an image processor: whether two equal images give twice what one gives."""
+_CAN_REPEAT: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Image processor -> whether its result for two equal images is twice its result for one."""
 
 
-@contextmanager
-def preprocessed_once(processor: Any, images: Sequence[Sequence[Any]]) -> Iterator[None]:
-    """Inside, the image processor sees one of the prompts' images, if all prompts show one and the same, and its results are repeated.
+def preprocessing_once(processor: Any, images: Sequence[Sequence[Any]]) -> Any:
+    """Return a processor that preprocesses the image which all prompts share once and repeats the result.
 
-    The first time, two are compared with twice one; a processor for which these differ is left alone.
+    The returned processor is a shallow copy: neither the user's processor nor its image processor is changed. If the prompts do not share a
+    single image, the processor itself is returned. The first time, the result for two images is compared with twice the result for one; if
+    they differ, all images are preprocessed.
 
     Args:
         processor: A VLM's processor.
-        images: Of each prompt.
+        images: The images of each prompt.
     """
-    eye = getattr(processor, "image_processor", None)
-    if eye is None or len(images) < 3 or not _all_alike(images):
-        yield
-        return
-    whole = eye.preprocess
-
-    def once(images_: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(images_, list) or len(images_) != len(images):
-            return whole(images_, *args, **kwargs)
-        one = whole(images_[:1], *args, **kwargs)
-        if eye not in _REPEATS:
-            _REPEATS[eye] = _equal(whole(images_[:2], *args, **kwargs), _repeated(one, 2))
-        return _repeated(one, len(images)) if _REPEATS[eye] else whole(images_, *args, **kwargs)
-
-    eye.preprocess = lambda images, *args, **kwargs: once(images, *args, **kwargs)
-    try:
-        yield
-    finally:
-        del eye.preprocess
+    image_processor = getattr(processor, "image_processor", None)
+    if image_processor is None or len(images) < 3 or not _share_one_image(images):
+        return processor
+    repeating = copy.copy(image_processor)
+    repeating.preprocess = partial(_preprocess_once, image_processor, len(images))
+    found = copy.copy(processor)
+    found.image_processor = repeating
+    return found
 
 
-def _all_alike(images: Sequence[Sequence[Any]]) -> bool:
+def _preprocess_once(image_processor: Any, count: int, images: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(images, list) or len(images) != count:
+        return image_processor.preprocess(images, *args, **kwargs)
+    one = image_processor.preprocess(images[:1], *args, **kwargs)
+    if image_processor not in _CAN_REPEAT:
+        two = image_processor.preprocess(images[:2], *args, **kwargs)
+        _CAN_REPEAT[image_processor] = _equal(two, _repeated(one, 2))
+    if _CAN_REPEAT[image_processor]:
+        return _repeated(one, count)
+    return image_processor.preprocess(images, *args, **kwargs)
+
+
+def _share_one_image(images: Sequence[Sequence[Any]]) -> bool:
     first = images[0][0] if images[0] else None
     return first is not None and all(len(each) == 1 and (each[0] is first or each[0] == first) for each in images)
 
 
 def _repeated(value: Any, times: int) -> Any:
-    """Features of so many equal images, one behind the other, from those of one."""
+    """The features of `times` equal images in a row, made from the features of one."""
     if isinstance(value, Tensor) and value.ndim:
-        return torch.cat([value] * times)  # not expanded: some families can't view what is
+        return torch.cat([value] * times)  # not expanded: some families call view(), which needs contiguous memory
     if isinstance(value, np.ndarray) and value.ndim:
         return np.concatenate([value] * times)
     if isinstance(value, list | tuple):
         return value * times
-    kind: Any = type(value)
-    return kind({name: _repeated(part, times) for name, part in value.items()}) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        kind: Any = type(value)
+        return kind({name: _repeated(part, times) for name, part in value.items()})
+    return value
 
 
 def _equal(mine: Any, expected: Any) -> bool:

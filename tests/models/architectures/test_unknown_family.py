@@ -7,7 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 import guardlens as gl
-from guardlens import cli, errors
+from guardlens import errors
+from guardlens.cli import commands
 from guardlens.models.architectures import Names, find
 from tests.models.architectures.unknown_family import novel
 from tests.zoo.family import TEXTS, tokenizer
@@ -86,19 +87,19 @@ def test_the_self_check_can_be_left_out(words):
 
 def test_names_of_no_part():
     with pytest.raises(errors.ModelError, match=r"a name for 'stak'\.\nExpected one of the parts stack, inner, final_norm"):
-        Names().also({"stak": "core.storeys"})
+        Names().preferring({"stak": "core.storeys"})
 
 
 def test_known_names_come_after_the_users():
-    names = Names().also({"final_norm": "roof"})
+    names = Names().preferring({"final_norm": "roof"})
     assert names.final_norm == ("roof", *Names().final_norm)
-    assert find(novel(), names.also({"stack": "storeys"})).norm == "core.roof"
+    assert find(novel(), names.preferring({"stack": "storeys"})).norm == "core.roof"
 
 
 def test_a_vlm_without_an_image_token_is_refused(words):
     model = novel()
     model.config.vision_config = {"image_size": 32}
-    with pytest.raises(errors.ModelError, match="a vision tower but no image token"):
+    with pytest.raises(errors.ModelError, match="a vision encoder but no image token"):
         gl.load(model, processor=words, names=NAMES)
 
 
@@ -106,7 +107,7 @@ def test_the_command_line_shows_the_table_of_a_model_that_load_refuses(monkeypat
     from guardlens.models import checkpoints, loading
 
     monkeypatch.setattr(checkpoints, "read", lambda *args: (novel(leaky=True), words))
-    monkeypatch.setattr(loading.KNOWN.__class__, "also", lambda self, given: Names(("storeys",), final_norm=("roof",)))
-    result = CliRunner().invoke(cli.application, ["check", "somewhere"])
+    monkeypatch.setattr(loading.KNOWN.__class__, "preferring", lambda self, given: Names(("storeys",), final_norm=("roof",)))
+    result = CliRunner().invoke(commands.application, ["check", "somewhere"])
     assert result.exit_code == 1
     assert "batches and padding" in result.stdout and "no" in result.stdout
