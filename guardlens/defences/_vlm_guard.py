@@ -13,7 +13,7 @@ from guardlens.hooks import Layers, Positions
 from guardlens.interventions import Intervention, add_component, amplify, gates, project_out, replace, text_twin
 from guardlens.interventions.gates import Gate
 from guardlens.interventions.held_states import State
-from guardlens.interventions.intervention import Phase
+from guardlens.interventions.step import Phase
 
 Reading = Literal["replace", "add", "amplify", "project"]
 """How the projection and the alignment of the paper join; see `vlm_guard`.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guardlens.data.activations import Activations
 from guardlens.data.queries import Query
-from guardlens.errors import MismatchError, NumericsError, as_count, require_type, warn
+from guardlens.errors import InterventionError, MismatchError, NumericsError, as_count, require_type, warn
 from guardlens.hooks import layer_index, numbered, parse, require_same_space
 from guardlens.results import notebook_html as notebooks
 from guardlens.results.files import bytes_of, digest, in_memory, load_tensors, reading, save_tensors
@@ -370,3 +370,13 @@ def warn_of_own_queries(directions: Directions, queries: Sequence[Query]) -> Non
             f"{own} of the {len(queries)} queries made the directions {directions.method!r}, which part these better than new ones: "
             "measure them on other queries",
         )
+
+
+def require_directions(directions: Any) -> None:
+    """Refuse what are no directions, and such as are zero at a layer.
+
+    Raises:
+        InterventionError, NumericsError: As said.
+    """
+    require_type(directions, Directions, InterventionError, "make directions of a vector of your own: directions.from_vectors(vector)")
+    directions.require_some()

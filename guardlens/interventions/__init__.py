@@ -1,4 +1,6 @@
-"""Interventions: what to change in a run. The constructors here make interventions of one step; modifiers and `>>` make the rest.
+"""Interventions: what to change in the hidden states of a forward pass.
+
+Each constructor makes an intervention of one step; modifiers (`.at`, `.when`, `.during`, `.scaled`, `.placebo`) and `>>` make the rest.
 
     project_out(V)          h - h V^T V
     amplify(V, alpha)       h + alpha h V^T V
@@ -11,26 +13,30 @@
     swap(r)                 r
     custom(fn)              fn(states, context)
 
-`r` is a held state (`text_twin`, `own_state`, any `State`) or a constant: zero, a vector, or one vector per layer (a class mean). A `State`
-is read at the hook and the layer of the edit unless it names its own.
-Strength means the same for all of them: h + s (edit(h) - h).
+`h` is a hidden state, `V` the directions of its layer as orthonormal rows, `v` the only row of rank-1 directions, and `M` a square matrix.
+`r` is a reference: a held state (`text_twin`, `own_state`, or any `State`), or a constant, which is zero, a vector, or one vector per layer
+(a class mean, say). A held state is read at the hook and the layer of the edit unless the `State` names its own.
+A strength s means the same for every edit: h + s (edit(h) - h).
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from guardlens.directions import Directions
-from guardlens.errors import InterventionError, as_number, type_of
-from guardlens.hooks import Site
 from guardlens.interventions import gates
-from guardlens.interventions.edits import Affine, Custom, Edit, Placebo, RelativeAdd, Swap, require_directions
+from guardlens.interventions.constructors import (
+    Reference,
+    add,
+    add_component,
+    add_relative,
+    amplify,
+    custom,
+    linear,
+    patch,
+    project_out,
+    replace,
+    swap,
+)
+from guardlens.interventions.edits import Affine, Custom, Edit, Placebo, RelativeAdd, Swap
 from guardlens.interventions.held_states import Context, State, own_state, text_twin
-from guardlens.interventions.intervention import Intervention, Phase, Step, nothing
+from guardlens.interventions.intervention import Intervention, nothing
+from guardlens.interventions.step import Phase, Step
 
 __all__ = [
     "Affine",
@@ -40,6 +46,7 @@ __all__ = [
     "Intervention",
     "Phase",
     "Placebo",
+    "Reference",
     "RelativeAdd",
     "State",
     "Step",
@@ -59,244 +66,3 @@ __all__ = [
     "swap",
     "text_twin",
 ]
-
-Reference = State | Tensor | float
-"""A held state; a vector of `d_model`, or one per layer; or 0, which takes the component away."""
-
-
-def project_out(directions: Directions) -> Intervention:
-    """h - h V^T V: the state without its component in the span of V (VLM-Guard's projection; directional ablation for rank 1).
-
-    Examples:
-        >>> site = gl.Site(layers=[5])
-        >>> run = model.run(batch, iv.project_out(ssd).at(layers=5), read=[site])
-        >>> bool((run.reads[site][0, :, 0] @ ssd.at(5)[0]).abs().max() < 1e-3)  # reads: lane, query, layer, d_model
-        True
-    """
-    vectors = _vectors(directions)
-    return _affine(f"project_out({directions.method})", directions, down=vectors, up=-vectors)
-
-
-def amplify(directions: Directions, alpha: float = 1.0) -> Intervention:
-    """h + alpha h V^T V: the component scaled by 1 + alpha; `amplify(V, -1)` is `project_out(V)`.
-
-    Examples:
-        >>> iv.amplify(ssd, 2.0)
-        amplify(ssd(rank=1), alpha=2).at(positions='last')
-    """
-    vectors, alpha = _vectors(directions), _number(alpha=alpha)
-    return _affine(f"amplify({directions.method}, alpha={alpha:g})", directions, down=vectors, up=alpha * vectors)
-
-
-def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
-    """h (I - V^T V) + gain r V^T V: the component replaced by that of a reference, times a gain.
-
-    VLM-Guard's edit with r the text twin (the gain is its alpha); `gain=1` is `patch`, `gain=0` is `project_out`.
-
-    Examples:
-        >>> intervention = iv.replace(ssd, iv.text_twin).at(layers=7)
-        >>> [model.generate(queries[1], grey, each).split()[0] for each in (iv.nothing, intervention)]
-        ['sure', 'sorry']
-    """
-    vectors, gain = _vectors(directions), _number(gain=gain)
-    name = f"replace({directions.method}, {_name(reference)}, gain={gain:g})"
-    return _affine(name, directions, down=vectors, up=-vectors, reference=reference, gain=gain)
-
-
-def patch(directions: Directions, reference: Reference) -> Intervention:
-    """h + (r - h) V^T V: the component becomes that of a reference. Idempotent.
-
-    Examples:
-        >>> site = gl.Site(layers=[5])
-        >>> run = model.run(batch, iv.patch(ssd, ssd.harmless_mean).at(layers=5), read=[site])
-        >>> torch.allclose(run.reads[site][0, :, 0] @ ssd.at(5)[0], ssd.harmless_mean[5] @ ssd.at(5)[0], atol=1e-3)
-        True
-    """
-    vectors = _vectors(directions)
-    name = f"patch({directions.method}, {_name(reference)})"
-    return _affine(name, directions, down=vectors, up=-vectors, reference=reference, gain=1.0)
-
-
-def add_component(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
-    """h + gain r V^T V: a reference's component on top of the state's own.
-
-    Examples:
-        >>> iv.add_component(ssd, iv.text_twin, gain=0.5)
-        add_component(ssd(rank=1), text_twin, gain=0.5).at(positions='last')
-    """
-    none, gain = _vectors(directions)[:, :0], _number(gain=gain)
-    name = f"add_component({directions.method}, {_name(reference)}, gain={gain:g})"
-    return _affine(name, directions, down=none, up=none, reference=reference, gain=gain)
-
-
-def add(directions: Directions, alpha: float = 1.0) -> Intervention:
-    """h + alpha v, with the unit vector v of each layer (rank 1).
-
-    Raises:
-        InterventionError: The directions have another rank than 1.
-
-    Examples:
-        >>> site = gl.Site(layers=[5])
-        >>> run = model.run(batch, [iv.nothing, iv.add(ssd, 4.0).at(layers=5)], read=[site])  # two lanes
-        >>> moved = run.reads[site][1] - run.reads[site][0]
-        >>> torch.allclose(moved[:, 0], 4 * ssd.at(5), atol=1e-3)
-        True
-    """
-    none, vector, alpha = _vectors(directions)[:, :0], _single(directions), _number(alpha=alpha)
-    return _affine(f"add({directions.method}, alpha={alpha:g})", directions, down=none, up=none, shift=alpha * vector)
-
-
-def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
-    """h + alpha |h| v, with the unit vector v of each layer (rank 1).
-
-    Raises:
-        InterventionError: The directions have another rank than 1.
-
-    Examples:
-        >>> iv.add_relative(ssd, 0.1)  # a tenth of each state's norm
-        add_relative(ssd(rank=1), alpha=0.1).at(positions='last')
-    """
-    vector, alpha = _single(directions), _number(alpha=alpha)
-    label = f"add_relative({directions.method}, alpha={alpha:g})"
-    edit = RelativeAdd(label, directions.layers, vector, alpha, directions.provenance.model, hook=directions.hook)
-    return Intervention((Step(edit),))
-
-
-def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Intervention:
-    """h + alpha h M, the same matrix in every layer (a null-space map, an erasure, ...).
-
-    Raises:
-        InterventionError: No square matrix.
-        NumericsError: NaN or infinity in it.
-
-    Examples:
-        >>> halved = iv.linear(torch.eye(128), alpha=-0.5).at(layers=5)
-        >>> halved
-        linear(128 x 128, alpha=-0.5).at(layers=[5], positions='last')
-    """
-    if not isinstance(matrix, Tensor | np.ndarray) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        found = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor | np.ndarray) else f"{type_of(matrix)}"
-        raise InterventionError(f"a matrix of {found}", "a square tensor, d_model by d_model", "hand in torch.eye(d_model) or its like")
-    matrix, alpha, width = _real(matrix), _number(alpha=alpha), len(matrix)
-    identity, none = torch.eye(width, dtype=matrix.dtype)[None], matrix.new_zeros(1, 0, width)
-    edit = Affine(
-        f"linear({width} x {width}, alpha={alpha:g})", None, identity, alpha * matrix[None], none, none, matrix.new_zeros(1, width)
-    )
-    return Intervention((Step(edit),))
-
-
-def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
-    """r: the held state in place of the state, at the hook and the positions where it is held (activation patching).
-
-    A reference without a hook of its own, such as `text_twin`, is held at whatever hook is edited: `swap(text_twin).at(hook="z")`.
-
-    Args:
-        reference: What is put in, e.g. `State(presentation=text_only, hook="attn_out")`.
-        part: `(index, of)` puts in one of several equal stretches alone: `(3, 32)` is the fourth of 32 heads at the hook z.
-
-    Raises:
-        InterventionError: The reference is no state, or there is no such part.
-
-    Examples:
-        >>> iv.swap(iv.State(presentation=presentations.text_only, hook="z"), part=(3, 4)).at(layers=5).steps[0].site
-        Site(hook='z', layers=(5,), positions='last')
-    """
-    edit = Swap(reference, part)
-    return Intervention((Step(edit, Site(reference.hook or "resid_post", positions=reference.positions)),))
-
-
-def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] = (), name: str = "") -> Intervention:
-    """Any function `(states, context) -> states` of the tensor `state d_model`.
-
-    Args:
-        fn: Receives exactly the states that the site selects, never padding. Soft or per-state gates live in here.
-        requires: The held states that it asks for with `context.held(state)`.
-        name: What stands for the function in fingerprints, so that runs with `out=` know it again. Give another name to another function.
-
-    Raises:
-        InterventionError: What is no function, requires anything but states, or a name that is no text.
-
-    Examples:
-        >>> def half(states, context):
-        ...     return states * 0.5
-        >>> iv.custom(half).at(layers=5)
-        custom(half).at(layers=[5], positions='last')
-        >>> iv.custom(half, name="half").fingerprint == iv.custom(lambda h, context: h / 2, name="half").fingerprint
-        True
-    """
-    return Intervention((Step(Custom(fn, requires, name=name)),))
-
-
-def _affine(
-    label: str,
-    directions: Directions,
-    *,
-    down: Tensor,
-    up: Tensor,
-    reference: Reference = 0.0,
-    gain: float = 0.0,
-    shift: Tensor | None = None,
-) -> Intervention:
-    vectors = directions.vectors
-    none = vectors[:, :0]
-    held = reference if isinstance(reference, State) else None
-    if shift is None:
-        shift = torch.zeros_like(vectors[:, 0]) if held else gain * _component(vectors, reference)  # type: ignore[arg-type]
-    held_down, held_up = (vectors, gain * vectors) if held else (none, none)
-    model, hook = directions.provenance.model, directions.hook
-    edit = Affine(label, directions.layers, down, up, held_down, held_up, shift, held, model, hook)
-    return Intervention((Step(edit),))
-
-
-def _component(vectors: Float[Tensor, "layer rank d"], reference: Tensor | float) -> Float[Tensor, "layer d"]:
-    (layers, _, width), each = vectors.shape, _real(reference)
-    if each.shape not in ((), (width,), (layers, width)):
-        raise InterventionError(
-            f"a reference of shape {tuple(each.shape)}",
-            f"a vector of width {width}, {layers} of them, one per layer, or 0",
-            "take a class mean of the same directions, such as directions.harmless_mean",
-        )
-    if not each.ndim and each:
-        raise InterventionError(
-            f"the number {each:g} as a reference, which is no state",
-            "a vector, or 0 for none",
-            "for a coordinate, say number * directions.at(layer)[0]",
-        )
-    constant = each.to(vectors).expand(layers, width)
-    return torch.einsum("ld,lrd,lre->le", constant, vectors, vectors)
-
-
-def _vectors(directions: Any) -> Float[Tensor, "layer rank d"]:
-    require_directions(directions)
-    return directions.vectors
-
-
-def _single(directions: Directions) -> Float[Tensor, "layer d"]:
-    vectors = _vectors(directions)
-    if directions.rank != 1:
-        raise InterventionError(f"{directions.rank} directions per layer", "one", "take the first with directions.truncate(1)")
-    return vectors[:, 0]
-
-
-def _number(**named: Any) -> float:
-    """The one number that is named, as Python's own."""
-    ((name, value),) = named.items()
-    return as_number(value, name, InterventionError, "give a number, such as 1.0")
-
-
-def _real(values: Any) -> Tensor:
-    """A number, an array or a tensor as a tensor of floating-point numbers."""
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise InterventionError(type_of(values), "numbers: one, a vector, or a vector per layer", "hand in a tensor") from None
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
-
-
-def _name(reference: Any) -> str:
-    if isinstance(reference, State):
-        named = {text_twin: "text_twin", own_state: "own_state"}
-        return named.get(reference, str(reference))
-    if isinstance(reference, Tensor | np.ndarray) and reference.ndim:
-        return "constant"
-    return f"{as_number(reference, 'reference', InterventionError, 'take interventions.text_twin, a State, a number or a class mean'):g}"

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from guardlens.data.activations import Activations
 from guardlens.directions import Directions
+from guardlens.directions.basis import require_directions
 from guardlens.errors import InterventionError, MismatchError, NumericsError, SiteError, as_number, is_several, quoted, require_type
 from guardlens.hooks import numbered
-from guardlens.interventions.edits import require_directions, require_factors
 from guardlens.interventions.held_states import State, own_state, text_twin
+from guardlens.interventions.layered import require_factors
 from guardlens.results.provenance import require_same_model
 
 Lookup = Callable[[State], Float[Tensor, "query d_model"]]

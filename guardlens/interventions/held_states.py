@@ -1,7 +1,7 @@
 """What an edit or a gate may look at besides the states that it is given: vectors of some run, one per query, read once and held."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from guardlens.data.presentations import Presentation, text_only
 from guardlens.data.presentations.protocol import require_presentation
 from guardlens.errors import InterventionError, require_type
-from guardlens.hooks import Positions, Site, as_layer
+from guardlens.hooks import HOOKS, Point, Positions, Site, as_layer, parse
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,16 @@ class Context:
         """
         require_type(state, State, InterventionError, "ask for a State, such as interventions.text_twin")
         return self.lookup(state).to(self.query.device)[self.query]
+
+
+def resolved(state: State, asked_at: Point) -> State:
+    """The held state with the hook that it means for an edit at `asked_at`."""
+    return replace(state, hook=asked_at.hook) if state.hook is None else state
+
+
+def source_of(state: State, asked_at: Point, n_layers: int) -> Point:
+    """The point at which a held state is read for an edit at `asked_at`."""
+    hook = parse(state.hook or asked_at.hook).hook
+    layered = HOOKS[hook].layered
+    layer = None if not layered else asked_at.layer if state.layer is None else state.layer
+    return Point(hook, n_layers - 1 if layered and layer is None else layer)

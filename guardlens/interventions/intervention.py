@@ -1,79 +1,21 @@
 """The algebra: an intervention is a sequence of steps (edit, site, gate, phase, strength), changed by modifiers and joined by `>>`."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from guardlens.errors import InterventionError, MismatchError, as_number, one_of, quoted, require_type, type_of
-from guardlens.hooks import BLOCKS, HOOKS, Layers, Point, Positions, Site, as_layers, parse, require_same_space
-from guardlens.interventions.edits import Affine, Edit, Placebo, require_edit
+from guardlens.errors import InterventionError, MismatchError, as_number, require_type, type_of
+from guardlens.hooks import HOOKS, Layers, Positions, Site, as_layers, require_same_space
+from guardlens.interventions.edits import Affine, Placebo
 from guardlens.interventions.gates import AllOf, AnyOf, Gate, Linear, Not
-from guardlens.interventions.held_states import State
+from guardlens.interventions.held_states import State, resolved, source_of
 from guardlens.interventions.serialization import fingerprint, load, save
+from guardlens.interventions.step import Phase, Step, require_gate, require_phase, require_writable
 from guardlens.results.notebook_html import captioned, span, table
 from guardlens.results.provenance import require_same_model
-
-Phase = Literal["prefill", "decode", "always"]
-"""When a step edits: in the prefill, in the decode steps (each new token), or both.
-
-Examples:
-    >>> guard.during("always").steps[0].phase
-    'always'
-"""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One edit somewhere.
-
-    Attributes:
-        edit: The map.
-        site: Where; no layers means every layer, and a sweep may choose.
-        gate: For which queries; None for all.
-        phase: In the prefill, in the decode steps (each new token), or both.
-        strength: s of h + s (edit(h) - h); 0 leaves the state untouched.
-
-    Raises:
-        InterventionError: One of these is something else, or the site's hook can only be read.
-
-    Examples:
-        >>> step = guard.at(layers=[5, 6]).scaled(0.5).steps[0]
-        >>> step.site.layers, step.strength, step.phase
-        ((5, 6), 0.5, 'prefill')
-    """
-
-    edit: Edit
-    site: Site = field(default_factory=Site)
-    gate: Gate | None = None
-    phase: Phase = "prefill"
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_edit(self.edit)
-        require_type(self.site, Site, InterventionError, "say Site('resid_post')")
-        require_writable(self.site.hook)
-        if self.gate is not None:
-            require_gate(self.gate)
-        require_phase(self.phase)
-        object.__setattr__(self, "strength", as_number(self.strength, "strength", InterventionError, "say .scaled(0.5)"))
-
-    @property
-    def requires(self) -> tuple[State, ...]:
-        """The states that the edit and the gate ask for."""
-        return self.edit.requires + (() if self.gate is None else self.gate.requires)
-
-    def __repr__(self) -> str:
-        site, parts = self.site, [repr(self.edit)]
-        where = f"hook={site.hook!r}, " if site.hook != "resid_post" else ""
-        where += f"layers={list(site.layers)}, " if site.layers is not None else ""
-        parts.append(f".at({where}positions={site.positions!r})")
-        parts += [f".when({self.gate!r})"] if self.gate is not None else []
-        parts += [f".during({self.phase!r})"] if self.phase != "prefill" else []
-        parts += [f".scaled({self.strength:g})"] if self.strength != 1 else []
-        return "".join(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,36 +238,6 @@ def require_intervention(intervention: Any) -> None:
     )
 
 
-def require_gate(gate: Any) -> None:
-    """Refuse what is no gate.
-
-    Raises:
-        InterventionError: As said.
-    """
-    require_type(gate, Gate, InterventionError, "make one, as in gates.harmful(directions); leave .when out for all queries")
-
-
-def require_phase(phase: Any) -> None:
-    """Refuse what is no phase.
-
-    Raises:
-        InterventionError: As said.
-    """
-    if not one_of(phase, get_args(Phase)):
-        raise InterventionError(f"the phase {quoted(phase)}", "'prefill', 'decode' or 'always'", "choose one of them")
-
-
-def require_writable(hook: str) -> None:
-    """Refuse a hook that can only be read.
-
-    Raises:
-        InterventionError: As said.
-    """
-    if not HOOKS[parse(hook).hook].writable:
-        writable = ", ".join(other.name for other in HOOKS.values() if other.writable and other.width and other.stage == BLOCKS)
-        raise InterventionError(f"an edit at {hook!r}", "a hook that can be written", f"edit one of {writable}")
-
-
 nothing = Intervention()
 """The intervention that changes nothing.
 
@@ -333,19 +245,6 @@ Examples:
     >>> iv.nothing.steps, (iv.nothing >> guard).fingerprint == guard.fingerprint
     ((), True)
 """
-
-
-def resolved(state: State, asked_at: Point) -> State:
-    """The held state with the hook that it means for an edit at `asked_at`."""
-    return replace(state, hook=asked_at.hook) if state.hook is None else state
-
-
-def source_of(state: State, asked_at: Point, n_layers: int) -> Point:
-    """The point at which a held state is read for an edit at `asked_at`."""
-    hook = parse(state.hook or asked_at.hook).hook
-    layered = HOOKS[hook].layered
-    layer = None if not layered else asked_at.layer if state.layer is None else state.layer
-    return Point(hook, n_layers - 1 if layered and layer is None else layer)
 
 
 def _gates(gate: Gate | None) -> Iterator[Linear]:

@@ -17,11 +17,11 @@ KIND = "intervention"
 
 TAGS = {
     "intervention": "guardlens.interventions.intervention:Intervention",
-    "step": "guardlens.interventions.intervention:Step",
-    "affine": "guardlens.interventions.edits:Affine",
-    "relative_add": "guardlens.interventions.edits:RelativeAdd",
-    "swap": "guardlens.interventions.edits:Swap",
-    "placebo": "guardlens.interventions.edits:Placebo",
+    "step": "guardlens.interventions.step:Step",
+    "affine": "guardlens.interventions.edits.affine:Affine",
+    "relative_add": "guardlens.interventions.edits.relative_add:RelativeAdd",
+    "swap": "guardlens.interventions.edits.swap:Swap",
+    "placebo": "guardlens.interventions.edits.placebo:Placebo",
     "linear_gate": "guardlens.interventions.gates:Linear",
     "all_of": "guardlens.interventions.gates:AllOf",
     "any_of": "guardlens.interventions.gates:AnyOf",

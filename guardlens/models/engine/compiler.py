@@ -16,8 +16,9 @@ from torch import Tensor
 from guardlens.data.queries import Query
 from guardlens.errors import InterventionError, NumericsError
 from guardlens.hooks import Point, Positions, Site
-from guardlens.interventions.held_states import Context, State
-from guardlens.interventions.intervention import Intervention, Step, resolved, source_of
+from guardlens.interventions.held_states import Context, State, resolved, source_of
+from guardlens.interventions.intervention import Intervention
+from guardlens.interventions.step import Step
 from guardlens.models.engine.batch import Batch, Layout, Placement
 from guardlens.models.engine.out_of_memory import at_work
 

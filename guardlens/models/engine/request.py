@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guardlens.hooks import BLOCKS, HOOKS, Point, Positions, Site
 from guardlens.interventions import Intervention
-from guardlens.interventions.intervention import source_of
+from guardlens.interventions.held_states import source_of
 from guardlens.models.architectures import Architecture
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.kv_cache import Prefill
