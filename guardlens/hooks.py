@@ -1,4 +1,24 @@
-"""Where: hook names (TransformerLens's, of both generations), layers, and token positions of the prompt."""
+"""Where to read or edit: hook names of both generations of TransformerLens, layers, and token positions of the prompt.
+
+The hooks of a model, in the order in which a forward pass reaches them:
+
+    model
+    ├── embed                               hook_embed
+    ├── vision encoder (not in a text-only model)
+    │   ├── blocks.{layer}                  vision.blocks.{layer}.hook_resid_post
+    │   └── projector                       projector.hook_out
+    ├── blocks.{layer}                      blocks.{layer}.hook_resid_pre
+    │   ├── attn                            blocks.{layer}.attn.hook_q, hook_k, hook_v, hook_z, hook_pattern
+    │   │                                   blocks.{layer}.hook_attn_out
+    │   │                                   blocks.{layer}.hook_resid_mid
+    │   └── mlp                             blocks.{layer}.mlp.hook_post
+    │                                       blocks.{layer}.hook_mlp_out
+    │                                       blocks.{layer}.hook_resid_post
+    ├── ln_final                            ln_final.hook_normalized, ln_final.hook_out
+    └── unembed                             unembed.hook_out
+
+Every hook also has a short name, its key in `HOOKS`: `"resid_post"` and layer 5 stand for `blocks.5.hook_resid_post`.
+"""
 
 import difflib
 import re
@@ -10,26 +30,32 @@ from typing import Any, Literal, SupportsIndex
 from guardlens.errors import MismatchError, SiteError, as_count, is_several, quoted
 
 Positions = str | tuple[int | None, int | None]
-"""One of `POSITIONS`, or `(start, stop)`: a slice of the prompt's real tokens, counted from either end."""
+"""One of `POSITIONS`, or `(start, stop)`: a slice of the prompt's tokens without padding, counted from either end."""
 
 Layers = SupportsIndex | Iterable[SupportsIndex]
-"""One layer or several, counted from 0: numbers, a range, an array, a column of a data frame."""
+"""One layer or several, counted from 0: numbers, a range, an array or a column of a data frame."""
 
 POSITIONS = ("last", "all", "image", "instruction", "post_instruction")
+
+SIMILAR = 0.75
+"""How similar (from 0 to 1) the last parts of two hook names must be for one to be suggested in place of the other."""
+
+MOST_LAYERS = 200
+"""Layers whose names are compared with an unknown name of a model that is not known."""
 
 
 @dataclass(frozen=True)
 class Hook:
-    """One kind of place in a transformer.
+    """A kind of hook: one place in a transformer, or the same place in each of its layers.
 
     Attributes:
-        name: Its short name, as in `cache["resid_post", 5]`.
-        pattern: Its full TransformerLens name.
-        stage: The embedding, the eye, the blocks, or what follows them.
-        rank: Its place in the order of execution within a stage, or within a block.
-        writable: Whether an edit there changes the residual stream as its name promises.
-        aliases: Other full names for it.
-        width: Of what width its one vector per token of the prompt is; empty where it has none, so that no `Site` can select some.
+        name: The short name, as in `cache["resid_post", 5]`.
+        pattern: The full TransformerLens name, with `{layer}` in place of the number of the layer.
+        stage: `EMBEDDING`, `VISION`, `BLOCKS` or `END`.
+        rank: The place in the order of execution within the stage, or within one layer.
+        writable: Whether an edit of this hook changes the residual stream as the name promises.
+        aliases: Other full names for this hook.
+        width: Which model dimension its per-token vector has. Empty for hooks without one vector per prompt token; `Site` rejects those.
     """
 
     name: str
@@ -42,28 +68,28 @@ class Hook:
 
     @property
     def layered(self) -> bool:
-        """Whether there is one in every block."""
+        """Whether every layer has this hook."""
         return "{layer}" in self.pattern
 
     @property
     def space(self) -> str:
-        """Of what its vectors are: what adds up to the residual stream is one space, any other hook is a space of its own."""
+        """The vector space of this hook. Everything added to the residual stream shares one space; every other hook has its own."""
         return "resid_post" if self.width == "d_model" and self.stage != END else self.name
 
     def full_name(self, layer: int | None) -> str:
-        """`blocks.5.hook_resid_post` for layer 5."""
+        """The full name at a layer, such as `blocks.5.hook_resid_post` for layer 5."""
         return self.pattern.format(layer=layer)
 
 
-EMBEDDING, EYE, BLOCKS, END = range(4)
-"""The stages of a run, in order of execution."""
+EMBEDDING, VISION, BLOCKS, END = range(4)
+"""The stages of a forward pass, in order of execution."""
 
 HOOKS = {
     hook.name: hook
     for hook in (
         Hook("embed", "hook_embed", EMBEDDING, 0, aliases=("embed.hook_out",)),
-        Hook("vision_resid_post", "vision.blocks.{layer}.hook_resid_post", EYE, 0, width=""),
-        Hook("projector", "projector.hook_out", EYE, 1, width=""),
+        Hook("vision_resid_post", "vision.blocks.{layer}.hook_resid_post", VISION, 0, width=""),
+        Hook("projector", "projector.hook_out", VISION, 1, width=""),
         Hook("resid_pre", "blocks.{layer}.hook_resid_pre", BLOCKS, 0, aliases=("blocks.{layer}.hook_in",)),
         Hook("q", "blocks.{layer}.attn.hook_q", BLOCKS, 1, aliases=("blocks.{layer}.attn.q.hook_out",), width="heads"),
         Hook("k", "blocks.{layer}.attn.hook_k", BLOCKS, 2, aliases=("blocks.{layer}.attn.k.hook_out",), width="kv_heads"),
@@ -84,7 +110,7 @@ HOOKS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One hook of one model: a kind and a layer (None where there is only one)."""
+    """One hook of one model: a kind of hook and a layer (None for a hook that is in no layer)."""
 
     hook: str
     layer: int | None = None
@@ -96,24 +122,24 @@ class Point:
 
     @property
     def order(self) -> tuple[int, float, int]:
-        """Sorts points by execution."""
+        """A key that sorts points in order of execution."""
         hook = HOOKS[self.hook]
         return (hook.stage, float("inf") if self.layer is None else float(self.layer), hook.rank)
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an edit writes or a read looks.
+    """The place of a read or an edit: a hook, layers, and token positions of the prompt.
 
     Attributes:
-        hook: A short name (`"resid_post"`) or a full one (`"blocks.3.hook_resid_post"`, which sets the layer too).
-        layers: One layer or several, counted from 0; None leaves them free: all of them, and a sweep may choose.
-        positions: Tokens of the prompt: `"last"`, `"all"`, `"image"`, `"instruction"` (what the user says, words that a presentation puts
-            around the query included), `"post_instruction"` (what follows that) or `(start, stop)`.
+        hook: A short name (`"resid_post"`) or a full one (`"blocks.3.hook_resid_post"`, which also sets the layer).
+        layers: One layer or several, counted from 0. None means every layer, and lets a sweep choose.
+        positions: Tokens of the prompt: `"last"`, `"all"`, `"image"`, `"instruction"` (the user's message, including words that a
+            presentation adds around the query), `"post_instruction"` (the tokens after it) or `(start, stop)`.
 
     Raises:
-        SiteError: There is no such hook or no such positions, or the layers are no whole numbers, contradict the hook's name, or are layers
-            of a hook that is in no block.
+        SiteError: The hook or the positions do not exist, a layer is not a whole number, the layers contradict the name of the hook, or
+            layers are given for a hook that is in no layer.
 
     Examples:
         >>> gl.Site("blocks.3.hook_resid_post")
@@ -130,16 +156,16 @@ class Site:
         point = parse(self.hook)
         if not HOOKS[point.hook].width:
             raise SiteError(
-                f"positions of {point.name if point.layer is not None else point.hook}, which has no vector per token of the prompt",
-                "a hook that has, such as resid_post or z",
+                f"The hook {point.hook} has no vector per token of the prompt, so a site cannot select positions there.",
+                "a hook with one vector per token, such as resid_post or z",
                 "read it whole with model.run_with_cache, or change it with model.run_with_hooks",
             )
         layers = as_layers(self.layers)
         if layers is not None and not HOOKS[point.hook].layered:
-            raise SiteError(f"the layers {list(layers)} of {point.name}, which is in no block", "no layers there", "leave layers out")
+            raise SiteError(f"the layers {list(layers)} of {point.name}, which is in no layer", "no layers there", "leave layers out")
         if layers is not None and point.layer is not None and layers != (point.layer,):
             raise SiteError(
-                f"the layers {list(layers)} beside the hook {point.name}", "one place", f"say hook={point.hook!r}, or no layers"
+                f"the layers {list(layers)} beside the hook {point.name}", "one place", f"say hook={point.hook!r}, or leave layers out"
             )
         object.__setattr__(self, "hook", point.hook)
         object.__setattr__(self, "layers", layers if point.layer is None else (point.layer,))
@@ -147,11 +173,11 @@ class Site:
 
     @property
     def free(self) -> bool:
-        """Whether its layers are left open, so that a sweep may choose them."""
+        """Whether the layers are left open, so that a sweep may choose them."""
         return self.layers is None and HOOKS[self.hook].layered
 
     def points(self, n_layers: int) -> tuple[Point, ...]:
-        """The points of this site in a model with `n_layers` layers, in order of execution.
+        """List the points of this site in a model with `n_layers` layers, in order of execution.
 
         Raises:
             SiteError: A layer is out of range.
@@ -165,10 +191,10 @@ class Site:
 
 
 def as_layers(layers: Layers | None) -> tuple[int, ...] | None:
-    """One layer, several or None as a sorted tuple without repeats, or None. Layers may come out of an array or a data frame.
+    """Return layers as a sorted tuple without repeats, and None as None.
 
     Raises:
-        SiteError: No layer among them, or something else than a whole number from 0 up.
+        SiteError: The collection is empty, or a layer is not a whole number from 0 up.
     """
     if layers is None:
         return None
@@ -177,37 +203,38 @@ def as_layers(layers: Layers | None) -> tuple[int, ...] | None:
     given: Any = layers if is_several(layers) else [layers]
     found = tuple(sorted({as_layer(layer) for layer in given}))
     if not found:
-        raise SiteError("no layers", "one at least", "name some, or leave layers out for all of them")
+        raise SiteError("no layers", "at least one", "name some, or leave layers out for all of them")
     return found
 
 
 def as_layer(layer: Any) -> int:
-    """One layer as Python's own int.
+    """Return one layer as a Python int.
 
     Raises:
-        SiteError: Something else than a whole number from 0 up.
+        SiteError: The layer is not a whole number from 0 up.
     """
-    next_step = "count the layers from 0, in whole numbers; those of a mask are numpy.flatnonzero(mask)"
+    next_step = "count layers from 0, in whole numbers; turn a mask into numbers with numpy.flatnonzero(mask)"
     return as_count(layer, "layer", SiteError, next_step, least=0)
 
 
-def numbered(layers: Any, hook: str = "") -> tuple[int, ...]:
-    """The layers of an axis as Python's integers, in their order. A hook without layers counts as layer -1.
+def axis_layers(layers: Any, hook: str = "") -> tuple[int, ...]:
+    """Return the layers of an axis as Python integers, in their order. The single entry of a hook that is in no layer is layer -1.
 
     Args:
-        layers: One, or several.
-        hook: Whose layers they are; empty for any.
+        layers: One layer or several.
+        hook: The short name of the hook that has these layers; empty for any hook.
 
     Raises:
-        SiteError: There is no such hook, or a layer is none or there twice.
+        SiteError: The hook does not exist or its name includes a layer, or a layer is not a whole number or appears twice.
     """
-    if hook and (point := parse(hook)).layer is not None:
+    point = parse(hook) if hook else None
+    if point is not None and point.layer is not None:
         raise SiteError(f"the hook {hook!r} with a layer in it", "its short name", f"say hook={point.hook!r} and layers=({point.layer},)")
-    least = 0 if hook and HOOKS[parse(hook).hook].layered else -1
+    least = 0 if point is not None and HOOKS[point.hook].layered else -1
     given: Any = layers if is_several(layers) else [layers]
     numbers = tuple(as_count(layer, "layer", SiteError, "name each layer by its number", least) for layer in given)
     if len(set(numbers)) < len(numbers):
-        raise SiteError(f"the layers {list(numbers)}, of which one is there twice", "each layer once", "leave the second one out")
+        raise SiteError(f"One of the layers {list(numbers)} appears twice.", "each layer once")
     return numbers
 
 
@@ -236,10 +263,10 @@ def layer_index(layers: tuple[int, ...] | None, layer: int | None, owner: str) -
 
 
 def as_positions(positions: Any) -> Positions:
-    """One of `POSITIONS`, or `(start, stop)` in Python's own numbers.
+    """Return positions with the ends of a slice as Python integers.
 
     Raises:
-        SiteError: Neither.
+        SiteError: The positions are neither one of `POSITIONS` nor a slice `(start, stop)` that can hold a token.
     """
     if isinstance(positions, str) and positions in POSITIONS:
         return positions
@@ -253,15 +280,20 @@ def as_positions(positions: Any) -> Positions:
     raise SiteError(
         f"the positions {quoted(positions)}",
         f"one of {', '.join(map(repr, POSITIONS))} or (start, stop) with start before stop",
-        "name tokens of the prompt; decode steps are a matter of .during('decode')",
+        "name tokens of the prompt; edit decode steps with .during('decode')",
     )
 
 
 def require_same_space(what: str, hook: str, *used_at: str) -> None:
-    """Refuse directions that were read at one hook where states of another space are. No hook fits all.
+    """Reject directions that are used at a hook whose vectors live in another space. An empty `hook` fits everywhere.
+
+    Args:
+        what: The subject of the error message, such as "the directions 'ssd(rank=1)'".
+        hook: The hook at which the directions were read.
+        used_at: The hooks at which they are used.
 
     Raises:
-        MismatchError: Both are named.
+        MismatchError: The two hooks, which are named, have different spaces.
     """
     made_in = hook and HOOKS[parse(hook).hook].space
     other = next((name for name in used_at if made_in and HOOKS[parse(name).hook].space != made_in), None)
@@ -279,16 +311,16 @@ def _require_layer(layer: int | None, n_layers: int) -> None:
 
 
 def hook_names(n_layers: int) -> list[str]:
-    """All full hook names of a model with `n_layers` layers, in order of execution."""
+    """List the full hook names of a model with `n_layers` layers, in order of execution."""
     points = [Point(hook.name, layer) for hook in HOOKS.values() for layer in (range(n_layers) if hook.layered else (None,))]
     return [point.name for point in sorted(points, key=lambda point: point.order)]
 
 
 def parse(name: str, n_layers: int | None = None) -> Point:
-    """The point that a hook name means; layer None where the name leaves it open (`"resid_post"`).
+    """Return the point that a hook name stands for. Its layer is None if the name leaves the layer open, as `"resid_post"` does.
 
     Raises:
-        SiteError: Unknown; the closest known name is suggested if it is close. Or the layer is negative, or out of range of `n_layers`.
+        SiteError: The name is unknown (a similar known name is suggested), or its layer is negative or not below `n_layers`.
     """
     if not isinstance(name, str):
         raise SiteError(f"the hook name {quoted(name)}", "one hook name, as text", "say hook='resid_post'")
@@ -296,7 +328,9 @@ def parse(name: str, n_layers: int | None = None) -> Point:
     if short in HOOKS:
         return Point(short)
     if re.search(r"\bblocks\.-\d+\.", name):
-        raise SiteError(f"a negative layer in {name!r}", "layers counted from 0", 'count so; or ask the cache for ("resid_post", -1)')
+        raise SiteError(
+            f"a negative layer in {name!r}", "layers counted from 0", 'to count from the end, ask the cache for ("resid_post", -1)'
+        )
     layer = re.search(r"(?<=\bblocks\.)\d+(?=\.)", name)
     generic = name if layer is None else f"{name[: layer.start()]}{{layer}}{name[layer.end() :]}"
     for hook in HOOKS.values():
@@ -305,9 +339,14 @@ def parse(name: str, n_layers: int | None = None) -> Point:
             if n_layers is not None and hook.stage == BLOCKS:
                 _require_layer(point.layer, n_layers)
             return point
-    known = [*HOOKS, *hook_names(n_layers or min(200, 1 + int(layer[0] if layer else 0)))]
+    n_named = n_layers or min(MOST_LAYERS, 1 + int(layer[0] if layer else 0))
+    raise _unknown_hook(name, [*HOOKS, *hook_names(n_named)])
+
+
+def _unknown_hook(name: str, known: list[str]) -> SiteError:
+    """The error about an unknown name, with the most similar known name if their last parts are alike."""
     closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    mine, its = (full.rpartition(".")[2].removeprefix("hook_") for full in (name, closest))
-    close = difflib.SequenceMatcher(None, mine, its).ratio() > 0.75
-    next_step = f"did you mean {closest!r}?" if close else "choose one of those; this one is not offered"
-    raise SiteError(f"the hook name {name!r}", "a name from model.hook_names", next_step)
+    last_part, last_part_of_closest = (full.rpartition(".")[2].removeprefix("hook_") for full in (name, closest))
+    alike = difflib.SequenceMatcher(None, last_part, last_part_of_closest).ratio() > SIMILAR
+    next_step = f"did you mean {closest!r}?" if alike else "choose one of those; this one is not offered"
+    return SiteError(f"the hook name {name!r}", "a name from model.hook_names", next_step)

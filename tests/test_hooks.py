@@ -36,7 +36,7 @@ def test_layers_beyond_nine_sort_as_numbers():
 
 @pytest.mark.parametrize("name", ["projector", "vision.blocks.0.hook_resid_post", "pattern"])
 def test_a_site_needs_a_vector_per_token(name):
-    with pytest.raises(errors.SiteError, match=r"which has no vector per token of the prompt[\s\S]*model.run_with_cache"):
+    with pytest.raises(errors.SiteError, match=r"has no vector per token of the prompt[\s\S]*model.run_with_cache"):
         Site(name)
 
 
@@ -88,7 +88,7 @@ def test_site_is_normalised_and_hashable():
 def test_places_that_contradict_themselves():
     with pytest.raises(errors.SiteError, match=r"Found the layers \[5\] beside the hook blocks.3.hook_resid_post.*\n.*\nNext: say hook="):
         Site("blocks.3.hook_resid_post", (5,))
-    with pytest.raises(errors.SiteError, match=r"Found the layers \[5\] of hook_embed, which is in no block"):
+    with pytest.raises(errors.SiteError, match=r"Found the layers \[5\] of hook_embed, which is in no layer"):
         Site("embed", (5,))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from guardlens.data.activation_store import KIND, TENSOR, states_in
 from guardlens.data.queries import Query, counted
 from guardlens.errors import MismatchError, NumericsError, QueryError, require_type, warn
-from guardlens.hooks import layer_index, numbered
+from guardlens.hooks import axis_layers, layer_index
 from guardlens.results import notebook_html as notebooks
 from guardlens.results.files import load_tensors, reading, require_path, save_tensors
 from guardlens.results.provenance import Provenance
@@ -64,7 +64,7 @@ class Activations:
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
-        object.__setattr__(self, "layers", numbered(self.layers, self.hook))
+        object.__setattr__(self, "layers", axis_layers(self.layers, self.hook))
         require_type(self.states, Tensor, MismatchError, "hand in a tensor: query, layer, d_model")
         for query in self.queries if isinstance(self.queries, Sequence) else (None,):
             require_type(query, Query, QueryError, "hand in the queries, in the order of the states")

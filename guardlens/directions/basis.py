@@ -12,7 +12,7 @@ from torch import Tensor
 from guardlens.data.activations import Activations
 from guardlens.data.queries import Query
 from guardlens.errors import InterventionError, MismatchError, NumericsError, as_count, require_type, warn
-from guardlens.hooks import layer_index, numbered, parse, require_same_space
+from guardlens.hooks import axis_layers, layer_index, parse, require_same_space
 from guardlens.results import notebook_html as notebooks
 from guardlens.results.files import bytes_of, digest, in_memory, load_tensors, reading, save_tensors
 from guardlens.results.provenance import Provenance, require_related
@@ -66,7 +66,7 @@ class Directions:
 
     def __post_init__(self) -> None:
         if self.layers is not None:
-            object.__setattr__(self, "layers", numbered(self.layers, self.hook))
+            object.__setattr__(self, "layers", axis_layers(self.layers, self.hook))
         elif self.hook:
             parse(self.hook)
         self._require_shapes()

@@ -12,7 +12,7 @@ from guardlens.data.activations import Activations
 from guardlens.data.queries import Query, require_labels
 from guardlens.directions.basis import Directions
 from guardlens.errors import MismatchError, NumericsError, as_count, require_type, warn
-from guardlens.hooks import numbered
+from guardlens.hooks import axis_layers
 from guardlens.results.files import digest
 from guardlens.results.provenance import Provenance
 
@@ -154,7 +154,7 @@ def from_vectors(
     rows = _unit(vectors).float()
     rows = rows.reshape(-1, *rows.shape[-2:]) if rows.ndim > 2 else rows.reshape(-1, 1, rows.shape[-1])
     unknown = torch.full_like(rows[:, 0], float("nan"))
-    given = None if layers is None else numbered(layers, hook)
+    given = None if layers is None else axis_layers(layers, hook)
     return Directions(rows.contiguous(), given, unknown, unknown, rows.new_zeros(len(rows), 0), method, hook, Provenance(model))
 
 

@@ -14,7 +14,7 @@ from guardlens.data.activations import Activations
 from guardlens.directions import Directions
 from guardlens.directions.basis import require_directions
 from guardlens.errors import InterventionError, MismatchError, NumericsError, SiteError, as_number, is_several, quoted, require_type
-from guardlens.hooks import numbered
+from guardlens.hooks import axis_layers
 from guardlens.interventions.held_states import State, own_state, text_twin
 from guardlens.interventions.layered import require_factors
 from guardlens.results.provenance import require_same_model
@@ -90,7 +90,7 @@ class Linear(Gate):
     hook: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
+        object.__setattr__(self, "layers", None if self.layers is None else axis_layers(self.layers, self.hook))
         require_type(self.state, State, InterventionError, "look at a State, such as interventions.text_twin")
         require_factors(self.label, self.layers, weights=self.weights, thresholds=self.thresholds)
         if self.weights.ndim != 2 or self.thresholds.ndim != 1:

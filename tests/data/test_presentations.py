@@ -107,7 +107,7 @@ def test_equal_presentations_are_one_key():
                 noise(0),
                 noise(0),
                 noise(1),
-                own,
+                own_images,
                 text_only,
                 framed(own_images),
                 framed(own_images),

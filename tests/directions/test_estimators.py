@@ -133,7 +133,7 @@ class TestFromVectors:
 
     @pytest.mark.parametrize("layers", [[1, 1], [-1, 0], [0.0, 1.0], ["0", "1"], "01", [True, 2], [None, 1], np.array([0.0, 1.0])])
     def test_layers_that_are_none(self, layers, unchecked):
-        with pytest.raises(errors.SiteError, match=r"layer=|of which one is there twice"):
+        with pytest.raises(errors.SiteError, match=r"layer=|appears twice"):
             directions.from_vectors(torch.eye(2), layers=layers)
 
     @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_thresholds_follow_the_layers_of_the_directions():
 
 def test_a_layer_has_one_row_of_an_edit_and_of_a_gate():
     twice = {"layers": (5, 5), "thresholds": torch.zeros(2), "weights": torch.ones(2, 6)}
-    with pytest.raises(errors.SiteError, match=r"\[5, 5\], of which one is there twice"):
+    with pytest.raises(errors.SiteError, match=r"One of the layers \[5, 5\] appears twice"):
         gates.Linear("mine", **twice)
     with pytest.raises(errors.SiteError, match=r"hook name 'residd'"):
         gates.Linear("mine", **twice | {"layers": (5, 6)}, hook="residd")

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 import guardlens as gl
 from guardlens import presentations
 from guardlens.data.presentations import text_only
-from guardlens.hooks import EYE, HOOKS, Point
+from guardlens.hooks import HOOKS, VISION, Point
 from guardlens.models.engine.batch import Batch
 from guardlens.models.hooked_model import HookedModel
 from tests.zoo import FAMILIES
@@ -234,7 +234,7 @@ def test_logits(pair, caches):
 
 def test_every_hook_that_both_have(pair, caches):
     (_, mine), (_, theirs) = caches
-    points = [point for point in pair.model.cfg.computed(pair.batch.beside_image) if HOOKS[point.hook].stage != EYE]
+    points = [point for point in pair.model.cfg.computed(pair.batch.beside_image) if HOOKS[point.hook].stage != VISION]
     for point in (point for point in points if point.name in theirs):
         value, other = pair.both(point.hook, mine[point.name], theirs[point.name])
         assert value.shape == other.shape, point.name
@@ -245,7 +245,7 @@ def test_neither_has_more_hooks_than_the_tables_say(pair, caches):
     (_, mine), (_, theirs) = caches
     layers = range(pair.model.cfg.n_layers)
     named = [(hook.name, Point(hook.name, i).name) for hook in HOOKS.values() for i in (layers if hook.layered else (None,))]
-    absent = {hook for hook, name in named if name in mine and name not in theirs and HOOKS[hook].stage != EYE}
+    absent = {hook for hook, name in named if name in mine and name not in theirs and HOOKS[hook].stage != VISION}
     assert absent == {hook for family, hook in ABSENT if family == pair.family.name}
     lacking = {hook for hook, name in named if name in theirs and name not in mine}
     assert lacking == {hook for family, hook in LACKING if family == pair.family.name}

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.errors import InterventionError, MismatchError, SiteError, require_type
-from guardlens.hooks import numbered, require_same_space
+from guardlens.hooks import axis_layers, require_same_space
 from guardlens.interventions.held_states import Context, State
 from guardlens.interventions.layered import precise, require_factors
 from guardlens.results.provenance import require_same_model
@@ -49,7 +49,7 @@ class Affine:
     hook: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
+        object.__setattr__(self, "layers", None if self.layers is None else axis_layers(self.layers, self.hook))
         if self.held is not None:
             require_type(self.held, State, InterventionError, "hold a State, such as interventions.text_twin")
         factors = {name: getattr(self, name) for name in _FACTORS}

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.errors import InterventionError, SiteError, as_number
-from guardlens.hooks import numbered
+from guardlens.hooks import axis_layers
 from guardlens.interventions.held_states import Context, State
 from guardlens.interventions.layered import precise, require_factors
 
@@ -33,7 +33,7 @@ class RelativeAdd:
     hook: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", None if self.layers is None else numbered(self.layers, self.hook))
+        object.__setattr__(self, "layers", None if self.layers is None else axis_layers(self.layers, self.hook))
         object.__setattr__(self, "alpha", as_number(self.alpha, "alpha", InterventionError, "say add_relative(directions, 0.1)"))
         require_factors(self.label, self.layers, vectors=self.vectors)
 

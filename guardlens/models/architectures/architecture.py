@@ -7,7 +7,7 @@ from functools import cached_property
 from torch import Tensor
 
 from guardlens.errors import SiteError
-from guardlens.hooks import BLOCKS, EYE, HOOKS, Point
+from guardlens.hooks import BLOCKS, HOOKS, VISION, Point
 from guardlens.models.architectures.parts import Part
 
 
@@ -79,7 +79,7 @@ class Architecture:
         """
         pattern = self.parts.get(Point("pattern", point.layer))
         if point.hook == "embed" and self.image_layers:
-            return EYE, float("inf"), float("inf")
+            return VISION, float("inf"), float("inf")
         if point.hook == "attn_out" and pattern and self.parts[point].path.startswith(f"{pattern.path}."):
             return (*point.order[:2], HOOKS["pattern"].rank - 0.5)
         return point.order
@@ -104,7 +104,7 @@ class Architecture:
         return [point for point in self.points if beside_image or self._has_value_without_image(point)]
 
     def _has_value_without_image(self, point: Point) -> bool:
-        if HOOKS[point.hook].stage == EYE:
+        if HOOKS[point.hook].stage == VISION:
             return False
         return self._runs(point, beside_image=False) or point.hook.startswith("resid")
 
