@@ -15,7 +15,7 @@ import guardlens as gl
 from analyses.publication import Analysis, Settings, application, guard_layer, interval, markdown, percent, picture
 from guardlens import defences, directions, plots
 from guardlens.cli.demo import Subject
-from guardlens.cli.findings import WIDTHS
+from guardlens.cli.demo_report import WIDTHS
 from guardlens.cli.guard_selection import RANKS, RULE, Guard, choose, mildest
 from guardlens.data.presentations import text_only
 from guardlens.defences import Defence

@@ -14,7 +14,7 @@ import guardlens as gl
 from analyses.publication import Analysis, Settings, application, interval, markdown, picture
 from guardlens import directions, plots
 from guardlens.cli.demo import Subject
-from guardlens.cli.findings import SURFACE
+from guardlens.cli.demo_report import SURFACE
 from guardlens.experiments.comparison import Comparison
 
 METRICS = ("auroc", "d_prime", "midpoint_accuracy", "probe", "transfer", "drift_along")

@@ -40,7 +40,7 @@ def demo(
     from rich.console import Console
 
     from guardlens.cli import demo as work
-    from guardlens.cli.findings import WIDTHS, in_short, lead
+    from guardlens.cli.demo_report import WIDTHS, lead, short_table
     from guardlens.results.files import require_writable
     from guardlens.results.tables import rich_table
 
@@ -57,7 +57,7 @@ def demo(
     say = partial(console.print, highlight=False, markup=False)
     say(f"guardlens demo on {subject.model!r}")
     summary = work.run(subject, folder)
-    console.print(rich_table("Defences on the test split, blank images taken together (95 % intervals)", in_short(summary)))
+    console.print(rich_table("Defences on the test split, blank images taken together (95 % intervals)", short_table(summary)))
     say(WIDTHS, style="dim")
     for sentence in lead(summary):
         say(sentence)
@@ -90,7 +90,7 @@ def check(
 
 
 def app() -> None:
-    """Run the command line; our own errors are printed as sentences, without a traceback."""
+    """Run the command line, and print errors of guardlens as sentences, without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -179,8 +179,8 @@ def test_what_cannot_be_is_met_before_anything_is_loaded(guardlens, monkeypatch,
 def test_names_are_no_markup(guardlens, saved, monkeypatch, tmp_path, name):
     monkeypatch.setattr(demo, "organism_subject", lambda: SimpleNamespace(model=f"model {name}"))
     monkeypatch.setattr(demo, "run", lambda *_: None)
-    monkeypatch.setattr("guardlens.cli.findings.in_short", lambda _: pd.DataFrame({"defence": [name]}))
-    monkeypatch.setattr("guardlens.cli.findings.lead", lambda _: [name])
+    monkeypatch.setattr("guardlens.cli.demo_report.short_table", lambda _: pd.DataFrame({"defence": [name]}))
+    monkeypatch.setattr("guardlens.cli.demo_report.lead", lambda _: [name])
     code, out, _ = guardlens("demo", "--out", tmp_path / name)
     assert code == 0 and out.count(name) >= 4 and f"{name}/report.html" in "".join(out.split())
     monkeypatch.setattr(checks, "check", lambda _: [SimpleNamespace(works=True, what=name, detail=f"a detail {name}")])

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import guardlens as gl
 from guardlens import defences, directions, errors, presentations
-from guardlens.cli import demo, findings
+from guardlens.cli import demo, demo_report
 from guardlens.cli.guard_selection import Guard, mildest
 from guardlens.data.presentations import text_only
 from guardlens.evaluation.runner import Evaluation, evaluate
@@ -93,7 +93,7 @@ def quick(monkeypatch, made):
     out, _ = made
     monkeypatch.setattr(demo, "compare", lambda *args, **options: Comparison.load(out / "separability.csv"))
     monkeypatch.setattr(demo, "sweep", lambda *args, **options: Sweep.load(out / "sweep.csv"))
-    monkeypatch.setattr(findings, "_figures", lambda *args: {name: out / f"{name}.png" for name in FIGURES})
+    monkeypatch.setattr(demo_report, "_figures", lambda *args: {name: out / f"{name}.png" for name in FIGURES})
 
 
 def test_every_file_is_there_and_whole(made, subject):
@@ -153,7 +153,7 @@ def test_keys_are_names(summary):
 
 def test_the_short_table_fits_a_terminal_of_80_columns(summary):
     console = Console(width=80, file=io.StringIO())
-    console.print(rich_table("In short", findings.in_short(made_of(summary))))
+    console.print(rich_table("In short", demo_report.short_table(made_of(summary))))
     header = console.file.getvalue().split("┡")[0]
     words = set(re.findall(r"[\w,-]+", header))
     assert {"ASR,", "text", "blank", "gap", "closed", "harmless", "refused", "answered"} <= words
@@ -170,7 +170,7 @@ def made_of(summary):
 def test_the_lead_says_when_there_is_no_gap(summary, gap, said):
     changed = made_of(summary)
     changed["headline"]["gap_closed"] |= {"value": gap, "low": gap - 0.1, "high": gap + 0.1}
-    lead = findings.lead(changed)
+    lead = demo_report.lead(changed)
     assert said in lead[1] and "undefined of" not in lead[1]
     refused = summary["headline"]["over_refusal_guarded"]["value"]
     assert f"; {100 * refused:.1f} % [" in lead[2] and lead[2].endswith("] are refused after, and the rest are neither.")
@@ -243,7 +243,7 @@ def test_another_configuration_is_refused(made, subject, quick, monkeypatch):
 
 
 def guard(missed, cost, rank=1):
-    return Guard("replace", rank, 1.0, "midpoint", defences.none, missed, cost)
+    return Guard(reading="replace", rank=rank, alpha=1.0, threshold="midpoint", defence=defences.none, missed=missed, cost=cost)
 
 
 @pytest.mark.parametrize(
