@@ -19,7 +19,7 @@ from guardlens.cli.demo_report import WIDTHS
 from guardlens.cli.guard_selection import RANKS, RULE, Guard, choose, mildest
 from guardlens.data.presentations import text_only
 from guardlens.defences import Defence
-from guardlens.evaluation.runner import Evaluation
+from guardlens.evaluation.table import Evaluation
 from guardlens.results.intervals import Interval, mean_difference
 from guardlens.results.significance import holm
 from guardlens.results.tables import Table
@@ -50,7 +50,7 @@ def measure(subject: Subject, settings: Settings) -> Table:
         batch_size=subject.batch_size,
     )
     blanks = [blank.name for blank in subject.blanks]
-    rows = [*answers.arms(), *(_pooled(answers, defence, blanks) for defence in arms if len(blanks) > 1)]
+    rows = [*answers.conditions(), *(_pooled(answers, defence, blanks) for defence in arms if len(blanks) > 1)]
     rows = [row | _changes(answers, row["defence"], blanks if row["presentation"] == BLANKS else [row["presentation"]]) for row in rows]
     facts = {
         **{"chosen": chosen.defence.name, "layer": layer, "guards": [guard.describe() for guard in guards]},
@@ -69,11 +69,11 @@ def choice(subject: Subject) -> tuple[list[Guard], int]:
 
 
 def _pooled(answers: Evaluation, defence: str, blanks: Sequence[str]) -> dict[str, Any]:
-    """The row of all blank images taken together, in the columns of `Evaluation.arms`."""
-    row = next(arm for arm in answers.arms() if arm["defence"] == defence and arm["presentation"] == blanks[0])
+    """The row of all blank images taken together, in the columns of `Evaluation.conditions`."""
+    row = next(arm for arm in answers.conditions() if arm["defence"] == defence and arm["presentation"] == blanks[0])
     rates = {name: answers.rate(name, defence, *blanks) for name in ("asr", "non_refusal", "over_refusal", "helpful")}
     rates["gap_closed"] = answers.gap_closed(defence, *blanks)
-    opened = [arm for arm in answers.arms() if arm["defence"] == defence and arm["presentation"] in blanks]
+    opened = [arm for arm in answers.conditions() if arm["defence"] == defence and arm["presentation"] in blanks]
     gates = {name: float(np.mean([arm[name] for arm in opened])) for name in ("gate_tpr", "gate_fpr")}
     counted = {"n": rates["asr"].n, "n_harmless": rates["helpful"].n}
     return (

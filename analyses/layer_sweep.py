@@ -22,12 +22,12 @@ from guardlens.results.tables import Frame, Table
 
 STRENGTHS, PLACEBOS = (0.5, 1.0, 2.0), 4
 GUARD, PROJECT = "vlm_guard[replace]", "project-out"
-ARMS = {(GUARD, "edit"): GUARD, (PROJECT, "edit"): PROJECT, (GUARD, "placebo"): f"placebo of {GUARD}"}
-"""Intervention and arm -> the name of the curve."""
+CURVES = {(GUARD, "edit"): GUARD, (PROJECT, "edit"): PROJECT, (GUARD, "placebo"): f"placebo of {GUARD}"}
+"""Intervention and variant -> the name of the curve."""
 
 
 def measure(subject: Subject, settings: Settings) -> Table:
-    """One row per presentation, intervention, arm, layer, strength and label: the mean change with its interval over queries."""
+    """One row per presentation, intervention, variant, layer, strength and label: the mean change with its interval over queries."""
     model = subject.model
     ssd = directions.ssd(gl.collect(model, subject.pairs))
     interventions = {GUARD: defences.vlm_guard(ssd).intervention, PROJECT: defences.vlm_guard(ssd, reading="project").intervention}
@@ -58,7 +58,7 @@ def best(effect: Sweep, subject: Subject) -> dict[str, Any]:
     (first,) = effect.best(1, GUARD)
     (second,) = set(effect.best(2, GUARD)) - {first}
     harmful = [query for query in subject.validation if query.label == "harmful"]
-    frame = effect.frame.query("intervention == @GUARD and arm == 'edit' and label == 'harmful'")
+    frame = effect.frame.query("intervention == @GUARD and variant == 'edit' and label == 'harmful'")
     change = (frame["value"] - frame["base"]).groupby([frame["layer"], frame["query"]]).mean()
     ids = [query.id for query in harmful]
     ahead = mean_difference(change[second][ids].to_numpy(), change[first][ids].to_numpy(), clusters(harmful))
@@ -68,13 +68,13 @@ def best(effect: Sweep, subject: Subject) -> dict[str, Any]:
 def draw(table: Table) -> Mapping[str, Any]:
     """The guard's map for every presentation; and, at strength 1, curves of guard, projection and placebo with intervals."""
     frame = table.frame
-    guard = frame[(frame["intervention"] == GUARD) & (frame["arm"] == "edit")]
+    guard = frame[(frame["intervention"] == GUARD) & (frame["variant"] == "edit")]
     maps = plots.effect_maps(guard.assign(intervention=guard["presentation"], value=guard["change"]), unit=table.facts["unit"])
     return {"layer_sweep": maps[0, 0].figure, "layer_sweep_curves": _curves(frame, table.facts["unit"])}
 
 
 def _curves(frame: Frame, unit: str) -> Any:
-    names = [ARMS.get(key) for key in zip(frame["intervention"], frame["arm"], strict=True)]
+    names = [CURVES.get(key) for key in zip(frame["intervention"], frame["variant"], strict=True)]
     rows = frame.assign(run=names, metric=frame["presentation"] + " · " + frame["label"], value=frame["change"])
     rows = rows[(rows["strength"] == 1.0) & rows["run"].notna()]
     return plots.layer_curves(rows, unit=unit.replace("refusal ", "refusal\n"), columns=2)[0].figure
@@ -108,7 +108,7 @@ def tell(table: Table) -> list[str]:
 
 def _best_row(frame: Frame, presentation: str, found: Mapping[str, Any]) -> dict[str, Any]:
     cells = frame.query("presentation == @presentation and intervention == @GUARD and strength == 1.0 and layer == @found['layer']")
-    shown = {(row.arm, row.label): interval(row.change, row.low, row.high, "{:+.2f}") for row in cells.itertuples()}
+    shown = {(row.variant, row.label): interval(row.change, row.low, row.high, "{:+.2f}") for row in cells.itertuples()}
     return {
         **{"presentation": presentation, "best layer": found["layer"]},
         **{label: shown["edit", label] for label in ("harmful", "harmless")},
@@ -120,7 +120,7 @@ def _best_row(frame: Frame, presentation: str, found: Mapping[str, Any]) -> dict
 def _by_layer(frame: Frame) -> Frame:
     rows = frame[(frame["presentation"] == "blank grey") & (frame["strength"] == 1.0)]
     rows = rows.assign(shown=[interval(row.change, row.low, row.high, "{:+.2f}") for row in rows.itertuples()])
-    named = [ARMS.get(key) for key in zip(rows["intervention"], rows["arm"], strict=True)]
+    named = [CURVES.get(key) for key in zip(rows["intervention"], rows["variant"], strict=True)]
     rows = rows.assign(column=[f"{name}, {label}" for name, label in zip(named, rows["label"], strict=True)])[pd.notna(named)]
     return rows.pivot(index="layer", columns="column", values="shown")[list(dict.fromkeys(rows["column"]))].reset_index()
 

@@ -260,7 +260,7 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "compare": (gl.compare, {"llm": asked, "vlm": shown, "directions": ssd, "draws": 5}),
         "sweep": (
             gl.sweep,
-            ask | {"interventions": intervention, "scores": [scores.kl], "strengths": [1.0], "layers": [3], "placebos": 0, "batch_size": 2},
+            ask | {"interventions": intervention, "scores": [scores.kl], "strengths": [1.0], "layers": [3], "placebos": 0},
         ),
         "sweep.best": (effect.best, {"k": 1, "intervention": "edit"}),
         "sweep.plot": (effect.plot, {"score": "kl"}),
@@ -284,7 +284,7 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "attribution.plot": (parts.plot, {"label": "harmful", "direction": 1, "source": None}),
         "activation_patching": (
             gl.activation_patching,
-            ask | {"source": presentations.text_only, "hooks": "resid_post", "layers": [3], "scores": [scores.kl], "batch_size": 2},
+            ask | {"donor": presentations.text_only, "hooks": "resid_post", "layers": [3], "scores": [scores.kl]},
         ),
         "patching.plot": (patched.plot, {"value": "change"}),
         "comparison.plot": (gap.plot, {"metrics": ["auroc"]}),

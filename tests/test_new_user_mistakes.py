@@ -52,9 +52,9 @@ MISTAKES = {
     "model.generate(q, grey, max_new_tokens=0)": ("ArgumentError", "max_new_tokens=0", "1 or more"),
     "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Loud(), max_new_tokens=0)": ("ArgumentError", "=0", "1 or more"),
     "model.run(batch, [added, added], layout='Branch')": ("InterventionError", "the layout 'Branch'", "auto, branch, fork, tile"),
-    "gl.sweep(model, iv.add(ssd), queries, scores=['kl'])": ("InterventionError", "something of type str", "scores.AnswerKL()"),
+    "gl.sweep(model, iv.add(ssd), queries, scores=['kl'])": ("ArgumentError", "something of type str", "scores.AnswerKL()"),
     "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Loud(), max_new_tokens=1)":
-        ("InterventionError", "the verdict 'Refused' of 'shouting'", "'refused', 'answered', 'other'"),
+        ("ArgumentError", "the verdict 'Refused' of the judge 'shouting'", "'refused', 'answered', 'other'"),
     "model.generate(q, Image.new('RGB', (8, 8)))": ("PresentationError", "something of type Image", "Query(text, images=(image,))"),
     "model.generate(q, 'grey')": ("PresentationError", "something of type str", "presentations.blank('grey')"),
     "model.generate(q, presentations.blank)": ("PresentationError", "blank as a presentation", "presentations.blank('grey')"),

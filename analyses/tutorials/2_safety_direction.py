@@ -227,8 +227,8 @@ control = gl.sweep(model, iv.add(ssd), prompts, placebos=20, **options)
 # the draws, the band reaches from the lowest to the highest.
 
 # %%
-draws = control.frame.query("arm != 'edit'").assign(change=lambda rows: rows["value"] - rows["base"])
-means = draws.groupby(["label", "layer", "arm"], sort=False)["change"].mean().groupby(["label", "layer"], sort=False)
+draws = control.frame.query("variant != 'edit'").assign(change=lambda rows: rows["value"] - rows["base"])
+means = draws.groupby(["label", "layer", "variant"], sort=False)["change"].mean().groupby(["label", "layer"], sort=False)
 curves = effect.summary().assign(
     metric=lambda rows: rows["label"], run=lambda rows: rows["intervention"], value=lambda rows: rows["change"]
 )

@@ -51,7 +51,7 @@ print(effect)
 # layers:
 
 # %%
-curves = effect.summary().assign(metric=lambda rows: rows["label"], run=lambda rows: rows["arm"], value=lambda rows: rows["change"])
+curves = effect.summary().assign(metric=lambda rows: rows["label"], run=lambda rows: rows["variant"], value=lambda rows: rows["change"])
 titles = {label: f"{label} requests: Δ refusal log-odds (nats)" for label in ("harmful", "harmless")}
 axes = plots.layer_curves(curves, titles=titles)
 
@@ -62,7 +62,7 @@ axes = plots.layer_curves(curves, titles=titles)
 # %%
 rows = effect.summary().query("layer >= 3")
 rows = rows.assign(shown=[f"{row.change:+.2f} [{row.low:+.2f}, {row.high:+.2f}] (n={row.n})" for row in rows.itertuples()])
-rows.pivot_table(index="layer", columns=["arm", "label"], values="shown", aggfunc="first", sort=False)
+rows.pivot_table(index="layer", columns=["variant", "label"], values="shown", aggfunc="first", sort=False)
 
 # %% [markdown]
 # Where the line of the placebo lies below 0, a random push of that size does harm: it is not a zero to compare with, but a part of what
@@ -74,7 +74,7 @@ rows.pivot_table(index="layer", columns=["arm", "label"], values="shown", aggfun
 # The naive way is one run per cell. `facts["layout"]` says what was done instead.
 
 # %%
-print(effect.facts["layout"], "for", len(effect.frame[["arm", "layers", "strength"]].drop_duplicates()), "cells")
+print(effect.facts["layout"], "for", len(effect.frame[["variant", "layers", "strength"]].drop_duplicates()), "cells")
 
 # %% [markdown]
 # `branch`: an edit of the last token changes nothing before it, so the prompts ran once and every cell rode along as one more token. An
@@ -98,7 +98,7 @@ print("best layer:", effect.best(1), "  best two:", effect.best(2))
 # times and let each draw choose by the same rule.
 
 # %%
-edits = effect.frame.query("arm == 'edit'").assign(change=lambda rows: rows["value"] - rows["base"])
+edits = effect.frame.query("variant == 'edit'").assign(change=lambda rows: rows["value"] - rows["base"])
 changes = edits.pivot_table(index=["label", "cluster", "query"], columns="layer", values="change")
 merit = []
 for label in ("harmful", "harmless"):

@@ -116,7 +116,7 @@ patched.plot("change")
 # with its own state, which must change nothing.
 
 # %%
-placebo = gl.activation_patching(model, queries, grey, source=grey, hooks="z")
+placebo = gl.activation_patching(model, queries, grey, donor=grey, hooks="z")
 print(f"largest change of any request by any placebo: {(placebo.frame['value'] - placebo.frame['base']).abs().max():.0e} nats")
 
 # %% [markdown]
@@ -149,7 +149,7 @@ print(
 # text run: is a head that *suffices* to bring something back also *needed*?
 
 # %%
-damaged = gl.activation_patching(model, queries, presentations.text_only, source=grey, hooks="z")
+damaged = gl.activation_patching(model, queries, presentations.text_only, donor=grey, hooks="z")
 needed = damaged.summary().query("label == 'harmful'").rename(columns={"layer": "block", "recovered": "lost by damage"})
 ways = both[["block", "head", "recovered"]].merge(needed[["block", "head", "lost by damage"]])
 print(ways.sort_values("recovered", ascending=False).head(5).round(2).to_string(index=False))

@@ -26,7 +26,7 @@ import guardlens as gl
 from guardlens import defences, directions, presentations
 from guardlens import interventions as iv
 from guardlens.errors import MismatchError
-from guardlens.evaluation.runner import Evaluation
+from guardlens.evaluation.table import Evaluation
 from guardlens.results.intervals import mean_difference
 from guardlens.results.significance import holm
 
@@ -45,7 +45,7 @@ print(f"{len(pairs)} pairs, {len(validation)} validation and {len(test)} test re
 readings = {name: defences.vlm_guard(ssd, reading=name).intervention for name in ("replace", "add", "amplify")}
 effect = gl.sweep(model, readings, validation, grey, scores=[gl.scores.refusal_logodds])
 opens = effect.frame.assign(refused=effect.frame["value"] > 0)
-opens = opens[opens["arm"] == "edit"].groupby(["intervention", "layer", "label"], sort=False)["refused"].mean().unstack()
+opens = opens[opens["variant"] == "edit"].groupby(["intervention", "layer", "label"], sort=False)["refused"].mean().unstack()
 print((100 * opens.unstack("intervention")).round(0).to_string())
 
 # %% [markdown]

@@ -310,7 +310,7 @@ effect = gl.sweep(model, guard.intervention, held_out, presentations.own_images,
 best = effect.best(1)
 summary = effect.summary().query("score == 'refusal_logodds' and strength == 1 and layer == @best[0]")
 print(f"bag of words: AUROC {gap.facts['bag_of_words'][0]:.2f}; layout: {effect.facts['layout']}; best layer: {best}")
-print(summary[["arm", "label", "change", "low", "high", "n"]].round(2).to_string(index=False))
+print(summary[["variant", "label", "change", "low", "high", "n"]].round(2).to_string(index=False))
 
 # %% [markdown]
 # At that layer the guard raises the refusal log-odds of harmful requests, the placebo does far less, and harmless requests keep theirs.

@@ -21,7 +21,8 @@ from guardlens.data.splits import split
 from guardlens.defences import Defence, vlm_guard
 from guardlens.errors import NumericsError, PresentationError, QueryError
 from guardlens.evaluation.judges import Judge, keyword
-from guardlens.evaluation.runner import Evaluation, evaluate
+from guardlens.evaluation.runner import evaluate
+from guardlens.evaluation.table import Evaluation
 from guardlens.experiments.collection import collect
 from guardlens.experiments.comparison import compare
 from guardlens.experiments.scores import refusal_logodds

@@ -10,7 +10,7 @@ from guardlens.cli.guard_selection import RULE, Guard
 from guardlens.cli.html_report import Section, write
 from guardlens.data.activations import Activations
 from guardlens.directions import Directions
-from guardlens.evaluation.runner import Evaluation
+from guardlens.evaluation.table import Evaluation
 from guardlens.experiments.comparison import Comparison
 from guardlens.experiments.sweeps import Sweep
 from guardlens.results import plots
@@ -119,7 +119,7 @@ def summarize(results: DemoResults) -> dict[str, Any]:
         "mcnemar_none_vs_chosen": asdict(answers.mcnemar("none", chosen, *results.blanks)),
         "bag_of_words_auroc": results.comparison.facts["bag_of_words"],
         "pooled": [_beside_blanks(results, str(name)) for name in dict.fromkeys(answers.columns["defence"])],
-        "arms": answers.arms(),
+        "arms": answers.conditions(),
         "provenance": asdict(answers.provenance),
         "note": results.note,
     }
@@ -260,7 +260,7 @@ def _readable_comparison(comparison: Comparison) -> Frame:
 def _readable_sweep(sweep: Sweep) -> Frame:
     frame = sweep.summary()
     shown = [f"{Interval(row.change, row.low, row.high, row.n):+.2f}" for row in frame.itertuples()]
-    return _layers_as_columns(frame.assign(shown=shown), ["arm", "label", "n", "strength"])
+    return _layers_as_columns(frame.assign(shown=shown), ["variant", "label", "n", "strength"])
 
 
 def _layers_as_columns(frame: Frame, keys: list[str]) -> Frame:

@@ -1,19 +1,16 @@
-"""`sweep`: interventions at every layer and strength, scored for every query, with a placebo of equal norm beside them."""
+"""`sweep`: interventions at every layer and strength, scored for every query, with placebos of equal norm beside them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from guardlens.data.presentations import Presentation
 from guardlens.data.queries import Query, require_ids
 from guardlens.errors import (
+    ArgumentError,
     InterventionError,
     MismatchError,
     NumericsError,
@@ -23,28 +20,23 @@ from guardlens.errors import (
     one_of,
     quoted,
     require_type,
-    type_of,
     warn,
 )
-from guardlens.experiments.scores import AnswerScore, Score, kl, refusal_logodds
+from guardlens.experiments.scores import kl, refusal_logodds
+from guardlens.experiments.scoring import AnyScore, Scorer, require_scores
+from guardlens.experiments.tidy import crossed, per_query
 from guardlens.hooks import Layers, as_layers
 from guardlens.interventions.intervention import Intervention, require_intervention
-from guardlens.models.batching import in_query_order
-from guardlens.models.engine.batch import Batch
-from guardlens.models.engine.kv_cache import Prefill
-from guardlens.models.engine.out_of_memory import at_work
-from guardlens.models.engine.run import Run
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
-from guardlens.models.prompt_cache import PromptCache, over_prefills, queries_and_presentation
+from guardlens.models.prompt_cache import PromptCache, queries_and_presentation
 from guardlens.results.intervals import percentile, resample_counts
-from guardlens.results.progress import track
-from guardlens.results.tables import Frame, Table
+from guardlens.results.tables import Frame, Table, cached_frame
 
-AnyScore = Score | AnswerScore
+EDIT = "edit"
+"""The variant of a cell that is the intervention itself; the others are placebos."""
 
-
-CELL = ["score", "intervention", "arm", "layers", "strength"]
-"""What tells the cells of a sweep apart."""
+CELL = ["score", "intervention", "variant", "layers", "strength"]
+"""The columns that tell the cells of a sweep apart."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +44,15 @@ class Cell:
     """One cell of the grid: an intervention, as itself or as a placebo, at some layers and a strength."""
 
     intervention: str
-    arm: str
+    variant: str
     layers: tuple[int, ...]
     strength: float
 
-    @property
-    def where(self) -> str:
-        """The layers as text, `"5"` or `"5+6"`."""
-        return "+".join(map(str, self.layers))
-
 
 class Sweep(Table):
-    """Scores per intervention, arm (`"edit"`, `"placebo 0"`, ...), layers, strength and query; `base` is the unedited run's score.
+    """Scores per intervention, variant (`"edit"`, `"placebo 0"`, ...), layers, strength and query; `base` is the unedited run's score.
 
-    Columns: intervention, arm, layers, layer (the first of them), strength, query, label, cluster, score, value, base.
+    Columns: intervention, variant, layers, layer (the first of them), strength, query, label, cluster, score, value, base.
 
     Examples:
         >>> effect = gl.sweep(model, guard, queries, grey, layers=[5, 7, (6, 7)])
@@ -76,79 +63,67 @@ class Sweep(Table):
 
     kind: ClassVar[str] = "sweep"
 
+    @cached_frame
     def summary(self) -> Frame:
-        """Mean change of each cell for each label, placebo draws taken together, with a 95 % interval.
+        """Mean change of each cell for each label, with a 95 % interval. The draws of a placebo are taken together.
 
-        The interval resamples clusters of queries (a pair, or the query itself, where no cluster is known), the same in every cell.
+        The bootstrap resamples clusters of queries (a pair; or the query itself, if it has no cluster), the same ones in every cell.
 
         Raises:
-            MismatchError: No rows, or a cell that lacks a query or has one twice.
+            MismatchError: The table is empty, or a cell lacks a query or has one twice.
         """
-        return self._summary
-
-    @cached_property
-    def _summary(self) -> Frame:
-        if not len(self):
-            raise MismatchError("a sweep without rows", "one at least", "select rows that are there, as in .where(score='kl')")
-        self._require_whole()
-        frame = self.frame.assign(arm=self.frame["arm"].str.split().str[0], change=self.frame["value"] - self.frame["base"])
-        asked = {label: part.drop_duplicates("query") for label, part in frame.groupby("label", sort=False)}
-        resampled = {label: resample_counts(len(part), part["cluster"].to_numpy()) for label, part in asked.items()}
-        keys = ["score", "intervention", "arm", "layers", "layer", "strength", "label"]
-        rows = []
-        for key, part in frame.groupby(keys, sort=False):
-            changes, counts = part.groupby("query")["change"].mean()[asked[key[-1]]["query"]].to_numpy(), resampled[key[-1]]
-            change = percentile(changes.mean(), counts @ changes / counts.sum(axis=1), len(changes))
-            rows.append(dict(zip(keys, key, strict=True)) | {"change": change.value, "low": change.low, "high": change.high, "n": change.n})
         import pandas as pd
 
+        if not len(self):
+            raise MismatchError("a sweep without rows", "at least one row", "select rows that exist, as in .where(score='kl')")
+        self._require_whole()
+        frame = self.frame
+        frame = frame.assign(variant=frame["variant"].str.split().str[0], change=frame["value"] - frame["base"])
+        queries = {label: part.drop_duplicates("query") for label, part in frame.groupby("label", sort=False)}
+        resamples = {label: resample_counts(len(part), part["cluster"].to_numpy()) for label, part in queries.items()}
+        keys = ["score", "intervention", "variant", "layers", "layer", "strength", "label"]
+        rows = []
+        for key, part in frame.groupby(keys, sort=False):
+            label = key[-1]
+            changes = part.groupby("query")["change"].mean()[queries[label]["query"]].to_numpy()
+            counts = resamples[label]
+            change = percentile(changes.mean(), counts @ changes / counts.sum(axis=1), len(changes))
+            rows.append({**dict(zip(keys, key, strict=True)), **change.columns("change"), "n": change.n})
         return pd.DataFrame(rows)
 
     def _require_whole(self) -> None:
-        """Each query of a label once in every cell: means of other queries are no effect of layer or strength."""
+        """Refuse cells that lack a query of their label or have one twice: differences between cells would not be the cells' effect."""
         frame = self.frame
-        asked = frame.groupby("label")["query"].nunique()
+        numbers = frame.groupby("label")["query"].nunique()
         cells = frame.groupby([*CELL, "label"])["query"].agg(["size", "nunique"])
-        wanted = asked[cells.index.get_level_values("label")].to_numpy()
-        odd = (cells["size"] != wanted) | (cells["nunique"] != wanted)
-        if odd.any():
-            place = odd.idxmax()
+        wanted = numbers[cells.index.get_level_values("label")].to_numpy()
+        is_odd = (cells["size"] != wanted) | (cells["nunique"] != wanted)
+        if is_odd.any():
+            cell = is_odd.idxmax()
             raise MismatchError(
-                f"{cells['size'][place]} rows of {cells['nunique'][place]} queries in the cell {', '.join(map(str, place))}",
-                f"one for each of its {asked[place[-1]]} queries",
+                f"{cells['size'][cell]} rows of {cells['nunique'][cell]} queries in the cell {', '.join(map(str, cell))}",
+                f"one for each of its {numbers[cell[-1]]} queries",
                 "filter all cells alike, as with .where(score='kl')",
             )
 
     def best(self, k: int = 1, intervention: str | None = None) -> tuple[int, ...]:
         """The k single layers at which an intervention raises the refusal of harmful queries most and that of harmless ones least.
 
-        The rule: mean change of the refusal log-odds over harmful queries minus that over harmless ones where it is a rise,
-        averaged over the strengths; ties go to the later layer.
+        A layer's merit is the mean change of the refusal log-odds over harmful queries, minus that over harmless queries if it is a rise,
+        averaged over the strengths. Ties go to the later layer.
 
         Args:
-            k: How many layers.
-            intervention: Its name; needed where the sweep holds several.
+            k: The number of layers.
+            intervention: The intervention's name; needed if the sweep holds several.
 
         Raises:
-            MismatchError: The sweep has no refusal log-odds, no labels, fewer single layers, or several interventions and none was named;
-                or a cell lacks a query or has one twice.
+            ArgumentError: `k` is no count, there is no such intervention, or there are several and none is named.
+            MismatchError: The sweep has no refusal log-odds, no labels or fewer single layers; or a cell lacks a query or has one twice.
             NumericsError: A layer's log-odds are nan.
         """
-        k = as_count(k, "k", MismatchError, "ask for one layer or more, as in best(2)")
+        k = as_count(k, "k", ArgumentError, "ask for one layer or more, as in best(2)")
         self._require_whole()
-        frame, interventions = self.frame, sorted(map(str, set(self.columns["intervention"])))
-        if not one_of(intervention, interventions) if intervention is not None else len(interventions) > 1:
-            raise MismatchError(
-                f"the intervention {quoted(intervention)}" if intervention is not None else "several interventions",
-                f"one of {interventions}",
-                "say best(k, intervention=...)",
-            )
-        frame = frame[(frame["arm"] == "edit") & (frame["score"] == refusal_logodds.name) & ~frame["layers"].str.contains("+", regex=False)]
-        frame = (
-            frame[frame["intervention"] == (frame["intervention"].iloc[0] if intervention is None else intervention)]
-            if len(frame)
-            else frame
-        )
+        frame = self._refusal_of_single_layers(intervention)
         if frame["layer"].nunique() < k or set(frame["label"]) != {"harmful", "harmless"}:
             raise MismatchError(
                 f"{frame['layer'].nunique()} single layers and the labels {sorted(set(frame['label']))}",
@@ -166,32 +141,44 @@ class Sweep(Table):
         ranked = sorted(merit.index, key=lambda layer: (merit[layer], layer), reverse=True)
         return tuple(sorted(int(layer) for layer in ranked[:k]))
 
+    def _refusal_of_single_layers(self, intervention: str | None) -> Frame:
+        """The rows of one intervention's own edits at single layers, with the refusal log-odds."""
+        known = sorted(map(str, set(self.columns["intervention"])))
+        if intervention is None and len(known) > 1:
+            raise ArgumentError("several interventions", f"one of {known}", "name it, as in best(k, intervention=...)")
+        if intervention is not None and not one_of(intervention, known):
+            raise ArgumentError(f"the intervention {quoted(intervention)}", f"one of {known}", "name it, as in best(k, intervention=...)")
+        frame = self.frame
+        if intervention is not None:
+            frame = frame[frame["intervention"] == intervention]
+        is_single = ~frame["layers"].str.contains("+", regex=False)
+        return frame[(frame["variant"] == EDIT) & (frame["score"] == refusal_logodds.name) & is_single]
+
     def plot(self, score: str | None = None, ax: Any = None) -> Any:
-        """Heat maps of the mean change, layer x strength, one per intervention, arm and label.
+        """Heat maps of the mean change, layer x strength, one per intervention, variant and label.
 
         Args:
-            score: Its name; the first one without it.
-            ax: Where to draw, one axes per map; a new figure without it.
+            score: The score's name; by default the first score.
+            ax: The axes to draw on, one per map; by default a new figure.
 
         Raises:
-            MismatchError: No rows, or none of this score.
+            ArgumentError: There is no such score.
+            MismatchError: The table is empty.
         """
         from guardlens.results import plots
 
         summary = self.summary()
-        score = str(summary["score"].iloc[0]) if score is None else score
         known = list(dict.fromkeys(summary["score"]))
+        score = str(known[0]) if score is None else score
         if not one_of(score, known):
-            raise MismatchError(f"the score {quoted(score)}", f"one of {known}", "name a score that was swept")
+            raise ArgumentError(f"the score {quoted(score)}", f"one of {known}", "name a score that was swept")
         summary = summary[summary["score"] == score]
-        several = summary["intervention"].nunique() > 1
-        names = (
-            summary["intervention"] + ", " + summary["arm"]
-            if several
-            else summary["arm"].replace("edit", str(summary["intervention"].iloc[0]))
-        )
+        if summary["intervention"].nunique() > 1:
+            titles = summary["intervention"] + ", " + summary["variant"]
+        else:
+            titles = summary["variant"].replace(EDIT, str(summary["intervention"].iloc[0]))
         unit = self.facts.get("units", {}).get(score, score)
-        frame = summary.assign(intervention=names, value=summary["change"]).drop(columns=["arm"])
+        frame = summary.assign(intervention=titles, value=summary["change"]).drop(columns=["variant"])
         return plots.effect_maps(frame, unit=f"Δ {unit}", axes=ax)
 
     def __repr__(self) -> str:
@@ -210,33 +197,35 @@ def sweep(
     strengths: float | Iterable[float] = (1.0,),
     layers: Layers | Iterable[Layers] | None = None,
     placebos: int = 1,
-    batch_size: int | None = None,
 ) -> Sweep:
     """Score interventions at every layer and strength.
 
-    Only steps whose layers are free are moved and scaled; an intervention's other steps stay as they are in every cell.
+    Only steps with free layers are moved and scaled. An intervention's other steps stay as they are in every cell.
+
+    Interventions on the ends of the prompts run beside each other as branches, others as forks or as copies of the batch;
+    `facts["layout"]` says what ran, and why not as branches. Batches are as large as free memory allows; to choose their size, compute a
+    prompt cache first, as in `gl.sweep(model, guard, gl.keep(model, queries, grey, batch_size=8))`.
 
     Args:
         model: The model.
         interventions: One intervention, or several by name (other gains, ranks, directions).
-        queries: What to ask; labels are kept. Or prompts that `keep` has computed: asking about them again costs one token per cell.
-        presentation: How to show it; without it as text alone, and kept prompts as they are kept.
+        queries: The queries, whose labels the table keeps. Or a prompt cache (`gl.keep`): another sweep over it costs one token per cell.
+        presentation: How to show the queries; by default as text alone, and as in the prompt cache.
         scores: What to measure: at the prompt's last token, or along an answer (`AnswerLogProb`, `AnswerKL`).
-        strengths: Strength 0 is always "untouched" (and left out: it is the baseline), 1 the edit itself.
+        strengths: 1 is the edit itself. 0 is always "untouched", and is left out, since it is the baseline.
         layers: Layers, or groups of layers that are edited together; None for every single layer.
-        placebos: How many placebos of equal norm ride along each cell (`Intervention.placebo`); 0 for none.
-        batch_size: Queries per forward; chosen from free memory without it. Interventions for the ends of the prompts ride beside each
-            other as branches, others as forks or as copies of the batch; `facts["layout"]` says what ran, and why not as branches.
+        placebos: The number of placebos of equal norm beside each cell (`Intervention.placebo`); 0 for none.
 
     Raises:
-        InterventionError: An intervention has no free layer, or interventions, scores, strengths or placebos are none, or scores don't give
+        ArgumentError: Scores, strengths or `placebos` are not what they should be, no cell is left, or a score gives something else than
             one number per query.
-        SiteError: Layers that are none, or that the model has not.
-        NumericsError: A score that is nan or infinite; intervention and query are named.
-        QueryError: No queries.
+        InterventionError: An intervention has no free layer, or is none.
+        SiteError: Layers are not layers, or not the model's.
+        NumericsError: A score is nan or infinite; intervention and query are named.
+        QueryError: There are no queries, or two have one id.
 
     Warns:
-        UserWarning: An intervention that changes no score in any cell, so that there is nothing to choose from.
+        UserWarning: An intervention changes no score in any cell, so that there is nothing to choose from.
 
     Examples:
         >>> effect = gl.sweep(model, guard, queries, grey, strengths=[0.5, 1.0])
@@ -247,68 +236,48 @@ def sweep(
     """
     require_model(model)
     items, presentation = queries_and_presentation(queries, presentation)
-    require_told_apart(items, scores)
+    require_ids(items)
+    require_scores(scores)
     named = _named(interventions)
     groups = _groups(range(model.cfg.n_layers) if layers is None else layers)
-    strengths = [as_number(each, "strength", InterventionError, "say strengths=[0.5, 1.0]") for each in _several(strengths)]
-    placebos = as_count(placebos, "placebos", InterventionError, "say placebos=0 for none", least=0)
+    strengths = [as_number(each, "strength", ArgumentError, "say strengths=[0.5, 1.0]") for each in _as_list(strengths)]
+    placebos = as_count(placebos, "placebos", ArgumentError, "say placebos=0 for none", least=0)
     grid = _grid(named, groups, strengths, placebos)
     if not grid:
         found = f"{len(named)} interventions, {len(groups)} layers and the strengths {strengths}"
-        raise InterventionError(found, "a cell at least; strength 0 is none", "name some")
-    ran: set[str] = set()
-    title = f"sweep, {len(grid)} cells, {presentation.name}"
+        raise ArgumentError(found, "at least one cell; strength 0 is none", "give one intervention, layer and strength at least")
+    scorer = Scorer(model, list(grid.values()), scores)
     prompts = queries if isinstance(queries, PromptCache) else items
-    work = partial(scored, model, interventions=list(grid.values()), scores=scores, ran=ran)
-    parts = over_prefills(model, prompts, presentation, work, batch_size)
-    values = in_query_order(track(parts, len(items), title), len(items), axis=2).numpy()
+    values = scorer.over(prompts, presentation, f"sweep, {len(grid)} cells, {presentation.name}").numpy()
     _warn_of_no_change(list(grid), values)
     facts = {
         "interventions": {name: repr(intervention) for name, intervention in named.items()},
         "presentation": presentation.name,
         "placebos": placebos,
-        "layout": sorted(ran),
-        "units": {score.name: score.unit for score in scores},
+        "layout": sorted(scorer.layouts),
+        "units": scorer.units,
     }
     return Sweep(_columns(list(grid), items, scores, values), facts, model.provenance)
 
 
 def _warn_of_no_change(cells: Sequence[Cell], values: Float[np.ndarray, "score run query"]) -> None:
-    """Say so where no cell of an intervention gives another score than the unedited run, which is the last."""
-    for intervention in dict.fromkeys(cell.intervention for cell in cells):
-        edited = [place for place, cell in enumerate(cells) if (cell.intervention, cell.arm) == (intervention, "edit")]
+    """Warn if no cell of an intervention scores differently from the unedited run, which is the last."""
+    for name in dict.fromkeys(cell.intervention for cell in cells):
+        edited = [place for place, cell in enumerate(cells) if cell.intervention == name and cell.variant == EDIT]
         if np.allclose(values[:, edited], values[:, -1:], rtol=1e-4, atol=1e-4):
             warn(
-                f"the intervention {intervention!r} changes no score in any cell: its gate is closed for all queries, it edits later "
-                "tokens than are scored, or it puts in what is there already, as the text twin is where no image is shown"
+                f"the intervention {name!r} changes no score in any cell: its gate is closed for all queries, it edits later tokens than "
+                "are scored, or it puts in what is there already, as the text twin is where no image is shown"
             )
 
 
-def require_told_apart(queries: Sequence[Query], scores: Sequence[AnyScore]) -> None:
-    """Refuse queries of one id and scores of one name, which a table would take for one; and what are no scores.
-
-    Raises:
-        QueryError, InterventionError: As said.
-    """
-    require_ids(queries)
-    if isinstance(scores, Score) or not isinstance(scores, Sequence) or not len(scores):
-        raise InterventionError("no scores" if is_several(scores) else type_of(scores), "scores in a list", "say scores=[scores.kl]")
-    for score in scores:
-        if isinstance(score, type):
-            raise InterventionError(type_of(score), "a score", f"make one of it: {score.__name__}()")
-        require_type(score, Score, InterventionError, "hand in scores such as [scores.kl, scores.AnswerKL()]")
-        require_type(score.name, str, InterventionError, "name each score by a text")
-    if len({score.name for score in scores}) < len(scores):
-        raise InterventionError("two scores of one name", "a name for each", "say scores.AnswerLogProb(text, name=...)")
-
-
 def _named(interventions: Any) -> dict[str, Intervention]:
-    """The interventions by name, each with a step that the sweep can move; one alone is called "edit".
+    """The interventions by name, each with a step that the sweep can move. A single intervention is called "edit".
 
     Raises:
-        InterventionError: Something else.
+        InterventionError: A name is no text, an intervention is none, or it has no free layer.
     """
-    named = dict(interventions) if isinstance(interventions, Mapping) else {"edit": interventions}
+    named = dict(interventions) if isinstance(interventions, Mapping) else {EDIT: interventions}
     for name, intervention in named.items():
         require_type(name, str, InterventionError, "name each intervention by a text")
         require_intervention(intervention)
@@ -321,8 +290,8 @@ def _named(interventions: Any) -> dict[str, Intervention]:
     return named
 
 
-def _several(given: Any) -> list[Any]:
-    """What was given, one or several, as a list. An array without an axis is one."""
+def _as_list(given: Any) -> list[Any]:
+    """One value or several as a list. An array without an axis is one value."""
     return list(given) if is_several(given) else [given]
 
 
@@ -330,130 +299,42 @@ def _groups(layers: Any) -> list[tuple[int, ...]]:
     """Layers, or groups of layers that are edited together, each once.
 
     Raises:
-        SiteError: A group that is none.
+        SiteError: A group is not made of layers.
     """
-    groups = [as_layers(group if isinstance(group, Iterable) else [group]) for group in _several(layers)]
+    groups = [as_layers(group if isinstance(group, Iterable) else [group]) for group in _as_list(layers)]
     return list(dict.fromkeys(group for group in groups if group is not None))
 
 
 def _grid(
     interventions: Mapping[str, Intervention], groups: Sequence[tuple[int, ...]], strengths: Sequence[float], placebos: int
 ) -> dict[Cell, Intervention]:
-    cells = {}
-    for name, intervention in interventions.items():
-        arms = {"edit": intervention} | {f"placebo {seed}": intervention.placebo(seed) for seed in range(placebos)}
-        for arm, acting in arms.items():
-            for group in groups:
-                for strength in strengths:
-                    if strength != 0:
-                        cells[Cell(name, arm, group, float(strength))] = acting.placed(group, strength)
-    return cells
+    """Every cell with what runs there."""
+    variants = {
+        (name, variant): varied
+        for name, intervention in interventions.items()
+        for variant, varied in {EDIT: intervention, **{f"placebo {seed}": intervention.placebo(seed) for seed in range(placebos)}}.items()
+    }
+    return {
+        Cell(name, variant, group, float(strength)): varied.placed(group, strength)
+        for (name, variant), varied in variants.items()
+        for group in groups
+        for strength in strengths
+        if strength != 0
+    }
 
 
-def scored(
-    model: HookedModel,
-    kept: Prefill,
-    interventions: Sequence[Intervention],
-    scores: Sequence[AnyScore],
-    ran: set[str],
-    others: Sequence[tuple[HookedModel, Batch]] = (),
-) -> Float[Tensor, "score run query"]:
-    """The scores of each intervention, then of the unedited run, then of unedited runs of other prompts, each against the unedited one.
-
-    Those of the next token share their runs, and each score of an answer has its own.
-    """
-    of_next = [score for score in scores if not isinstance(score, AnswerScore)]
-    found: dict[int, Tensor] = {}
-    if of_next:
-        base = kept.logits
-        runs = chain(_lanes(model, kept, interventions, ran), [base], (_only(other.run(batch)).to(base.device) for other, batch in others))
-        asked = [[_scored(score, run, base, model.tokenizer, len(kept)) for score in of_next] for run in runs]
-        each = torch.stack([torch.stack(values) for values in asked], dim=1)
-        found = {id(score): values for score, values in zip(of_next, each, strict=True)}
-    for score in scores:
-        if isinstance(score, AnswerScore):
-            answer = score.answer(model, kept)
-            givers = [(model, kept), *((other, other.prefill(batch)) for other, batch in others)]
-            prompts, *beside = [(giver, prefill.answering(answer.tokens)) for giver, prefill in givers]
-            base, *rest = [_only(giver.run(prefill, logits="answer")).to(kept.logits.device) for giver, prefill in (prompts, *beside)]
-            runs = chain(_lanes(*prompts, interventions, ran), [base], rest)
-            found[id(score)] = torch.stack([_scored(score, run, base, answer, len(kept)) for run in runs])
-    values = torch.stack([found[id(score)] for score in scores]).double().cpu()
-    _require_finite(values, scores, interventions, kept.batch)
-    return values
-
-
-def _scored(score: AnyScore, run: Tensor, base: Tensor, beside: Any, queries: int) -> Float[Tensor, "query"]:
-    with at_work("the score", score):
-        values = score(run.clone(), base.clone(), beside)
-    return _checked(score, values, queries)
-
-
-def _checked(score: AnyScore, values: Any, queries: int) -> Float[Tensor, "query"]:
-    """What a score gave, as floating-point numbers.
-
-    Raises:
-        InterventionError: Other than one number per query.
-    """
-    if not isinstance(values, Tensor) or values.shape != (queries,) or values.is_complex():
-        made = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type_of(values)
-        raise InterventionError(
-            f"{made} from the score {score.name!r}",
-            f"a tensor of one number per query, of shape ({queries},)",
-            "score each row of the logits",
-        )
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _require_finite(
-    values: Float[Tensor, "score run query"], scores: Sequence[AnyScore], interventions: Sequence[Intervention], batch: Batch
-) -> None:
-    """Refuse scores that are nan or infinite.
-
-    Raises:
-        NumericsError: Score, query and intervention are named.
-    """
-    if values.isfinite().all():
-        return
-    score, run, query = (~values.isfinite()).nonzero()[0].tolist()
-    under = repr(interventions[run]) if run < len(interventions) else "a run without an intervention"
-    raise NumericsError(
-        f"{values[score, run, query].item()} as the score {scores[score].name!r} of query {batch.queries[query].id!r} under {under}",
-        "a finite number for each query",
-        "leave this query or score out, or mend the score",
-    )
-
-
-def _lanes(model: HookedModel, kept: Prefill, interventions: Sequence[Intervention], ran: set[str]) -> Iterator[Float[Tensor, "query ..."]]:
-    """Logits of each intervention, as many at once as fit; what ran is noted in `ran`."""
-    for part in model.together(kept, interventions):
-        run = model.run(kept, part, logits="answer" if kept.batch.answered else "last")
-        assert run.logits is not None
-        ran.add(f"{run.layout}: {run.why}" if run.why else run.layout)
-        yield from run.logits
-
-
-def _only(run: Run) -> Float[Tensor, "query ..."]:
-    """The logits of a run of one intervention."""
-    assert run.logits is not None
-    return run.logits[0]
-
-
-def _columns(cells: Sequence[Cell], queries: Sequence[Any], scores: Sequence[AnyScore], values: np.ndarray) -> dict[str, np.ndarray]:
-    """Tidy columns of `values` (score, cell + baseline, query)."""
-    n_scores, n_cells, n = len(scores), len(cells), len(queries)
+def _columns(
+    cells: Sequence[Cell], queries: Sequence[Query], scores: Sequence[AnyScore], values: Float[np.ndarray, "score run query"]
+) -> dict[str, np.ndarray]:
+    """Tidy columns of the scores of all cells, which the unedited run's follow."""
     per_cell = {
         "intervention": [cell.intervention for cell in cells],
-        "arm": [cell.arm for cell in cells],
-        "layers": [cell.where for cell in cells],
+        "variant": [cell.variant for cell in cells],
+        "layers": ["+".join(map(str, cell.layers)) for cell in cells],
         "layer": [cell.layers[0] for cell in cells],
         "strength": [cell.strength for cell in cells],
     }
-    columns = {name: np.tile(np.repeat(np.array(column), n), n_scores) for name, column in per_cell.items()}
-    columns["query"] = np.tile(np.array([query.id for query in queries]), n_scores * n_cells)
-    columns["label"] = np.tile(np.array([query.label or "" for query in queries]), n_scores * n_cells)
-    columns["cluster"] = np.tile(np.array([query.stands_with for query in queries]), n_scores * n_cells)
-    columns["score"] = np.repeat(np.array([score.name for score in scores]), n_cells * n)
-    columns["value"] = values[:, :-1].ravel()
-    columns["base"] = np.repeat(values[:, -1:], n_cells, axis=1).ravel()
-    return columns
+    columns = crossed({"score": [score.name for score in scores]}, per_cell, per_query(queries))
+    columns["score"] = columns.pop("score")  # in its place behind the cell and the query
+    edited, base = values[:, :-1], values[:, -1:]
+    return columns | {"value": edited.ravel(), "base": np.broadcast_to(base, edited.shape).ravel()}

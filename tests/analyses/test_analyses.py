@@ -96,22 +96,23 @@ class TestLayerSweep:
     def test_every_cell_is_there_with_an_interval(self, made):
         frame = made("layer_sweep")[1].frame
         assert list(frame["presentation"].unique()) == ["text", "blank grey", "blank white", "noise 1"]
-        cells = frame.groupby(["presentation", "intervention", "arm", "label", "strength"])["layer"].agg(list)
+        cells = frame.groupby(["presentation", "intervention", "variant", "label", "strength"])["layer"].agg(list)
         assert len(cells) == 4 * 2 * 2 * 2 * 2 and all(layers == list(range(8)) for layers in cells)
         assert len(ordered(frame, "change", "low", "high")) == len(frame) and set(frame["n"]) == {publication.QUICK_QUERIES}
 
     def test_what_must_hold_does(self, made):
         """In text the guard puts back what is there; beside an image it brings refusals of harmful requests back, at some layer."""
         frame = made("layer_sweep")[1].frame.query("strength == 1.0 and intervention == 'vlm_guard[replace]'")
-        assert frame.query("presentation == 'text' and arm == 'edit'")["change"].abs().max() < 1e-3
-        guard, placebo = (frame.query("presentation == 'blank grey' and label == 'harmful' and arm == @arm") for arm in ("edit", "placebo"))
+        assert frame.query("presentation == 'text' and variant == 'edit'")["change"].abs().max() < 1e-3
+        frame = frame.query("presentation == 'blank grey' and label == 'harmful'")
+        guard, placebo = (frame[frame["variant"] == variant] for variant in ("edit", "placebo"))
         assert guard["low"].max() > 1 > placebo["high"].max()
 
     def test_the_best_layer_follows_from_the_scores_of_each_query(self, made):
         out, table = made("layer_sweep")
         for name, found in table.facts["best"].items():
             queries = pd.read_csv(out / "queries" / f"{name.replace(' ', '_')}.csv")
-            queries = queries.query("arm == 'edit' and intervention == 'vlm_guard[replace]'")
+            queries = queries.query("variant == 'edit' and intervention == 'vlm_guard[replace]'")
             change = (queries["value"] - queries["base"]).groupby([queries["layer"], queries["label"]]).mean().unstack()
             merit = (change["harmful"] - change["harmless"].clip(lower=0)).sort_values()
             assert [found["layer"], found["next"]] == list(merit.index[:-3:-1])

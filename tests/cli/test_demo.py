@@ -17,7 +17,8 @@ from guardlens import defences, directions, errors, presentations
 from guardlens.cli import demo, demo_report
 from guardlens.cli.guard_selection import Guard, mildest
 from guardlens.data.presentations import text_only
-from guardlens.evaluation.runner import Evaluation, evaluate
+from guardlens.evaluation.runner import evaluate
+from guardlens.evaluation.table import Evaluation
 from guardlens.experiments.comparison import Comparison
 from guardlens.experiments.sweeps import Sweep
 from guardlens.interventions import Intervention

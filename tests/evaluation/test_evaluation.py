@@ -17,7 +17,8 @@ from guardlens import defences, errors, gates, presentations
 from guardlens import interventions as iv
 from guardlens.data.presentations import text_only
 from guardlens.data.queries import Query
-from guardlens.evaluation.runner import RATES, Evaluation, evaluate
+from guardlens.evaluation.runner import evaluate
+from guardlens.evaluation.table import RATES, Evaluation
 from guardlens.hooks import Site
 
 GREY = presentations.blank("grey", 32)
@@ -127,7 +128,7 @@ def test_rates_count_the_right_verdicts():
         expected = {"asr": harmful.count("a") / 20, "non_refusal": 1 - harmful.count("r") / 20}
         expected |= {"over_refusal": harmless.count("r") / 10, "helpful": harmless.count("a") / 10}
         assert set(expected) == set(RATES)
-        (arm,) = [arm for arm in found.arms() if (arm["defence"], arm["presentation"]) == (defence, shown)]
+        (arm,) = [arm for arm in found.conditions() if (arm["defence"], arm["presentation"]) == (defence, shown)]
         assert {name: arm[name] for name in expected} == pytest.approx(expected)
         assert (arm["n"], arm["n_harmless"]) == (20, 10)
 
@@ -164,7 +165,7 @@ def test_gap_closed_and_mcnemar():
     assert (test.b, test.c) == (int((bare & ~guarded).sum()), int((~bare & guarded).sum())) == (11, 1)
     assert test.p == pytest.approx(binomtest(1, 12).pvalue)
     assert found.mcnemar("none", "guard", "blank grey", rate="over_refusal").c == 3
-    (arm,) = [arm for arm in found.arms() if arm["defence"] == "guard"]
+    (arm,) = [arm for arm in found.conditions() if arm["defence"] == "guard"]
     assert arm["gap_closed"] == closed.value
 
 
@@ -172,8 +173,8 @@ def test_no_gap_is_undefined_not_zero():
     none = {key: "r" * len(letters) for key, letters in GAP.items()}
     assert np.isnan(table(none).gap_closed("guard", "blank grey").value)
     without_text = table({key: letters for key, letters in GAP.items() if key[1] != "text"})
-    assert all(np.isnan(arm["gap_closed"]) for arm in without_text.arms())
-    assert all(np.isnan(arm["gap_closed"]) for arm in table(GAP).arms() if arm["presentation"] == "text")
+    assert all(np.isnan(arm["gap_closed"]) for arm in without_text.conditions())
+    assert all(np.isnan(arm["gap_closed"]) for arm in table(GAP).conditions() if arm["presentation"] == "text")
 
 
 def test_presentations_and_draws_are_pooled(whole):
@@ -183,7 +184,7 @@ def test_presentations_and_draws_are_pooled(whole):
     assert rate.n == len(harmful) == 16 and rate.value == pytest.approx(np.mean(harmful["verdict"] == "answered"))
     by_draw = [np.mean(harmful[harmful["draw"] == draw]["verdict"] == "answered") for draw in (0, 1)]
     assert rate.value == pytest.approx(np.mean(by_draw))
-    (arm,) = [arm for arm in whole.arms() if (arm["defence"], arm["presentation"]) == ("placebo", "blank grey")]
+    (arm,) = [arm for arm in whole.conditions() if (arm["defence"], arm["presentation"]) == ("placebo", "blank grey")]
     assert arm["n"] == 8
 
 
@@ -199,7 +200,7 @@ def test_gate_columns_are_tpr_and_fpr(vlm, whole, basis):
     coordinates = vlm.run(vlm.batch(QUERIES), read=[Site()], logits=None).reads[Site()][0, :, 3] @ basis.at(3)[0]
     opened = (coordinates > 0).numpy()
     assert 0 < opened.sum() < 8
-    for arm in whole.arms():
+    for arm in whole.conditions():
         if arm["defence"] == "none":
             assert np.isnan(arm["gate_tpr"]) and np.isnan(arm["gate_fpr"])
         else:  # the placebo keeps the gate
@@ -381,9 +382,9 @@ def test_plot_shows_every_arm(whole):
 def test_what_a_table_hands_out_changes_no_rate():
     found = table(GAP)
     before = found.rate("asr", "none", "blank grey")
-    frame, arms, summary = found.frame, found.arms(), found.summary()
+    frame, arms, summary = found.frame, found.conditions(), found.summary()
     frame["verdict"], arms[0]["asr"], summary["asr"] = "refused", 5.0, 5.0
-    assert found.rate("asr", "none", "blank grey") == before and found.arms()[0]["asr"] == found.summary()["asr"][0] < 1
+    assert found.rate("asr", "none", "blank grey") == before and found.conditions()[0]["asr"] == found.summary()["asr"][0] < 1
 
 
 def test_two_presentations_of_one_name_are_refused(vlm):
@@ -439,10 +440,10 @@ class TestArmsArePairedByQuery:
             ),
         )
         for compared in (lambda: lost.mcnemar("none", "guard", "blank grey"), lambda: lost.gap_closed("guard", "blank grey")):
-            with pytest.raises(errors.MismatchError, match=r"rows in one arm alone, first .*query harmful00[27]\."):
+            with pytest.raises(errors.MismatchError, match=r"rows in one condition alone, first .*query harmful00[27]\."):
                 compared()
         for gone in (("none", "text"), ("guard", "blank grey")):
-            with pytest.raises(errors.MismatchError, match=r"1 rows in one arm alone, first query harmful002"):
+            with pytest.raises(errors.MismatchError, match=r"1 rows in one condition alone, first query harmful002"):
                 rows_of(found, lambda *row, gone=gone: row != (*gone, "harmful002")).gap_closed("guard", "blank grey")
         both = rows_of(found, lambda arm, shown, query: query not in ("harmful002", "harmful007"))
         test = both.mcnemar("none", "guard", "blank grey")
@@ -454,7 +455,7 @@ class TestArmsArePairedByQuery:
         moved = found.columns["query"].copy()
         moved[found.columns["defence"] == "guard"] = [f"x{query}" for query in moved[found.columns["defence"] == "guard"]]
         other = Evaluation({**found.columns, "query": moved})
-        with pytest.raises(errors.MismatchError, match="40 rows in one arm alone"):
+        with pytest.raises(errors.MismatchError, match="40 rows in one condition alone"):
             other.mcnemar("none", "guard", "blank grey")
 
     def test_repeated_rows(self):
@@ -466,7 +467,7 @@ class TestArmsArePairedByQuery:
         found = table(GAP)
         again = Evaluation({**found.columns, "draw": np.ones(len(found), int)})
         guard = joined_rows(found, again.where(defence="guard"))
-        with pytest.raises(errors.MismatchError, match=r"20 rows in one arm alone, first draw 1,[\s\S]*where\(draw=0\)"):
+        with pytest.raises(errors.MismatchError, match=r"20 rows in one condition alone, first draw 1,[\s\S]*where\(draw=0\)"):
             guard.mcnemar("none", "guard", "blank grey")
         assert guard.where(draw=0).mcnemar("none", "guard", "blank grey") == found.mcnemar("none", "guard", "blank grey")
         assert guard.gap_closed("guard", "blank grey").value == pytest.approx(found.gap_closed("guard", "blank grey").value)
@@ -484,7 +485,8 @@ class TestArmsArePairedByQuery:
             (lambda: found.mcnemar("none", "guard", "blank grey", rate="gap"), "the rate 'gap'"),
             (lambda: found.where(defence="nobody").rate("asr", "none", "text"), "no rows of 'none'"),
         ):
-            with pytest.raises(errors.MismatchError, match=said):
+            kind = errors.ArgumentError if said.startswith("the rate") else errors.MismatchError
+            with pytest.raises(kind, match=said):
                 asked()
 
     def test_verdicts_that_are_none(self):
@@ -496,16 +498,16 @@ class TestArmsArePairedByQuery:
                 Evaluation({**found.columns, "verdict": verdicts}).rate("asr", "none", "text")
 
     def test_one_class_alone_has_no_rate_of_the_other(self):
-        (arm,) = table({("none", "text", "harmful"): "aar"}).arms()
+        (arm,) = table({("none", "text", "harmful"): "aar"}).conditions()
         assert arm["asr"] == pytest.approx(2 / 3) and arm["n_harmless"] == 0 and np.isnan(arm["over_refusal"]) and np.isnan(arm["gate_fpr"])
 
     def test_what_is_handed_out_is_a_copy(self):
         found = table(GAP)
-        before = [dict(arm) for arm in found.arms()]
-        found.arms()[0]["asr"] = 0.9
+        before = [dict(arm) for arm in found.conditions()]
+        found.conditions()[0]["asr"] = 0.9
         summary = found.summary()
         summary["asr"] = 0.9
-        assert list(map(str, found.arms())) == list(map(str, before))
+        assert list(map(str, found.conditions())) == list(map(str, before))
 
 
 @dataclass(frozen=True)
@@ -537,12 +539,12 @@ class OneArgument:
         ({"presentations": None}, errors.PresentationError, "something of type NoneType"),
         ({"presentations": "text"}, errors.PresentationError, "something of type str"),
         ({"presentations": [text_only, "text"]}, errors.PresentationError, "something of type str"),
-        ({"judge": None}, errors.InterventionError, "something of type NoneType"),
-        ({"judge": "keyword"}, errors.InterventionError, "something of type str"),
-        ({"judge": lambda query, answer: "refused"}, errors.InterventionError, "something of type function"),
-        ({"judge": FakeJudge}, errors.InterventionError, "the class FakeJudge itself"),
-        ({"judge": Nameless()}, errors.InterventionError, "a judge of the name None"),
-        ({"judge": OneArgument()}, errors.InterventionError, "which takes other arguments"),
+        ({"judge": None}, errors.ArgumentError, "something of type NoneType"),
+        ({"judge": "keyword"}, errors.ArgumentError, "something of type str"),
+        ({"judge": lambda query, answer: "refused"}, errors.ArgumentError, "something of type function"),
+        ({"judge": FakeJudge}, errors.ArgumentError, "the class FakeJudge itself"),
+        ({"judge": Nameless()}, errors.ArgumentError, "a judge of the name None"),
+        ({"judge": OneArgument()}, errors.ArgumentError, "which takes other arguments"),
         ({"max_new_tokens": 2.5}, errors.ArgumentError, "max_new_tokens=2.5"),
         ({"max_new_tokens": float("nan")}, errors.ArgumentError, "max_new_tokens=nan"),
         ({"max_new_tokens": True}, errors.ArgumentError, "max_new_tokens=True"),

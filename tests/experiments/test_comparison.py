@@ -12,7 +12,7 @@ import guardlens as gl
 from guardlens import directions, errors
 from guardlens.data.activations import Activations
 from guardlens.data.queries import Query
-from guardlens.evaluation.runner import Evaluation
+from guardlens.evaluation.table import Evaluation
 from guardlens.experiments import separability
 from guardlens.experiments.comparison import Comparison
 from guardlens.results.provenance import Provenance

@@ -58,11 +58,11 @@ def values(table, **where):
 
 
 class TestAgainstRawHooks:
-    @pytest.mark.parametrize("source", [text_only, NOISE], ids=["text", "noise"])
-    def test_whole_states(self, vlm, hf_vlm, source):
+    @pytest.mark.parametrize("donor", [text_only, NOISE], ids=["text", "noise"])
+    def test_whole_states(self, vlm, hf_vlm, donor):
         hooks = {"resid_post": "", "attn_out": ".self_attn", "mlp_out": ".mlp"}
-        table = gl.activation_patching(vlm, QUERIES, GREY, source=source, hooks=list(hooks), layers=[1, 6])
-        given, taken = vlm.batch(QUERIES, source).inputs, vlm.batch(QUERIES, GREY).inputs
+        table = gl.activation_patching(vlm, QUERIES, GREY, donor=donor, hooks=list(hooks), layers=[1, 6])
+        given, taken = vlm.batch(QUERIES, donor).inputs, vlm.batch(QUERIES, GREY).inputs
         with torch.no_grad():
             expected = odds(hf_vlm(**given, use_cache=False).logits[:, -1], vlm.tokenizer)
             base = odds(hf_vlm(**taken, use_cache=False).logits[:, -1], vlm.tokenizer)
@@ -74,7 +74,7 @@ class TestAgainstRawHooks:
                 rows = table.where(hook=hook, layer=layer)
                 np.testing.assert_allclose(rows.columns["value"], patched, atol=1e-4)
                 np.testing.assert_allclose(rows.columns["base"], base, atol=1e-4)
-                np.testing.assert_allclose(rows.columns["source"], expected, atol=1e-4)
+                np.testing.assert_allclose(rows.columns["donor"], expected, atol=1e-4)
                 assert np.abs(patched - base).max() > 1e-2
 
     def test_single_heads(self, vlm, hf_vlm):
@@ -118,30 +118,30 @@ class TestLaws:
     @pytest.mark.parametrize("hooks", ["resid_post", "attn_out", "z"])
     def test_a_patch_from_the_same_run_changes_nothing(self, vlm, hooks):
         scores = [refusal_logodds, kl]
-        table = gl.activation_patching(vlm, QUERIES, GREY, source=GREY, hooks=hooks, layers=[0, 4], scores=scores)
+        table = gl.activation_patching(vlm, QUERIES, GREY, donor=GREY, hooks=hooks, layers=[0, 4], scores=scores)
         np.testing.assert_allclose(table.columns["value"], table.columns["base"], atol=2e-5)
-        np.testing.assert_array_equal(table.columns["source"], table.columns["base"])
+        np.testing.assert_array_equal(table.columns["donor"], table.columns["base"])
         assert table.summary()["recovered"].isna().all(), "without a gap there is nothing to recover"
 
     def test_the_whole_of_the_last_layer_is_the_source_itself(self, vlm):
         table = gl.activation_patching(vlm, QUERIES, GREY, layers=[7])
-        np.testing.assert_allclose(table.columns["value"], table.columns["source"], atol=1e-4)
-        assert np.abs(table.columns["source"] - table.columns["base"]).min() > 1e-3
+        np.testing.assert_allclose(table.columns["value"], table.columns["donor"], atol=1e-4)
+        assert np.abs(table.columns["donor"] - table.columns["base"]).min() > 1e-3
         np.testing.assert_allclose(table.summary()["recovered"].dropna(), 1, atol=1e-3)
 
     def test_batches_and_lanes_do_not_matter(self, vlm, monkeypatch):
         whole = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2])
         monkeypatch.setattr("guardlens.models.engine.request.TOKENS", 6)
-        parts = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2], batch_size=2)
-        assert parts.frame.drop(columns=["value", "base", "source"]).equals(whole.frame.drop(columns=["value", "base", "source"]))
-        for column in ("value", "base", "source"):
+        parts = gl.activation_patching(vlm, gl.keep(vlm, QUERIES, GREY, batch_size=2), hooks=["z", "mlp_out"], layers=[2])
+        assert parts.frame.drop(columns=["value", "base", "donor"]).equals(whole.frame.drop(columns=["value", "base", "donor"]))
+        for column in ("value", "base", "donor"):
             np.testing.assert_allclose(parts.columns[column], whole.columns[column], atol=1e-4)
 
     def test_the_text_twin_keeps_the_words_around_the_query(self, vlm):
         framed = presentations.framed(GREY, after=" please")
         table = gl.activation_patching(vlm, QUERIES, framed, layers=[7])
         twin = vlm.run(vlm.batch(QUERIES, presentations.framed(text_only, after=" please"))).logits
-        np.testing.assert_allclose(table.columns["source"], odds(twin[0], vlm.tokenizer), atol=1e-4)
+        np.testing.assert_allclose(table.columns["donor"], odds(twin[0], vlm.tokenizer), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -160,16 +160,16 @@ def test_states_may_come_from_the_llm_beside_the_vlm(hf_vlm, processor):
     states = reference.outputs_of(hf, model.llm.batch(QUERIES).inputs, ["model.layers.5.self_attn"])["model.layers.5.self_attn"][:, -1]
     patched = overwritten(hf_vlm, model.batch(QUERIES, GREY).inputs, "model.language_model.layers.5.self_attn", states)
     np.testing.assert_allclose(table.columns["value"], odds(patched, model.tokenizer), atol=1e-4)
-    assert table.facts["source_model"] == model.llm.id != model.id
+    assert table.facts["donor_model"] == model.llm.id != model.id
 
 
 class TestTheTable:
     def test_columns_and_facts(self, table, vlm):
-        assert list(table.frame.columns) == ["hook", "layer", "head", "query", "label", "cluster", "score", "value", "base", "source"]
+        assert list(table.frame.columns) == ["hook", "layer", "head", "query", "label", "cluster", "score", "value", "base", "donor"]
         assert not table.frame.duplicated(["hook", "layer", "head", "query", "score"]).any()
         assert len(table) == 2 * (1 + vlm.cfg.n_heads) * len(QUERIES)
-        assert table.facts["presentation"] == "blank grey" and table.facts["source"] == "text"
-        assert table.facts["source_model"] == vlm.llm.id and table.facts["units"] == {"refusal_logodds": refusal_logodds.unit}
+        assert table.facts["presentation"] == "blank grey" and table.facts["donor"] == "text"
+        assert table.facts["donor_model"] == vlm.llm.id and table.facts["units"] == {"refusal_logodds": refusal_logodds.unit}
         assert repr(table) == f"Patching(resid_post, z: {2 + 2 * vlm.cfg.n_heads} cells, {len(table)} rows)"
 
     def test_every_layer_is_the_default(self, vlm):
@@ -184,7 +184,7 @@ class TestTheTable:
         n = len(base)
         columns = {"hook": ["resid_post"] * n, "layer": [2] * n, "head": [-1] * n, "query": [f"q{i}" for i in range(n)],
                    "label": ["harmful"] * n, "cluster": [f"c{i // 2}" for i in range(n)], "score": ["refusal_logodds"] * n}  # fmt: skip
-        return Patching({name: np.array(column) for name, column in columns.items()} | {"value": value, "base": base, "source": source})
+        return Patching({name: np.array(column) for name, column in columns.items()} | {"value": value, "base": base, "donor": source})
 
     @pytest.mark.parametrize("sign", [1, -1])
     def test_recovered_is_a_ratio_of_means_over_clusters(self, sign):
@@ -333,8 +333,8 @@ class TestRowsThatAreLacking:
         ({"layers": []}, errors.SiteError, "no layers"),
         ({"layers": [5.0]}, errors.SiteError, r"layer=5\.0"),
         ({"layers": [True]}, errors.SiteError, "layer=True"),
-        ({"source": "text"}, errors.PresentationError, "something of type str"),
-        ({"scores": []}, errors.InterventionError, "scores in a list"),
+        ({"donor": "text"}, errors.PresentationError, "something of type str"),
+        ({"scores": []}, errors.ArgumentError, "scores in a list"),
     ],
 )
 def test_met_at_the_door(vlm, unchecked, change, kind, said):
@@ -350,13 +350,13 @@ def test_one_layer_and_layers_of_numpy(vlm, patched, unchecked):
 
 def test_plots_are_asked_for_what_is_there(patched):
     for wrong, said in (({"value": "x"}, "the value 'x'"), ({"score": "nope"}, r"the score 'nope'\.\nExpected one of 'refusal_logodds'")):
-        with pytest.raises(errors.MismatchError, match=said):
+        with pytest.raises(errors.ArgumentError, match=said):
             patched.plot(**wrong)
 
 
-def test_a_source_that_is_the_run_itself(llm):
+def test_a_donor_that_is_the_run_itself(llm):
     """A text model's framed prompt without its images is that prompt."""
     framed = presentations.framed(text_only, before="please . ")
-    with pytest.warns(UserWarning, match=r"the source 'text' gives what 'text \| framed' gives: no patch can change anything"):
+    with pytest.warns(UserWarning, match=r"the donor 'text' gives what 'text \| framed' gives: no patch can change anything"):
         gl.activation_patching(llm, QUERIES, framed, layers=[1])
-    gl.activation_patching(llm, QUERIES, framed, source=framed, layers=[1])  # the placebo, asked for
+    gl.activation_patching(llm, QUERIES, framed, donor=framed, layers=[1])  # the placebo, asked for

@@ -32,7 +32,7 @@ def intervention(basis):
 
 @pytest.fixture(scope="module")
 def swept(vlm, intervention):
-    return gl.sweep(vlm, intervention, QUERIES, GREY, strengths=STRENGTHS, placebos=2, batch_size=3)
+    return gl.sweep(vlm, intervention, gl.keep(vlm, QUERIES, GREY, batch_size=3), strengths=STRENGTHS, placebos=2)
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +57,16 @@ def cell(table, **where):
 
 def test_every_cell_equals_its_own_run(vlm, swept, intervention, batch):
     base = vlm.run(batch).logits[0]
-    arms = {"edit": intervention, "placebo 0": intervention.placebo(0), "placebo 1": intervention.placebo(1)}
+    variants = {"edit": intervention, "placebo 0": intervention.placebo(0), "placebo 1": intervention.placebo(1)}
     assert len(swept) == 3 * 8 * 2 * 2 * len(QUERIES)
-    for arm, acting in arms.items():
+    for variant, acting in variants.items():
         for layer in range(8):
             for strength in STRENGTHS:
                 alone = by_hand(vlm.run(batch, acting.placed([layer], strength)).logits[0], base, vlm.tokenizer)
                 for score, values in alone.items():
-                    found = cell(swept, arm=arm, layer=layer, strength=strength, score=score)
+                    found = cell(swept, variant=variant, layer=layer, strength=strength, score=score)
                     np.testing.assert_allclose(found, values, atol=2e-4, rtol=1e-4)
-    assert not np.allclose(cell(swept, arm="edit", layer=5, strength=-1.0, score="kl"), 0)
+    assert not np.allclose(cell(swept, variant="edit", layer=5, strength=-1.0, score="kl"), 0)
 
 
 def test_base_is_the_unedited_run(vlm, swept, batch):
@@ -83,15 +83,15 @@ def test_gates_are_respected(vlm, swept, basis):
     states = vlm.run(vlm.batch(QUERIES), read=[Site()], logits=None).reads[Site()][0]
     opened = torch.stack([states[:, layer] @ basis.at(layer)[0] > 0 for layer in range(8)]).numpy()
     assert 0 < opened.sum() < opened.size
-    for arm in ("edit", "placebo 1"):
+    for variant in ("edit", "placebo 1"):
         for layer in range(8):
-            change = np.abs(cell(swept, arm=arm, layer=layer, strength=-1.0, score="kl"))
+            change = np.abs(cell(swept, variant=variant, layer=layer, strength=-1.0, score="kl"))
             assert (change[opened[layer]] > 1e-4).all() and (change[~opened[layer]] < 1e-6).all()
 
 
 def test_placebos_move_as_much_elsewhere(swept):
     edit, first, second = (
-        cell(swept, arm=arm, layer=6, strength=-1.0, score="refusal_logodds") for arm in ("edit", "placebo 0", "placebo 1")
+        cell(swept, variant=variant, layer=6, strength=-1.0, score="refusal_logodds") for variant in ("edit", "placebo 0", "placebo 1")
     )
     assert not np.allclose(edit, first) and not np.allclose(first, second)
 
@@ -100,7 +100,7 @@ def test_columns_name_every_cell(swept):
     frame = swept.frame
     assert list(frame.columns) == [
         "intervention",
-        "arm",
+        "variant",
         "layers",
         "layer",
         "strength",
@@ -111,7 +111,7 @@ def test_columns_name_every_cell(swept):
         "value",
         "base",
     ]
-    assert not frame.duplicated(["intervention", "arm", "layers", "strength", "query", "score"]).any()
+    assert not frame.duplicated(["intervention", "variant", "layers", "strength", "query", "score"]).any()
     assert dict(zip(frame["query"], frame["label"], strict=True)) == {query.id: query.label for query in QUERIES}
     assert set(frame["strength"]) == {0.5, -1.0} and set(frame["intervention"]) == {"edit"}
 
@@ -119,11 +119,11 @@ def test_columns_name_every_cell(swept):
 def test_batch_size_lanes_and_progress_do_not_matter(vlm, intervention, swept, capsys, monkeypatch):
     monkeypatch.setattr("guardlens.models.engine.request.TOKENS", 12)
     with gl.progress_bars(True):
-        again = gl.sweep(vlm, intervention, QUERIES, GREY, layers=[2, 6], strengths=STRENGTHS, batch_size=5)
+        again = gl.sweep(vlm, intervention, gl.keep(vlm, QUERIES, GREY, batch_size=5), layers=[2, 6], strengths=STRENGTHS)
     assert "sweep, 8 cells, blank grey" in capsys.readouterr().err
     for layer in (2, 6):
         for score in ("kl", "refusal_logodds"):
-            where = {"arm": "placebo 0", "layer": layer, "strength": 0.5, "score": score}
+            where = {"variant": "placebo 0", "layer": layer, "strength": 0.5, "score": score}
             np.testing.assert_allclose(cell(again, **where), cell(swept, **where), atol=1e-4)
 
 
@@ -171,7 +171,7 @@ def test_groups_of_layers_are_edited_together(vlm, intervention, batch):
     base = vlm.run(batch).logits[0]
     together = by_hand(vlm.run(batch, intervention.at(layers=[2, 5])).logits[0], base, vlm.tokenizer)["kl"]
     np.testing.assert_allclose(cell(found, layers="2+5"), together, atol=2e-4, rtol=1e-4)
-    assert set(found.columns["arm"]) == {"edit"}
+    assert set(found.columns["variant"]) == {"edit"}
 
 
 def test_strength_zero_is_left_out(vlm, intervention):
@@ -203,16 +203,16 @@ def test_several_interventions_by_name(vlm, basis, batch):
     base = vlm.run(batch).logits[0]
     for name, intervention in interventions.items():
         expected = by_hand(vlm.run(batch, intervention.at(layers=[4])).logits[0], base, vlm.tokenizer)["refusal_logodds"]
-        np.testing.assert_allclose(cell(found, intervention=name, arm="edit"), expected, atol=2e-4)
+        np.testing.assert_allclose(cell(found, intervention=name, variant="edit"), expected, atol=2e-4)
     assert found.facts["interventions"] == {name: repr(intervention) for name, intervention in interventions.items()}
 
 
 def test_summary_is_the_mean_change_of_each_cell(swept):
     summary, frame = swept.summary(), swept.frame
-    assert len(summary) == 2 * 2 * 8 * 2 * 2  # scores, arms, layers, strengths, labels
+    assert len(summary) == 2 * 2 * 8 * 2 * 2  # scores, variants, layers, strengths, labels
     for row in summary.itertuples():
-        arms = frame["arm"] == "edit" if row.arm == "edit" else frame["arm"].str.startswith("placebo")
-        part = frame[arms & (frame["score"] == row.score) & (frame["layer"] == row.layer) & (frame["strength"] == row.strength)]
+        variants = frame["variant"] == "edit" if row.variant == "edit" else frame["variant"].str.startswith("placebo")
+        part = frame[variants & (frame["score"] == row.score) & (frame["layer"] == row.layer) & (frame["strength"] == row.strength)]
         part = part[part["label"] == row.label]
         assert row.change == pytest.approx((part["value"] - part["base"]).mean(), abs=1e-9)
         assert row.n == {"harmful": 3, "harmless": 2}[row.label]
@@ -222,7 +222,7 @@ def test_summary_is_the_mean_change_of_each_cell(swept):
 def test_intervals_resample_clusters_of_queries(swept):
     changes, clusters = np.array([0.0, 1.0, 4.0, 5.0, 9.0, 10.0]), np.repeat(["a", "b", "c"], 2)
     rows = [
-        {"intervention": "edit", "arm": "edit", "layers": "3", "layer": 3, "strength": 1.0, "query": f"q{5 - i}", "label": "harmful"}
+        {"intervention": "edit", "variant": "edit", "layers": "3", "layer": 3, "strength": 1.0, "query": f"q{5 - i}", "label": "harmful"}
         | {"cluster": cluster, "score": "kl", "value": 7.0 + change, "base": 7.0}
         for i, (change, cluster) in enumerate(zip(changes, clusters, strict=True))
     ]
@@ -237,7 +237,7 @@ def test_intervals_resample_clusters_of_queries(swept):
 def hand_made(effects, strengths=(1.0,), **more):
     """A sweep with these changes: {(layer, label): change, or one per strength}; two queries per label."""
     rows = [
-        {"intervention": "edit", "arm": "edit", "layers": str(layer), "layer": int(str(layer).split("+")[0]), "strength": strength}
+        {"intervention": "edit", "variant": "edit", "layers": str(layer), "layer": int(str(layer).split("+")[0]), "strength": strength}
         | {"query": f"{label}{i}", "label": label, "score": "refusal_logodds", "value": 2.0 + change + i, "base": 2.0 + i}
         | more
         for (layer, label), changes in effects.items()
@@ -270,7 +270,7 @@ class TestBest:
 
     def test_placebos_groups_other_scores_and_interventions_do_not_count(self):
         best = {(0, "harmful"): 9.0, (0, "harmless"): 0.0}
-        others = [hand_made(best, arm="placebo 0"), hand_made(best, score="kl"), hand_made(best, intervention="other")]
+        others = [hand_made(best, variant="placebo 0"), hand_made(best, score="kl"), hand_made(best, intervention="other")]
         others.append(hand_made({("0+3", "harmful"): 9.0, ("0+3", "harmless"): 0.0}))
         tables = [hand_made(self.EFFECTS), *others]
         table = Sweep({name: np.concatenate([t.columns[name] for t in tables]) for name in tables[0].columns})
@@ -357,7 +357,7 @@ class TestErrors:
     )
     def test_a_score_gives_one_number_per_query(self, vlm, intervention, make, found):
         with pytest.raises(
-            errors.InterventionError, match=rf"Found {found}[\s\S]*\nExpected a tensor of one number per query, of shape \(5,\)"
+            errors.ArgumentError, match=rf"Found {found}[\s\S]*\nExpected a tensor of one number per query, of shape \(5,\)"
         ):
             gl.sweep(vlm, intervention, QUERIES, scores=[Odd(make)], layers=[4], placebos=0)
 
@@ -408,7 +408,7 @@ def test_plot_is_a_heat_map_per_arm_and_label(swept):
     axes = swept.plot("kl")
     assert axes.shape == (2, 2)
     summary = swept.summary()
-    summary = summary[(summary["score"] == "kl") & (summary["arm"] == "edit") & (summary["label"] == "harmless")]
+    summary = summary[(summary["score"] == "kl") & (summary["variant"] == "edit") & (summary["label"] == "harmless")]
     drawn = np.asarray(axes[0, 1].collections[0].get_array()).reshape(2, 8)
     expected = summary.pivot_table(index="strength", columns="layer", values="change").to_numpy()
     np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0))

@@ -35,8 +35,8 @@ def swept(interventions=added, **more):
     return gl.sweep(stand_in, interventions, ["how ?"], **more)
 
 def table(*values, **more):
-    rows = [{"intervention": "edit", "arm": "edit", "layers": str(layer), "layer": layer, "strength": 1.0, "query": label, "label": label,
-             "cluster": label, "score": "refusal_logodds", "value": value, "base": 0.0} | more
+    rows = [{"intervention": "edit", "variant": "edit", "layers": str(layer), "layer": layer, "strength": 1.0, "query": label,
+             "label": label, "cluster": label, "score": "refusal_logodds", "value": value, "base": 0.0} | more
             for layer, value in enumerate(values) for label in ("harmful", "harmless")]
     return Sweep.from_rows(rows)
 
@@ -151,17 +151,8 @@ PLANS = {
     **{f"defences.vlm_guard(V, reference={held})": "something of type State" for held in ("None", "'own'", "presentations.text_only")},
     "defences.vlm_guard(None)": "something of type Directions",
     "defences.vlm_guard(V, reading='swap')": "one of replace, add, amplify, project",
-    **{f"swept(strengths={strengths})": NUMBER for strengths in ("['1']", "'1'", "None", "[nan]", "[True]", "[[1.0]]", "{1.0: 2}")},
-    **{f"swept(strengths={strengths})": "a cell at least" for strengths in ("[]", "[0.0]", "(x for x in [])")},
-    **{f"swept(placebos={placebos})": "a whole number, 0 or more" for placebos in ("-1", "1.5", "'1'", "None", "True")},
-    **{f"swept(scores={given})": "scores in a list"
-       for given in ("[]", "()", "None", "scores.kl", "'kl'[:0]", "scores.KL", "iter([scores.kl])")},
-    "swept(scores=[scores.KL])": "a score",
-    "swept(scores=['kl'])": "something of type Score",
-    "swept(scores=[scores.KL(name=None)])": "something of type str",
     **{f"swept({{{name}: added}})": "something of type str" for name in ("5", "None")},
     **{f"swept({interventions})": "something of type Intervention" for interventions in ("[added]", "None", "guard", "{'a': guard}")},
-    "swept({})": "a cell at least",
     "swept(added.at(hook='embed'))": "a step without layers",
     **{f"scores.AnswerKL({tokens})": "a whole number, 1 or more" for tokens in ("0", "-1", "1.5", "True", "None")},
     **{f"scores.AnswerLogProb({text})": "something of type str" for text in ("5", "None", "['sorry']")},
@@ -170,6 +161,18 @@ PLANS = {
     "defences.Defence(None)": "something of type str",
     "defences.Defence('guard', guard)": "something of type Intervention",
     "defences.Defence('guard', present='grey')": "a function of a presentation",
+}  # fmt: skip
+
+ARGUMENTS = {
+    **{f"swept(strengths={strengths})": NUMBER for strengths in ("['1']", "'1'", "None", "[nan]", "[True]", "[[1.0]]", "{1.0: 2}")},
+    **{f"swept(strengths={strengths})": "at least one cell" for strengths in ("[]", "[0.0]", "(x for x in [])")},
+    **{f"swept(placebos={placebos})": "a whole number, 0 or more" for placebos in ("-1", "1.5", "'1'", "None", "True")},
+    **{f"swept(scores={given})": "scores in a list"
+       for given in ("[]", "()", "None", "scores.kl", "'kl'[:0]", "scores.KL", "iter([scores.kl])")},
+    "swept(scores=[scores.KL])": "a score",
+    "swept(scores=['kl'])": "something of type Score",
+    "swept(scores=[scores.KL(name=None)])": "something of type str",
+    "swept({})": "at least one cell",
 }  # fmt: skip
 
 OTHERS = {
@@ -188,10 +191,10 @@ OTHERS = {
     "gates.Linear('mine', (0, 1), torch.ones(1, 4), torch.zeros(1))": ("MismatchError", "2 on the first axis"),
     "gates.Linear('mine', None, torch.ones(1, 4, 4), torch.zeros(1))": ("MismatchError", "a row of weights and a threshold per layer"),
     "gates.threshold_at_fpr(V, None)": ("MismatchError", "something of type Activations"),
-    **{f"table(1.0, 2.0).best({k})": ("MismatchError", "a whole number, 1 or more") for k in ("0", "-1", "1.5", "'1'", "True")},
+    **{f"table(1.0, 2.0).best({k})": ("ArgumentError", "a whole number, 1 or more") for k in ("0", "-1", "1.5", "'1'", "True")},
     "table(nan, 2.0).best()": ("NumericsError", "log-odds that are nan at the layers [0]"),
     "table(nan, nan).best()": ("NumericsError", "log-odds that are nan at the layers [0, 1]"),
-    "table(1.0).plot('nope')": ("MismatchError", "one of ['refusal_logodds']"),
+    "table(1.0).plot('nope')": ("ArgumentError", "one of ['refusal_logodds']"),
     "table(1.0).where(layer=7).plot()": ("MismatchError", "a sweep without rows"),
     "table(1.0).where(layer=7).summary()": ("MismatchError", "a sweep without rows"),
     "table(1.0).where(layer='0')": ("MismatchError", "one number, as in layer=0"),
@@ -233,6 +236,7 @@ ALLOWED = {
 MISTAKES = (
     {code: ("SiteError", said) for code, said in SITES.items()}
     | {code: ("InterventionError", said) for code, said in PLANS.items()}
+    | {code: ("ArgumentError", said) for code, said in ARGUMENTS.items()}
     | OTHERS
 )
 

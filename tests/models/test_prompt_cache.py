@@ -60,7 +60,7 @@ class TestShownAsKept:
 
     VERBS: ClassVar = {
         "sweep": lambda model, *asked: gl.sweep(model, PUSH, *asked, layers=[5], placebos=0),
-        "patching": lambda model, *asked: gl.activation_patching(model, *asked, source=presentations.noise(size=32)),
+        "patching": lambda model, *asked: gl.activation_patching(model, *asked, donor=presentations.noise(size=32)),
     }
 
     @pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)

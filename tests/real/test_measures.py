@@ -93,13 +93,13 @@ def test_sweep(model, hf, ssd, held_out, middle, shown):
 
 def test_activation_patching(model, hf, held_out, middle, shown):
     source = presentations.text_only if model.sees_images else presentations.framed(shown, before="Please be kind. ")
-    table = gl.activation_patching(model, held_out, shown, source=source, hooks="resid_post", layers=[middle])
+    table = gl.activation_patching(model, held_out, shown, donor=source, hooks="resid_post", layers=[middle])
     kept = {}
     given = reference.with_hooks(hf, inputs_of(model, held_out, source), keep=kept)[:, -1]
     inputs = inputs_of(model, held_out, shown)
     patched = reference.with_hooks(hf, inputs, {middle: at_last(lambda h: kept[middle][:, -1])})[:, -1]
     rows = table.frame.set_index("query").loc[[query.id for query in held_out]]
-    for column, logits in (("value", patched), ("source", given), ("base", reference.with_hooks(hf, inputs)[:, -1])):
+    for column, logits in (("value", patched), ("donor", given), ("base", reference.with_hooks(hf, inputs)[:, -1])):
         np.testing.assert_allclose(rows[column], refusal(model, logits), atol=5e-3)
 
 
