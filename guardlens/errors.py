@@ -209,7 +209,7 @@ class QueryError(GuardlensError):
         Traceback (most recent call last):
         guardlens.errors.QueryError: Found the label 'harmles' of query ''.
         Expected 'harmful', 'harmless' or None.
-        Next: rename it.
+        Next: correct it, or leave the label out.
     """
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens.data.activation_store import KIND, TENSOR, states_in
-from guardlens.data.queries import Query, counted
+from guardlens.data.queries import Query, label_counts, sides_of_pairs
 from guardlens.errors import MismatchError, NumericsError, QueryError, require_type, warn
 from guardlens.hooks import axis_layers, layer_index
 from guardlens.results import notebook_html as notebooks
@@ -25,21 +25,21 @@ class Activations:
     """One state per query and layer.
 
     Attributes:
-        states: The states, in float32 (or bfloat16, if they were collected so); of a file, mapped into memory.
-        layers: The layer that each index of the second axis is.
-        queries: The query that each index of the first axis is (images left out when saved).
+        states: The states, in float32 or bfloat16. States from a file are mapped into memory.
+        layers: The layer of each index of the second axis.
+        queries: The query of each index of the first axis. Their images are left out when saved.
         hook: The hook that was read.
-        positions: The tokens that were read (averaged where several).
+        positions: The tokens that were read. The states of several tokens are averaged.
         presentation: The name of the presentation.
-        provenance: Model, template, versions, date.
-        intervention: What was changed in the run, as its intervention says; empty for a run as it is.
-        shows_images: Whether a query was shown an image.
-        checked: Whether all states are known to be finite, as those of a file are.
+        provenance: The model, its chat template, library versions and the date.
+        intervention: The `repr` of the intervention under which the states were read; empty for unedited forward passes.
+        shows_images: Whether any query was presented with an image.
+        checked: Whether the states are already known to be finite, which skips the check.
 
     Raises:
-        NumericsError: A state is NaN or infinite (layer and query are named), or states are no floating-point numbers.
-        MismatchError: As many queries or layers as axes are expected.
-        SiteError: There is no such hook, or a layer is none or there twice.
+        NumericsError: A state is NaN or infinite (its layer and query are named), or the states are not floating-point numbers.
+        MismatchError: The number of queries or layers differs from the shape of the states.
+        SiteError: The hook does not exist, or a layer is invalid or appears twice.
 
     Examples:
         >>> text.states.shape  # query, layer, d_model
@@ -65,16 +65,16 @@ class Activations:
 
     def __post_init__(self, checked: bool) -> None:
         object.__setattr__(self, "layers", axis_layers(self.layers, self.hook))
-        require_type(self.states, Tensor, MismatchError, "hand in a tensor: query, layer, d_model")
+        require_type(self.states, Tensor, MismatchError, "pass a tensor of shape query, layer, d_model")
         for query in self.queries if isinstance(self.queries, Sequence) else (None,):
-            require_type(query, Query, QueryError, "hand in the queries, in the order of the states")
+            require_type(query, Query, QueryError, "pass the queries in the order of the states")
         if not self.states.is_floating_point():
-            raise NumericsError(f"states of the dtype {self.states.dtype}", "floating-point numbers", "say states.float()")
+            raise NumericsError(f"states of the dtype {self.states.dtype}", "floating-point numbers", "convert them with states.float()")
         if self.states.shape[:2] != (len(self.queries), len(self.layers)):
             raise MismatchError(
                 f"states of shape {tuple(self.states.shape)} for {len(self.queries)} queries and {len(self.layers)} layers",
                 "one state per query and layer",
-                "index states, queries and layers together",
+                "select states, queries and layers together",
             )
         if not checked:
             require_finite(self.states, self.queries, self.layers)
@@ -90,31 +90,25 @@ class Activations:
         return self.states.shape[-1]
 
     def pairs(self) -> tuple[Int[Tensor, "pair"], Int[Tensor, "pair"]]:
-        """Indices of the harmful queries and of their harmless twins.
+        """Return the indices of the harmful queries and of their harmless twins.
 
         Warns:
-            UserWarning: Queries whose twin is missing, which are left out.
+            UserWarning: The twins of some queries are missing. These queries are left out.
 
         Raises:
-            QueryError: There is no pair, or one has a side twice.
+            QueryError: There is no pair, or two queries of a pair have the same label.
         """
-        sides: dict[str, dict[str | None, int]] = {}
-        for index, query in enumerate(self.queries):
-            if query.pair and sides.setdefault(query.pair, {}).setdefault(query.label, index) != index:
-                raise QueryError(
-                    f"two {query.label} queries in pair {query.pair!r}", "one harmful and one harmless", "name the pairs apart"
-                )
-        whole = [side for side in sides.values() if set(side) == {"harmful", "harmless"}]
-        if not whole:
-            raise QueryError(
-                f"{len(self.queries)} queries without a single pair", "harmful queries with harmless twins", "collect QueryPairs"
-            )
-        if lame := len(sides) - len(whole):
-            warn(f"{lame} of {len(sides)} pairs lack a twin and are left out")
-        return torch.tensor([side["harmful"] for side in whole]), torch.tensor([side["harmless"] for side in whole])
+        sides = sides_of_pairs(self.queries)
+        complete = [side for side in sides.values() if set(side) == {"harmful", "harmless"}]
+        if not complete:
+            found = f"{len(self.queries)} queries without a single pair"
+            raise QueryError(found, "harmful queries with harmless twins", "collect QueryPairs")
+        if len(complete) < len(sides):
+            warn(f"{len(sides) - len(complete)} of {len(sides)} pairs lack a twin and are left out")
+        return torch.tensor([side["harmful"] for side in complete]), torch.tensor([side["harmless"] for side in complete])
 
     def at(self, layer: int) -> Float[Tensor, "query d_model"]:
-        """The states of one layer.
+        """Return the states of one layer.
 
         Raises:
             SiteError: The layer was not collected.
@@ -122,26 +116,28 @@ class Activations:
         return self.states[:, layer_index(self.layers, layer, f"states of {self.hook}")]
 
     def select(self, which: Iterable[int] | Int[np.ndarray, "chosen"] | Bool[np.ndarray, "query"]) -> "Activations":
-        """The same of some queries alone, or of queries drawn anew.
+        """Return the activations of some of the queries, or of a resample of them.
 
         Args:
-            which: Indices in the order wanted, or a mask. A query that is taken several times counts as often, and so does its pair:
-                `directions.ssd(fit.select(np.concatenate([chosen, chosen + n])))` is of a resample of its n pairs.
+            which: A mask, or indices in the order of the result. A query that is selected several times counts as often, and so does its
+                pair: `directions.ssd(fit.select(np.concatenate([chosen, chosen + n])))` uses a resample of the n pairs.
 
         Raises:
-            QueryError: None is left, or it is neither a mask of all queries nor indices of some.
+            QueryError: The selection is empty, or it is neither a mask of all queries nor valid indices.
 
         Examples:
             >>> text.select(text.harmful)
             Activations(resid_post at 'last', 'text', 100 queries, 8 layers, d_model 128)
         """
-        indices = _chosen(which, len(self.queries))
+        indices = _as_indices(which, len(self.queries))
         seen: Counter[int] = Counter()
         queries = []
         for index in indices.tolist():
-            query, again = self.queries[index], seen[index]
-            queries.append(replace(query, pair=f"{query.pair} ({again + 1})") if again and query.pair else query)
+            query = self.queries[index]
             seen[index] += 1
+            if query.pair and seen[index] > 1:
+                query = replace(query, pair=f"{query.pair} ({seen[index]})")
+            queries.append(query)
         return replace(self, states=self.states[torch.from_numpy(indices)], queries=tuple(queries))
 
     def __repr__(self) -> str:
@@ -149,48 +145,50 @@ class Activations:
         return f"Activations({self.hook} at {self.positions!r}, {self.presentation!r}, {size})"
 
     def _repr_html_(self) -> str:
-        named = {
+        shown = {
             "states": " x ".join(map(str, self.states.shape)) + " (query, layer, d_model)",
-            "queries": counted(self.queries),
+            "queries": label_counts(self.queries),
             "layers": notebooks.span(self.layers),
             "presentation": self.presentation,
             "hook": self.hook,
             "positions": self.positions,
             "model": self.provenance.model,
         }
-        return notebooks.captioned(repr(self), notebooks.facts(named))
+        return notebooks.captioned(repr(self), notebooks.facts(shown))
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
+        """Write the activations to a safetensors file."""
         save_tensors(path, KIND, {TENSOR: self.states}, self.header)
 
     @property
     def header(self) -> dict[str, Any]:
-        """Everything but the states and the queries' images, as JSON has it."""
+        """Everything but the states and the queries' images, as values for JSON."""
         facts = {f: getattr(self, f) for f in ("layers", "hook", "positions", "presentation", "intervention", "shows_images")}
         queries = [{**asdict(replace(query, images=())), "images": ()} for query in self.queries]
         return {**facts, "queries": queries, "provenance": asdict(self.provenance)}
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = False) -> "Activations":
-        """Read what `save` wrote, or `gl.collect(..., out=path)`. States are mapped into memory: only what is used is read from the disk.
+        """Load activations from a file of `save` or a directory of `gl.collect(..., out=directory)`.
+
+        The states are mapped into memory, so that the disk is read only where they are used.
 
         Args:
             path: The file or the directory.
-            verify: Read all states once, and compare them with the checksums that were written with them.
+            verify: Read all states once, and compare them with the checksums in the file or directory.
 
         Raises:
-            StorageError: Not such a file or directory, one that is not finished, or (with `verify`) other states than were written.
+            StorageError: The path holds no activations, the collection is unfinished, or (with `verify`) a checksum differs.
         """
         path = require_path(path)
         streamed = path.is_dir()
         file = states_in(path, verify=verify) if streamed else path
         tensors, header = load_tensors(file, KIND, verify=verify and not streamed)
         with reading(file, "activations that this version saved"):
-            return cls._of(tensors, header)
+            return cls._from_file(tensors, header)
 
     @classmethod
-    def _of(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> "Activations":
+    def _from_file(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> "Activations":
         positions = header["positions"]
         return cls(
             tensors[TENSOR],
@@ -206,23 +204,23 @@ class Activations:
         )
 
 
-def _chosen(which: Any, n: int) -> Int[np.ndarray, "chosen"]:
-    """Indices of n things, from 0, that indices or a mask choose.
+def _as_indices(which: Any, n: int) -> Int[np.ndarray, "chosen"]:
+    """Return a mask of n queries, or indices of some of them, as indices from 0 up.
 
     Raises:
-        QueryError: It is neither, or chooses nothing.
+        QueryError: The selection is empty, or is neither a mask nor valid indices.
     """
-    whole = hasattr(which, "__array__") or isinstance(which, str) or not isinstance(which, Iterable)
-    given = np.asarray(which if whole else list(which))
-    mask = given.dtype == bool and given.shape == (n,)
-    indices = given.dtype.kind in "iu" and given.ndim == 1 and bool(((given >= -n) & (given < n)).all())
-    if given.size and not (mask or indices):
+    array_like = hasattr(which, "__array__") or isinstance(which, str) or not isinstance(which, Iterable)
+    given = np.asarray(which if array_like else list(which))
+    is_mask = given.dtype == bool and given.shape == (n,)
+    are_indices = given.dtype.kind in "iu" and given.ndim == 1 and bool(((given >= -n) & (given < n)).all())
+    if given.size and not (is_mask or are_indices):
         raise QueryError(
             f"a selection by {given.dtype} of shape {given.shape} among {n} queries",
             f"a mask of {n}, or whole numbers from 0 to {n - 1}",
-            "check what it was made for",
+            "check that the selection was made for these queries",
         )
-    chosen = given.nonzero()[0] if mask else given.astype(int) % n
+    chosen = given.nonzero()[0] if is_mask else given.astype(int) % n
     if not len(chosen):
         raise QueryError("a selection without a single query", "at least one", "check the mask or the indices")
     return chosen
@@ -231,10 +229,16 @@ def _chosen(which: Any, n: int) -> Int[np.ndarray, "chosen"]:
 def require_finite(
     states: Float[Tensor, "query layer d"], queries: tuple[Query, ...], layers: tuple[int, ...], where: str = "layer"
 ) -> None:
-    """Refuse NaN and infinity.
+    """Reject states that are NaN or infinite.
+
+    Args:
+        states: The states to check.
+        queries: The query of each index of the first axis.
+        layers: The number of each index of the second axis.
+        where: The name of the second axis in the error message.
 
     Raises:
-        NumericsError: The first query and layer are named.
+        NumericsError: A state is not finite. The first one's query and layer are named.
     """
     bad = ~torch.isfinite(states).all(dim=-1)
     if bad.any():

@@ -11,15 +11,15 @@ from guardlens.errors import QueryError, as_count
 
 
 def split(queries: Iterable[str | Query] | QueryPairs, shares: Sequence[float], seed: int = 0) -> tuple[tuple[Query, ...], ...]:
-    """Split queries at random so that no pair and no cluster stands on two sides.
+    """Split queries at random into parts, so that every pair and every cluster lies within one part.
 
     Args:
-        queries: What to split; order is kept within the parts.
-        shares: Of each part, e.g. `(0.5, 0.25, 0.25)`; relative to their sum.
-        seed: Of the shuffle.
+        queries: The queries to split. Each part keeps their order.
+        shares: The size of each part relative to the others, e.g. `(2, 1, 1)` for a half and two quarters.
+        seed: The seed of the shuffle.
 
     Raises:
-        QueryError: A part would be empty, or shares or seed are no such numbers.
+        QueryError: A part would be empty, a share is not a positive number, or the seed is not a whole number from 0 up.
 
     Examples:
         >>> from guardlens.data.splits import split
@@ -28,32 +28,45 @@ def split(queries: Iterable[str | Query] | QueryPairs, shares: Sequence[float], 
         (36, set())
     """
     queries = as_queries(queries)
-    sound = [isinstance(share, Real) and 0 < share < math.inf for share in shares] if isinstance(shares, Iterable) else []
-    if not sound or not all(sound):
+    valid = [isinstance(share, Real) and 0 < share < math.inf for share in shares] if isinstance(shares, Iterable) else []
+    if not valid or not all(valid):
         raise QueryError(f"the shares {shares!r}", "one positive number for each part", "split(queries, (2, 1))")
     seed = as_count(seed, "seed", QueryError, "split(queries, shares, seed=0)", least=0)
-    groups = _linked(queries)
-    names = np.array(sorted(set(groups)))
-    order = np.random.default_rng(seed).permutation(len(names))
-    bounds = np.rint(np.cumsum(shares) / np.sum(shares) * len(names)).astype(int)
-    part_of = {str(names[place]): int(np.searchsorted(bounds, rank, side="right")) for rank, place in enumerate(order)}
-    parts = tuple(tuple(q for q, g in zip(queries, groups, strict=True) if part_of[g] == part) for part in range(len(shares)))
+    groups = _connected_components(queries)
+    part_of = _part_of_each_group(sorted(set(groups)), shares, seed)
+    parts = tuple(
+        tuple(query for query, group in zip(queries, groups, strict=True) if part_of[group] == part) for part in range(len(shares))
+    )
     if not all(parts):
-        raise QueryError(f"{len(names)} independent groups of queries for {len(shares)} parts", "enough for each part", "give more queries")
+        found = f"{len(part_of)} independent groups of queries for {len(shares)} parts"
+        raise QueryError(found, "enough for each part", "give more queries")
     return parts
 
 
-def _linked(queries: Sequence[Query]) -> list[str]:
-    """A name for each query that all queries share which are linked to it by pairs or clusters."""
-    parent: dict[str, str] = {}
+def _part_of_each_group(groups: list[str], shares: Sequence[float], seed: int) -> dict[str, int]:
+    """Shuffle the groups, and cut the result into parts of the given shares."""
+    bounds = np.rint(np.cumsum(shares) / np.sum(shares) * len(groups)).astype(int)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    return {groups[index]: int(np.searchsorted(bounds, place, side="right")) for place, index in enumerate(order)}
 
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            name = parent[name]
-        return name
+
+def _connected_components(queries: Sequence[Query]) -> list[str]:
+    """Name the connected component of each query in the graph whose edges are common ids, pairs and clusters.
+
+    A union-find: every id, pair and cluster is a node, each node points to its parent, and a component is named by its root.
+    """
+    parents: dict[str, str] = {}
+
+    def find(node: str) -> str:
+        while parents.setdefault(node, node) != node:
+            node = parents[node]
+        return node
+
+    def union(node: str, other: str) -> None:
+        parents[find(node)] = find(other)
 
     for query in queries:
-        links = [f"{kind}:{value}" for kind, value in (("pair", query.pair), ("cluster", query.cluster)) if value]
-        for link in links:
-            parent[root(link)] = root(f"id:{query.id}")
-    return [root(f"id:{query.id}") for query in queries]
+        for kind, name in (("pair", query.pair), ("cluster", query.cluster)):
+            if name:
+                union(f"{kind}:{name}", f"id:{query.id}")
+    return [find(f"id:{query.id}") for query in queries]

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from guardlens.data.presentations import Presentation, text_only
 from guardlens.data.presentations.protocol import require_presentation
-from guardlens.data.queries import Query, as_queries, counted
+from guardlens.data.queries import Query, as_queries, label_counts
 from guardlens.errors import MismatchError
 from guardlens.models.batching import BatchResult, over_batches
 from guardlens.models.engine.kv_cache import Prefill
@@ -52,7 +52,7 @@ class PromptCache:
 
     def _repr_html_(self) -> str:
         rows = {
-            "prompts": counted(self.queries),
+            "prompts": label_counts(self.queries),
             "presentation": repr(self.presentation),
             "keys and values": f"{self.bytes:,} bytes",
         }

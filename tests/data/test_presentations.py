@@ -123,7 +123,9 @@ def test_equal_presentations_are_one_key():
     ids=["factory", "class", "name", "none", "image"],
 )
 def test_what_is_no_presentation(wrong):
-    with pytest.raises(errors.PresentationError, match=r"as a presentation\.\nExpected text_only, presentations\.own_images, or what"):
+    with pytest.raises(
+        errors.PresentationError, match=r"as a presentation\.\nExpected text_only, presentations\.own_images, or the result"
+    ):
         require_presentation(wrong)
     require_presentation(presentations.own_images)
     require_presentation(presentations.blank())

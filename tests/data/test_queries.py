@@ -120,7 +120,7 @@ class TestPairs:
     def test_twins_differ_and_are_there_once(self, unchecked):
         with pytest.raises(errors.QueryError, match=r"a pair of two equal queries \('a'\)"):
             QueryPairs(("b", "a"), ("c", "a"))
-        with pytest.raises(errors.QueryError, match=r"a pair that is there twice \('a'\)"):
+        with pytest.raises(errors.QueryError, match=r"a pair that appears twice \('a'\)"):
             QueryPairs(("a", "b", "a"), ("x", "y", "x"))
         beside = [
             Query("a", label, images=(Image.new("RGB", (2, 2), colour),)) for label, colour in zip(LABELS, ("red", "blue"), strict=True)
@@ -176,7 +176,7 @@ def test_as_queries_and_labels():
 
 @pytest.mark.parametrize(("wrong", "named"), [({"input_ids": 1}, "dict"), (torch.ones(2, 3), "Tensor"), (None, "NoneType"), ([3], "int")])
 def test_what_is_no_query_is_not_read_as_several(wrong, named):
-    with pytest.raises(errors.QueryError, match=rf"Found something of type {named}\.\nExpected something of type Query\.\nNext: hand in"):
+    with pytest.raises(errors.QueryError, match=rf"Found something of type {named}\.\nExpected something of type Query\.\nNext: pass"):
         as_queries(wrong)
 
 
@@ -184,12 +184,12 @@ def test_what_is_no_query_is_not_read_as_several(wrong, named):
     ("wrong", "way"),
     [
         (pd.DataFrame({"text": ["a"]}), "to_dict"), ({"a", "b"}, "sorted"), (frozenset("ab"), "sorted"), (make_batch(), "its .queries"),
-        (["a", None], "texts"), (b"ab", "texts"),
+        (["a", None], "strings"), (b"ab", "strings"),
     ],
     ids=["frame", "set", "frozenset", "batch", "none", "bytes"],
 )  # fmt: skip
 def test_the_way_out_is_said(wrong, way):
-    with pytest.raises(errors.QueryError, match=rf"Expected something of type Query\.\nNext: hand in .*{way}"):
+    with pytest.raises(errors.QueryError, match=rf"Expected something of type Query\.\nNext: pass .*{way}"):
         as_queries(wrong)
 
 

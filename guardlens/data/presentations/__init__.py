@@ -1,4 +1,4 @@
-"""How a query reaches the model: text only, beside a blank, noisy or its own image, or inside a sentence or a conversation."""
+"""Presentations of queries: as text only, with a blank, noisy or own image, inside a sentence, or inside a conversation."""
 
 from guardlens.data.presentations.protocol import Presentation, Prompt, TextOnly, text_only
 from guardlens.data.presentations.with_image import Blank, Noise, OwnImages, blank, noise, own_images

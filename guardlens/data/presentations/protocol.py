@@ -1,10 +1,10 @@
-"""What a presentation is, the one without an image, and the checks for arguments that must be presentations."""
+"""The protocol of presentations, the presentation without an image, and checks of arguments that must be presentations."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from guardlens.data.queries import Query, as_text, require_query
-from guardlens.errors import PresentationError, is_several, quoted
+from guardlens.errors import PresentationError, is_several, quoted, type_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A query as it is shown: what goes into the chat template.
+    """A query as the chat template receives it.
 
     Attributes:
-        text: What the user says.
-        images: What they show, before the text.
-        system: The system prompt; none if empty.
-        prefill: How the assistant's answer begins, the model going on from there.
-        template_kwargs: What else the chat template is told, as JSON text.
+        text: The text of the user's message.
+        images: The images of the user's message, which come before the text.
+        system: The system prompt; empty for none.
+        prefill: The beginning of the assistant's answer, which the model continues.
+        template_kwargs: Further variables of the chat template, as JSON text.
 
     Raises:
-        PresentationError: A field that is no text.
+        PresentationError: A field is not text.
 
     Examples:
         >>> presentations.text_only(queries[0]) == presentations.Prompt("how to forge the badge ?")
@@ -42,18 +42,18 @@ class Prompt:
 
 @runtime_checkable
 class Presentation(Protocol):
-    """How a query reaches the model. Frozen and comparable: equal presentations show equal prompts.
+    """A way to present queries to the model. Presentations are frozen and comparable: equal presentations produce equal prompts.
 
     Examples:
         >>> isinstance(grey, presentations.Presentation), grey.name
         (True, 'blank grey')
-        >>> grey(gl.Query("how to mend the hat ?")).text  # what the user says; .images is what they show
+        >>> grey(gl.Query("how to mend the hat ?")).text  # the user's message; the grey image is in .images
         'how to mend the hat ?'
     """
 
     @property
     def name(self) -> str:
-        """As it appears in tables, such as `text`, `blank grey`, `own`."""
+        """The name in tables, such as `text`, `blank grey` or `own`."""
         ...
 
     def __call__(self, query: Query) -> Prompt: ...
@@ -61,7 +61,7 @@ class Presentation(Protocol):
 
 @dataclass(frozen=True)
 class TextOnly:
-    """The query's text without any image: what the LLM sees.
+    """The query's text without any image, as the LLM receives it.
 
     Examples:
         >>> presentations.TextOnly()(gl.Query("how to mend the hat ?")).images
@@ -76,7 +76,7 @@ class TextOnly:
 
 
 text_only = TextOnly()
-"""A query's text without any image: what the LLM sees.
+"""The query's text without any image, as the LLM receives it.
 
 Examples:
     >>> model.batch("how to mend the hat ?", presentations.text_only).mask.shape  # query, token
@@ -85,41 +85,41 @@ Examples:
 
 
 def require_presentation(presentation: Any) -> None:
-    """Refuse what can't show a query, such as an image or a function that makes presentations.
+    """Reject arguments that cannot present a query, such as an image, or a function that makes presentations.
 
     Raises:
-        PresentationError: As said.
+        PresentationError: The argument is not a presentation, or its name is empty or not text.
     """
-    named = not isinstance(presentation, type) and isinstance(presentation, Presentation)
-    if named and not (isinstance(presentation.name, str) and presentation.name.strip()):
-        raise PresentationError(f"a presentation whose name is {quoted(presentation.name)}", "a name for tables", "give it one")
-    if not named:
-        shown = getattr(presentation, "__name__", None) or f"something of type {type(presentation).__name__}"
+    if isinstance(presentation, type) or not isinstance(presentation, Presentation):
+        found = getattr(presentation, "__name__", None) or type_of(presentation)
         raise PresentationError(
-            f"{shown} as a presentation",
-            "text_only, presentations.own_images, or what presentations.blank('grey') and its like give",
-            _INSTEAD.get(type(presentation).__name__, _INSTEAD[""]),
+            f"{found} as a presentation",
+            "text_only, presentations.own_images, or the result of a function such as presentations.blank('grey')",
+            _CORRECTIONS.get(type(presentation).__name__, _CORRECTIONS[""]),
         )
+    if not isinstance(presentation.name, str) or not presentation.name.strip():
+        raise PresentationError(f"a presentation whose name is {quoted(presentation.name)}", "a name for tables", "give it a name")
 
 
-_INSTEAD = {
-    "Intervention": "name an intervention: intervention=intervention",
-    "Defence": "take both of its parts: defence.present(presentation), intervention=defence.intervention",
-    "": "put an image of your own into Query(text, images=(image,)), and show it with presentations.own_images",
+_CORRECTIONS = {
+    "Intervention": "pass an intervention by name: intervention=...",
+    "Defence": "pass both parts of a defence: defence.present(presentation), intervention=defence.intervention",
+    "": "to show an image of your own, put it into Query(text, images=(image,)) and use presentations.own_images",
 }
+"""The name of a type that is mistaken for a presentation -> how to pass it instead."""
 
 
 def as_presentations(presentations: Any) -> list[Presentation]:
-    """One presentation, several or none as a list, each with a name of its own.
+    """Return one presentation or several as a list.
 
     Raises:
-        PresentationError: Something else is among them, or two have one name.
+        PresentationError: An item is not a presentation, or two have the same name.
     """
     several = is_several(presentations) and not isinstance(presentations, Presentation)
     given: Any = presentations if several else [presentations]
-    shown: list[Any] = list(given)
-    for presentation in shown:
+    items: list[Any] = list(given)
+    for presentation in items:
         require_presentation(presentation)
-    if len({presentation.name for presentation in shown}) < len(shown):
+    if len({presentation.name for presentation in items}) < len(items):
         raise PresentationError("two presentations of one name", "a name for each", "show sizes of one image in separate calls")
-    return shown
+    return items

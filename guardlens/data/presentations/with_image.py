@@ -1,4 +1,4 @@
-"""Presentations that show a query beside an image: a blank one, noise, or its own images."""
+"""Presentations with an image before the query: a blank image, noise, or the query's own images."""
 
 import zlib
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LARGEST = 8192
-"""Pixels a side of an image that is made here."""
+"""The longest side, in pixels, of a blank or noise image."""
 
 
 @dataclass(frozen=True)
 class Blank:
-    """One flat image of a colour beside every query.
+    """The same image of a single colour with every query.
 
     Raises:
-        PresentationError: Not an opaque colour that Pillow knows, or a size that is no number of pixels from 1 to 8192.
+        PresentationError: Pillow does not know the colour, the colour is transparent, or the size is not a number of pixels from 1 to 8192.
 
     Examples:
         >>> presentations.Blank("white", 8)(queries[0]).images[0].size
@@ -65,7 +65,7 @@ def _set_size(shown: "Blank | Noise") -> None:
 
 @lru_cache(maxsize=8)
 def _flat(colour: str, size: int) -> "Image.Image":
-    """One object for all prompts, by which they are known to show the same."""
+    """One image object for all prompts, so that equal images can be told by identity."""
     from PIL import Image
 
     return Image.new("RGB", (size, size), colour)
@@ -73,10 +73,10 @@ def _flat(colour: str, size: int) -> "Image.Image":
 
 @dataclass(frozen=True)
 class Noise:
-    """An image of uniform noise beside every query, drawn anew for each from the seed and the query's id.
+    """An image of uniform noise with every query. The seed and the query's id determine the noise.
 
     Raises:
-        PresentationError: A size that is no number of pixels from 1 to 8192, or a seed that is no whole number from 0 up.
+        PresentationError: The size is not a number of pixels from 1 to 8192, or the seed is not a whole number from 0 up.
 
     Examples:
         >>> noise = presentations.Noise(seed=1, size=8)
@@ -106,10 +106,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class OwnImages:
-    """The query's own images, in RGB: turned as their EXIF data say, transparency on white, 16 bits scaled to 8.
+    """The query's own images in RGB, rotated as their EXIF data say, with transparency on white, and 16 bits scaled to 8.
 
     Raises:
-        PresentationError: A query without an image, or with one that Pillow can't read or whose black and white are not known.
+        PresentationError: A query has no image, or an image that Pillow cannot read or whose range of values is unknown.
 
     Examples:
         >>> presentations.OwnImages()(queries[0]).images == queries[0].images
@@ -121,17 +121,16 @@ class OwnImages:
     def __call__(self, query: Query) -> Prompt:
         require_query(query)
         if not query.images:
-            raise PresentationError(
-                f"query {query.id!r} without an own image", "at least one in Query(images=...)", "add it, or show a blank image"
-            )
+            next_step = "add it, or show a blank image"
+            raise PresentationError(f"query {query.id!r} without an own image", "at least one in Query(images=...)", next_step)
         return Prompt(query.text, tuple(opened(image, f"query {query.id!r}") for image in query.images))
 
 
 def blank(colour: str = "grey", size: int = 336) -> Blank:
-    """A flat image of a colour: any name or code that Pillow knows, `"grey"`, `"white"`, `"black"`, `"#3060c0"`.
+    """Present queries with an image of a single colour. Pillow knows names and codes such as `"grey"`, `"white"`, `"black"`, `"#3060c0"`.
 
     Raises:
-        PresentationError: Not a colour, or no size.
+        PresentationError: Pillow does not know the colour, the colour is transparent, or the size is not a number of pixels from 1 to 8192.
 
     Examples:
         >>> model.batch("how to mend the hat ?", presentations.blank("#3060c0")).image.sum()  # image tokens
@@ -141,7 +140,7 @@ def blank(colour: str = "grey", size: int = 336) -> Blank:
 
 
 def noise(seed: int = 0, size: int = 336) -> Noise:
-    """Uniform noise. Give the model's own image size, or resizing averages the noise away (`model.cfg.image_size`).
+    """Present queries with uniform noise. Pass the model's image size, `model.cfg.image_size`, since resizing would average the noise away.
 
     Examples:
         >>> noise = presentations.noise(seed=1, size=model.cfg.image_size)
@@ -152,7 +151,7 @@ def noise(seed: int = 0, size: int = 336) -> Noise:
 
 
 own_images = OwnImages()
-"""The query's own images. Asking for it with a query that has none is an error.
+"""The query's own images. Presenting a query without images in this way is an error.
 
 Examples:
     >>> model.generate(queries[-1], presentations.own_images).split()[0]

@@ -9,12 +9,10 @@ from guardlens.data.presentations.protocol import Presentation, Prompt, require_
 from guardlens.data.queries import Query, as_text
 from guardlens.errors import PresentationError
 
-WITHOUT_IMAGES = "without images"
-
 
 @dataclass(frozen=True)
 class WithoutImages:
-    """What another presentation shows, its images taken away: the words around the query stay.
+    """Another presentation without its images. The words around the query stay.
 
     Examples:
         >>> presentations.WithoutImages(grey)(queries[0]).images
@@ -25,7 +23,7 @@ class WithoutImages:
 
     @property
     def name(self) -> str:
-        return f"{self.inner.name} | {WITHOUT_IMAGES}"
+        return f"{self.inner.name} | without images"
 
     def __call__(self, query: Query) -> Prompt:
         return replace(self.inner(query), images=())
@@ -33,10 +31,10 @@ class WithoutImages:
 
 @dataclass(frozen=True)
 class Framed:
-    """Another presentation with words before and after the query's text (a reminder, a filler, a template).
+    """Another presentation with words before and after the query's text, such as a reminder, a filler or a template.
 
     Raises:
-        PresentationError: `inner` is no presentation, or the words are no text.
+        PresentationError: `inner` is not a presentation, or the words are not text.
 
     Examples:
         >>> presentations.Framed(grey, before="please stay safe . ", label="reminded").name
@@ -49,7 +47,7 @@ class Framed:
     label: str = "framed"
 
     def __post_init__(self) -> None:
-        _set_words(self, "before", "after", "label")
+        _check_fields(self, "before", "after", "label")
 
     @property
     def name(self) -> str:
@@ -60,16 +58,16 @@ class Framed:
         return replace(prompt, text=f"{self.before}{prompt.text}{self.after}")
 
 
-def _set_words(shown: "Framed | Chat", *names: str) -> None:
-    require_presentation(shown.inner)
+def _check_fields(wrapper: "Framed | Chat", *names: str) -> None:
+    require_presentation(wrapper.inner)
     for name in names:
-        object.__setattr__(shown, name, as_text(getattr(shown, name), name, PresentationError))
-    if not shown.label.strip():
-        raise PresentationError("an empty label", "a name for tables", "leave it out, or name what is added")
+        object.__setattr__(wrapper, name, as_text(getattr(wrapper, name), name, PresentationError))
+    if not wrapper.label.strip():
+        raise PresentationError("an empty label", "a name for tables", "leave the label out, or name what is added")
 
 
 def framed(inner: Presentation, before: str = "", after: str = "", label: str = "framed") -> Framed:
-    """Words before and after the text of another presentation.
+    """Put words before and after the text of another presentation.
 
     Examples:
         >>> framed = presentations.framed(grey, before="please stay safe . ")
@@ -80,26 +78,26 @@ def framed(inner: Presentation, before: str = "", after: str = "", label: str = 
 
 
 RENDERING = ("add_generation_prompt", "chat_template", "conversation", "messages", "tokenize")
-"""Arguments of `apply_chat_template` that guardlens gives itself."""
+"""Arguments of `apply_chat_template` that guardlens sets itself."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Another presentation inside a longer conversation: after a system prompt, before the beginning of the answer.
+    """Another presentation inside a longer conversation: after a system prompt, and with the beginning of an answer.
 
-    What the inner one says of these stays, where this one says nothing.
+    The system prompt, prefill and variables of `inner` stay where this presentation has none.
 
     Attributes:
-        inner: How the query itself is shown.
-        system: The system prompt; none if empty.
-        prefill: Words that the answer begins with.
-        label: As it appears in tables.
-        template_kwargs: Variables of the chat template, such as `{"enable_thinking": False}`; kept as JSON text with sorted keys, so that
-            equal ones are equal.
+        inner: The presentation of the query itself.
+        system: The system prompt; empty for none.
+        prefill: The beginning of the answer, which the model continues.
+        label: The part of the name in tables that stands for this presentation.
+        template_kwargs: Variables of the chat template, such as `{"enable_thinking": False}`. They are stored as JSON text with sorted
+            keys, so that equal variables compare equal.
 
     Raises:
-        PresentationError: `inner` is no presentation, words are no text, or `template_kwargs` nothing that JSON can hold by name. When a
-            query is shown: another system prompt, prefill or value of a variable than that of `inner`.
+        PresentationError: `inner` is not a presentation, a field is not text, or `template_kwargs` cannot be written as a JSON object.
+            When a query is presented: `inner` sets the system prompt, the prefill or a variable to another value.
 
     Examples:
         >>> presentations.Chat(grey, prefill=" sure :").name
@@ -115,8 +113,8 @@ class Chat:
     template_kwargs: str | Mapping[str, Any] = ""
 
     def __post_init__(self) -> None:
-        _set_words(self, "system", "prefill", "label")
-        object.__setattr__(self, "template_kwargs", _as_json(self.template_kwargs))
+        _check_fields(self, "system", "prefill", "label")
+        object.__setattr__(self, "template_kwargs", _variables_as_json(self.template_kwargs))
 
     @property
     def name(self) -> str:
@@ -124,37 +122,48 @@ class Chat:
 
     def __call__(self, query: Query) -> Prompt:
         prompt = self.inner(query)
-        inner, mine = ({name: getattr(each, name) for name in ("system", "prefill") if getattr(each, name)} for each in (prompt, self))
-        variables = (json.loads(str(each.template_kwargs) or "{}") for each in (prompt, self))
-        return replace(prompt, **self._united(inner, mine), template_kwargs=_as_json(self._united(*variables)))
+        fields = self._merge(_words_in(prompt), _words_in(self))
+        variables = self._merge(_variables(prompt.template_kwargs), _variables(str(self.template_kwargs)))
+        return replace(prompt, **fields, template_kwargs=_variables_as_json(variables))
 
-    def _united(self, inner: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
-        """What the inner presentation says and what this one says, by name."""
-        for name in inner.keys() & mine.keys():
-            if json.dumps(inner[name], sort_keys=True) != json.dumps(mine[name], sort_keys=True):
-                raise PresentationError(
-                    f"{name}={mine[name]!r} around {self.inner.name!r}, which says {inner[name]!r}", "one of them", f"say {name} once"
-                )
-        return {**inner, **mine}
+    def _merge(self, inner: Mapping[str, Any], outer: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge what `inner` and this presentation set, by name."""
+        for name in inner.keys() & outer.keys():
+            if json.dumps(inner[name], sort_keys=True) != json.dumps(outer[name], sort_keys=True):
+                found = f"{name}={outer[name]!r} around {self.inner.name!r}, which says {inner[name]!r}"
+                raise PresentationError(found, "one of the two", f"set {name} once")
+        return {**inner, **outer}
 
 
-def _as_json(named: Any) -> str:
-    """Variables of a chat template as text that is the same for equal ones; empty where there is none."""
+def _words_in(source: Prompt | Chat) -> dict[str, str]:
+    """The system prompt and the prefill, if they are not empty."""
+    return {name: words for name in ("system", "prefill") if (words := getattr(source, name))}
+
+
+def _variables(text: str) -> dict[str, Any]:
+    return json.loads(text or "{}")
+
+
+def _variables_as_json(variables: Any) -> str:
+    """Return variables of a chat template as JSON text with sorted keys, and no variables as empty text.
+
+    Raises:
+        PresentationError: The variables are not a JSON object, or a name is not an identifier or one of `RENDERING`.
+    """
     try:
-        values = json.loads(named or "{}") if isinstance(named, str) else dict(named)
+        values = json.loads(variables or "{}") if isinstance(variables, str) else dict(variables)
         text = json.dumps(values, sort_keys=True, allow_nan=False)
-        wrong = None if isinstance(values, dict) else "no names"
     except (TypeError, ValueError) as error:
-        raise _no_variables(str(error)) from None
-    wrong = wrong or next(
-        (repr(name) for name in values if not isinstance(name, str) or not name.isidentifier() or name in RENDERING), None
-    )
-    if wrong:
-        raise _no_variables(wrong)
+        raise _bad_variables(str(error)) from None
+    if not isinstance(values, dict):
+        raise _bad_variables("no names")
+    for name in values:
+        if not isinstance(name, str) or not name.isidentifier() or name in RENDERING:
+            raise _bad_variables(repr(name))
     return text if values else ""
 
 
-def _no_variables(found: str) -> PresentationError:
+def _bad_variables(found: str) -> PresentationError:
     return PresentationError(
         f"template_kwargs with {found}", "names and values of variables that JSON can hold", "such as {'enable_thinking': False}"
     )
@@ -163,14 +172,14 @@ def _no_variables(found: str) -> PresentationError:
 def chat(
     inner: Presentation, system: str = "", prefill: str = "", label: str = "chat", template_kwargs: Mapping[str, Any] | str = ""
 ) -> Chat:
-    """A system prompt before another presentation, and words that the answer begins with (the model goes on after them).
+    """Put a system prompt before another presentation, and the beginning of an answer, which the model continues, after it.
 
-    `template_kwargs` are handed to the chat template, and part of what the presentation is: `{"enable_thinking": False}` where a model's
-    template can leave the thinking out. A variable that the template does not read is refused when a query is shown.
+    `template_kwargs` are passed to the chat template and are part of the presentation, e.g. `{"enable_thinking": False}` for a template
+    that can leave the thinking out. Presenting a query fails if the template does not read a variable.
 
     Examples:
         >>> begun = presentations.chat(presentations.text_only, prefill=" sure :")
-        >>> model.generate("how to mend the hat ?", begun).split()[0]  # the answer goes on after the prefill
+        >>> model.generate("how to mend the hat ?", begun).split()[0]  # the answer continues the prefill
         'first'
     """
     return Chat(inner, system, prefill, label, template_kwargs)
