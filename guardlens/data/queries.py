@@ -1,5 +1,6 @@
-"""Queries with labels, and pairs of a harmful query and its harmless twin."""
+"""Queries with labels, and pairs of a harmful query and its harmless twin. Nothing here imports torch."""
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,6 @@ from typing import Any, Literal
 from guardlens.data.images import as_images
 from guardlens.errors import QueryError, is_several, one_of, quoted, require_type
 from guardlens.results import notebook_html as notebooks
-from guardlens.results.files import digest
 
 Label = Literal["harmful", "harmless"]
 LABELS: tuple[Label, Label] = ("harmful", "harmless")
@@ -54,7 +54,7 @@ class Query:
             object.__setattr__(self, name, _as_name(getattr(self, name), f"the {name} of a query"))
         object.__setattr__(self, "text", _as_request(self.text, self.id))
         object.__setattr__(self, "label", _as_label(self.label, self.id))
-        object.__setattr__(self, "id", self.id or digest(self.text.encode()))
+        object.__setattr__(self, "id", self.id or hashlib.sha256(self.text.encode()).hexdigest()[:12])
         object.__setattr__(self, "images", as_images(() if _is_missing(self.images) else self.images, f"query {self.id!r}"))
 
     @property
