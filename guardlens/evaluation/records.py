@@ -12,7 +12,7 @@ from guardlens.evaluation.table import COLUMNS
 from guardlens.models.content_digest import content
 from guardlens.models.engine.generation_options import generation_settings
 from guardlens.models.hooked_model import HookedModel
-from guardlens.models.identity import configuration, of_intervention, shown
+from guardlens.models.identity import configuration, digest_of_prompts, of_intervention
 
 Record = dict[str, Any]
 """One row of the table, as it is written to disk."""
@@ -100,7 +100,7 @@ def depends_on(
     digests = {id(each): facts["presentations"][each.name]["shows"] for each in presentations}
     for condition in conditions:
         if id(condition.shown) not in digests:
-            digests[id(condition.shown)] = shown(condition.shown, queries)
+            digests[id(condition.shown)] = digest_of_prompts(condition.shown, queries)
     return {
         **facts,
         "judge": {"name": judge.name, "content": content(judge, f"the judge {judge.name!r}")},

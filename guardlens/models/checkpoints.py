@@ -1,4 +1,4 @@
-"""A checkpoint on disk or on the hub: weights in transformers' own form, a GGUF file or a PEFT adapter, and the processor beside them."""
+"""Read a checkpoint from disk or from the hub: weights in transformers' format, a GGUF file or a PEFT adapter, and the processor."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,12 +12,12 @@ from guardlens.errors import ModelError, first_sentence
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where weights, config and processor are.
+    """Where to find weights, config and processor.
 
     Attributes:
         path: The directory or hub id of the weights.
-        base: Of the config and the processor; another one's only for an adapter, whose base model has them.
-        gguf: The GGUF file in it that has all three; None for other checkpoints.
+        base: The directory or hub id of the config and the processor; for an adapter, this is its base model.
+        gguf: The GGUF file in the directory that holds all three; None for other checkpoints.
     """
 
     path: str
@@ -26,37 +26,37 @@ class Checkpoint:
 
 
 def locate(source: str, gguf_file: str | None = None) -> Checkpoint:
-    """What a user's path or id stands for.
+    """Find the checkpoint that a user's path or hub id stands for.
 
     Raises:
-        ModelError: A GGUF file that is not there, or several in one directory.
+        ModelError: A GGUF file does not exist, or a directory has several.
     """
     path = Path(source)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise ModelError(f"no file {source!r}", "a GGUF file", "check the path; for one on the hub, gl.load(id, gguf_file=...)")
+            raise ModelError(f"no file {source!r}", "a GGUF file", "for a file on the hub, gl.load(id, gguf_file=...)")
         return Checkpoint(str(path.parent), str(path.parent), path.name)
     gguf = gguf_file or _gguf_in(path)
     return Checkpoint(source, source, gguf) if gguf else Checkpoint(source, _base_of_adapter(path) or source)
 
 
 def read(checkpoint: Checkpoint, shared: Mapping[str, Any], options: Mapping[str, Any], processor: Any = None) -> tuple[Any, Any]:
-    """The model and its processor (the one that is given, if any).
+    """Read the model and, unless it is given, its processor.
 
     Args:
-        checkpoint: Where they are.
+        checkpoint: Where to find them.
         shared: Options for the config, the model and the processor.
         options: Options for the model alone.
         processor: The processor; None to read it.
 
     Raises:
-        ModelError: transformers can't be imported, or can't load one of them; or a GGUF file without what reads it.
+        ModelError: transformers cannot be imported or cannot load one of them, or the packages that read GGUF files are not installed.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     except (ImportError, RuntimeError) as error:
         raise ModelError(
-            f"a transformers that can't be imported ({_said(error)})",
+            f"a transformers that can't be imported ({_message(error)})",
             "torch, torchvision and transformers that fit one another",
             "install a torchvision of the same release as torch, or none",
         ) from None
@@ -75,31 +75,32 @@ def read(checkpoint: Checkpoint, shared: Mapping[str, Any], options: Mapping[str
     return hf, processor
 
 
-NAME = "check the name; install what is missing; for a gated model, log in with `hf auth login`"
+NAME = "correct the name; install missing packages; for a gated model, log in with `hf auth login`"
 PROCESSOR = 'install "guardlens[vision]", which brings torchvision, if that is missing; or pass processor=...'
-OPTIONS = "check the options of gl.load: those that it does not know are handed to from_pretrained"
+OPTIONS = "compare the options with those of from_pretrained, which gl.load passes them to"
 FILES = "fetch the files again if one is damaged; if transformers loads it in some other way, pass the module: gl.load(hf, processor=...)"
 
 
 @contextmanager
 def _loading(found: str, expected: str, next_step: str) -> Iterator[None]:
-    """What transformers and the libraries below it raise, of whatever class, as a ModelError."""
+    """Turn any error of transformers and the libraries below it into a ModelError."""
     try:
         yield
     except Exception as error:
-        known = isinstance(error, (OSError, ValueError, ImportError)) or next_step == PROCESSOR
-        step = next_step if known else OPTIONS if isinstance(error, TypeError) else FILES
-        raise ModelError(f"{found} ({_said(error)})", expected, step) from (None if known else error)
+        if isinstance(error, (OSError, ValueError, ImportError)) or next_step == PROCESSOR:
+            raise ModelError(f"{found} ({_message(error)})", expected, next_step) from None
+        step = OPTIONS if isinstance(error, TypeError) else FILES
+        raise ModelError(f"{found} ({_message(error)})", expected, step) from error
 
 
-def _said(error: Exception) -> str:
-    """What an error says, with its class where that is none that people know."""
+def _message(error: Exception) -> str:
+    """The first sentence of an error's message, behind the name of its class unless that is a common one."""
     sentence = first_sentence(error)
     return sentence if isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) else f"{type(error).__name__}: {sentence}"
 
 
 def _gguf_in(path: Path) -> str | None:
-    """The GGUF file of a directory that has no other weights."""
+    """The GGUF file of a directory that has no other weights; None for any other path."""
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if not files or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return None
@@ -110,13 +111,13 @@ def _gguf_in(path: Path) -> str | None:
 
 
 def _for_gguf(file: str, shared: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that read a GGUF file, its weights unpacked."""
+    """The options with which transformers reads a GGUF file and unpacks its weights."""
     import transformers
     from transformers.utils.import_utils import is_accelerate_available, is_gguf_available
 
     if not (is_gguf_available() and is_accelerate_available()):
         raise ModelError(
-            f"the GGUF file {file!r}, without what reads it",
+            f"the GGUF file {file!r}, but not the packages that read it",
             "the packages gguf and accelerate",
             'pip install "guardlens[gguf]"',
         )
@@ -125,14 +126,14 @@ def _for_gguf(file: str, shared: Mapping[str, Any], options: Mapping[str, Any]) 
 
 
 def _forget_gguf(hf: Any) -> None:
-    """Unpacked weights are ordinary ones: without transformers' mark of GGUF, the model can be saved and adapted."""
+    """Remove transformers' GGUF mark from a model with unpacked weights, which are ordinary ones: it can then be saved and adapted."""
     quantizer = getattr(hf, "hf_quantizer", None)
     if quantizer is not None and all(parameter.is_floating_point() for parameter in hf.parameters()):
         quantizer.remove_quantization_config(hf)
 
 
 def _base_of_adapter(path: Path) -> str | None:
-    """The base model of a directory that holds a PEFT adapter alone; transformers loads it with the adapter in place."""
+    """The base model of a directory that holds only a PEFT adapter; transformers loads it together with the adapter."""
     config = path / "adapter_config.json"
     if not config.is_file() or (path / "config.json").is_file():
         return None

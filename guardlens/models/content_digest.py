@@ -1,4 +1,4 @@
-"""What an object consists of, as a digest: objects that differ in anything they hold or do have two. No `repr` is believed."""
+"""A digest of an object's content: objects that differ in anything they hold or do have different digests. No `repr` is trusted."""
 
 import copyreg
 import dis
@@ -24,40 +24,40 @@ from guardlens.models.architectures import facts
 from guardlens.results.files import bytes_of
 
 Parts = Sequence[Any]
-"""What a value is made of: bytes count as they are, anything else is taken apart in turn."""
+"""The parts of a value: bytes count as they are, anything else is decomposed in turn."""
 
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is turned."""
+"""The EXIF tag for the orientation of an image."""
 
 DATA = (bytes, bytearray, int, float, complex, str, Mapping, Set)
-"""What counts by its value, unless it is of a class of the user's."""
+"""Types that count by value, unless the object is of a class of the user's."""
 
 NAMED = {"guardlens", "transformers_modules"}
-"""Packages outside an installer's places whose names say what they do; the code of a checkpoint has its revision in its name."""
+"""Packages that count by name even if no installer has put them in place; the code of a checkpoint has its revision in its name."""
 
 MADE_BY_PYTHON = {
     *("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__annotations__", "__annotate__", "__annotate_func__"),
     *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__firstlineno__", "__static_attributes__", "__orig_bases__"),
     *("__abstractmethods__", "_abc_impl", "__parameters__", "__slots__", "_is_protocol", "__protocol_attrs__", "__annotations_cache__"),
 }
-"""Entries of a class that say nothing of what its objects do."""
+"""Entries of a class that do not affect what its objects do."""
 
 
 def content(value: Any, what: str = "an object") -> str:
-    """A digest of all that an object holds and does: 12 hexadecimal digits.
+    """Return a digest of everything that an object holds and does: 12 hexadecimal digits.
 
-    Data count by value: numbers, texts, paths (with the bytes of their file), arrays, tensors, pictures, and any nesting of these; entries
-    of a dictionary in their order, in which code goes through them. Models count by all that they compute with, and whatever has a text
-    named `fingerprint` by that. Other objects count by what pickle would keep of them (without what `cached_property` has computed), by the
-    code of their class, and by what that code reads of its module and of other modules of one's own; code of installed packages counts by
-    its name alone.
+    Data count by value: numbers, texts, paths (with the bytes of their file), arrays, tensors, images, and any nesting of these; entries of
+    a dictionary count in their order, since code iterates over them in this order. Models count by everything that they compute with, and
+    an object with a text attribute `fingerprint` counts by that. Other objects count by their pickled state (without values that
+    `cached_property` has computed), by the code of their class, and by what that code reads from its module and from other modules of the
+    user's. Code of installed packages counts by its name alone.
 
     Args:
         value: The object.
         what: What an error calls it.
 
     Raises:
-        StorageError: It holds something that can't say what it consists of, such as an open file or a lock.
+        StorageError: The object holds something that cannot be decomposed, such as an open file or a lock.
 
     Examples:
         >>> from guardlens.models.content_digest import content
@@ -70,13 +70,13 @@ def content(value: Any, what: str = "an object") -> str:
 
 
 def _hash(value: Any, what: str, within: tuple[Any, ...], met: dict[int, Any]) -> bytes:
-    """A hash over the kind of a value and the hashes of its parts, so that no two values are spelled alike.
+    """Hash the kind of a value together with the hashes of its parts, so that different values are never spelled alike.
 
     Args:
         value: The value.
-        what: What an error calls it.
-        within: What it is in.
-        met: The functions and classes that came before, which are taken apart once: everything of a program refers to everything.
+        what: What an error calls the whole object.
+        within: The values around this one, from the outside in. A value inside itself counts by its depth.
+        met: The functions and classes met so far. Each is decomposed only once, since everything in a program refers to everything.
     """
     depth = next((depth for depth, outer in enumerate(within) if outer is value), None)
     if depth is not None:
@@ -85,17 +85,30 @@ def _hash(value: Any, what: str, within: tuple[Any, ...], met: dict[int, Any]) -
         if id(value) in met:
             return f"as before {[*met].index(id(value))}".encode()
         met[id(value)] = value
-    kind, parts = _taken_apart(value, what, within)
+    kind, parts = _decomposed(value, what, within)
     found = hashlib.sha256(kind.encode())
     for part in parts:
         found.update(hashlib.sha256(part).digest() if isinstance(part, bytes) else _hash(part, what, (*within, value), met))
     return found.digest()
 
 
-def _taken_apart(value: Any, what: str, within: tuple[Any, ...]) -> tuple[str, Parts]:
-    kind, in_order = f"{type(value).__module__}:{type(value).__qualname__}", partial(_hash, what=what, within=(), met={})
-    if isinstance(value, DATA) and _own(type(value)):  # what a class makes of a number, a text or a dictionary is its code's doing
+def _decomposed(value: Any, what: str, within: tuple[Any, ...]) -> tuple[str, Parts]:
+    """The kind of a value and its parts."""
+    kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    if isinstance(value, DATA) and _own(type(value)):  # a user's class decides what its numbers, texts or dictionaries mean
         return kind, _pickled(value, what, within)
+    found = _decomposed_plain(value, kind) or _decomposed_array(value, kind) or _decomposed_container(value, kind, what)
+    found = found or _decomposed_code(value, kind)
+    if found is not None:
+        return found
+    if isinstance(value, nn.Module):
+        return kind, [facts(value, anew=True), *{type(module): None for module in value.modules()}]
+    if isinstance(said := getattr(value, "fingerprint", None), str):
+        return kind, [said, type(value)]
+    return kind, _pickled(value, what, within)
+
+
+def _decomposed_plain(value: Any, kind: str) -> tuple[str, Parts] | None:
     match value:
         case bytes() | bytearray():
             return "bytes", [bytes(value)]
@@ -103,6 +116,11 @@ def _taken_apart(value: Any, what: str, within: tuple[Any, ...]) -> tuple[str, P
             return kind, [repr(value).encode("utf-8", "surrogatepass")]
         case Path():
             return "path", [str(value).encode("utf-8", "surrogateescape"), value.read_bytes() if value.is_file() else b""]
+    return None
+
+
+def _decomposed_array(value: Any, kind: str) -> tuple[str, Parts] | None:
+    match value:
         case Tensor():
             return "tensor", [str(value.dtype), tuple(value.shape), _array(value)]
         case np.ndarray() if value.dtype.hasobject:
@@ -114,12 +132,22 @@ def _taken_apart(value: Any, what: str, within: tuple[Any, ...]) -> tuple[str, P
         case Image.Image():
             shown = value.getpalette(), value.info.get("transparency"), value.getexif().get(ORIENTATION)
             return "picture", [value.mode, value.size, value.tobytes(), shown]
+    return None
+
+
+def _decomposed_container(value: Any, kind: str, what: str) -> tuple[str, Parts] | None:
+    match value:
         case Mapping():
             return kind, [getattr(value, "default_factory", None), *(part for entry in value.items() for part in entry)]
         case Set():
-            return kind, sorted(value, key=in_order)
+            return kind, sorted(value, key=partial(_hash, what=what, within=(), met={}))
         case list() | tuple() if type(value) in (list, tuple):
             return kind, value
+    return None
+
+
+def _decomposed_code(value: Any, kind: str) -> tuple[str, Parts] | None:
+    match value:
         case types.ModuleType():
             return "module", [value.__name__, str(getattr(value, "__version__", "")), _source(value)]
         case type():
@@ -138,25 +166,25 @@ def _taken_apart(value: Any, what: str, within: tuple[Any, ...]) -> tuple[str, P
             return "property", [value.func]
         case functools._lru_cache_wrapper():
             return "function", [value.__wrapped__]
-        case nn.Module():
-            return kind, [facts(value, anew=True), *{type(module): None for module in value.modules()}]
-    if isinstance(said := getattr(value, "fingerprint", None), str):
-        return kind, [said, type(value)]
-    return kind, _pickled(value, what, within)
+    return None
 
 
 def _array(tensor: Tensor) -> bytes:
-    """Its numbers; of one that is nowhere, nothing."""
+    """The bytes of a tensor's numbers; none for a tensor on the meta device."""
     values = (tensor if tensor.layout is torch.strided else tensor.to_dense()).detach()
     return b"" if values.is_meta else bytes(bytes_of(values.resolve_conj().resolve_neg()))
 
 
 def _pickled(value: Any, what: str, within: tuple[Any, ...]) -> Parts:
-    """What pickle would make an object of again."""
+    """The parts from which pickle would rebuild an object.
+
+    Raises:
+        StorageError: The object cannot be pickled.
+    """
     try:
         reduce = copyreg.dispatch_table.get(type(value))
         made = value.__reduce_ex__(4) if reduce is None else reduce(value)
-    except Exception as error:  # of whatever kind its class raises
+    except Exception as error:  # the object's class may raise anything
         inside = " in ".join(type(outer).__name__ for outer in reversed((*within, value)))
         raise StorageError(
             f"{what}, in which something can't say what it consists of: {inside} ({error})",
@@ -169,19 +197,19 @@ def _pickled(value: Any, what: str, within: tuple[Any, ...]) -> Parts:
 
 
 def _uncached(kind: type, state: Any) -> Any:
-    """A state without what `cached_property` has computed, which is there or not."""
+    """A state without values that `cached_property` has computed: whether they are there depends on what was used so far."""
     if not isinstance(state, dict):
         return state
     return {name: each for name, each in state.items() if not isinstance(getattr(kind, str(name), None), functools.cached_property)}
 
 
 def _own(value: Any) -> bool:
-    """Whether a class or function is a user's: of no installed package, whose version says what it does."""
-    return _of_ones_own(str(value.__module__))
+    """Whether a class or function is the user's own; those of installed packages count by name alone."""
+    return _is_own(str(value.__module__))
 
 
-def _of_ones_own(module: str) -> bool:
-    """Whether a module is a user's: the notebook, or files that no installer has put where they are."""
+def _is_own(module: str) -> bool:
+    """Whether a module is the user's own: a notebook, or files that no installer has put in place."""
     top = module.partition(".")[0]
     if top == "__main__" or top not in sys.modules:
         return top not in sys.stdlib_module_names
@@ -192,9 +220,9 @@ def _of_ones_own(module: str) -> bool:
 
 
 def _source(module: types.ModuleType) -> bytes:
-    """The file of a module of one's own."""
+    """The source file of a module of the user's; empty for other modules."""
     file = Path(str(getattr(module, "__file__", None) or "."))
-    return file.read_bytes() if _of_ones_own(module.__name__) and file.is_file() else b""
+    return file.read_bytes() if _is_own(module.__name__) and file.is_file() else b""
 
 
 def _class_code(value: type) -> Parts:
@@ -203,27 +231,28 @@ def _class_code(value: type) -> Parts:
 
 def _function_code(value: types.FunctionType) -> Parts:
     cells = [_in_cell(cell) for cell in value.__closure__ or ()]
-    said = {name: each for name, each in vars(value).items() if name != "__wrapped__"}
-    read = sorted(_read(value).items(), key=lambda named: named[0])
-    return [value.__code__, value.__defaults__, value.__kwdefaults__, cells, said, [list(named) for named in read]]
+    attributes = {name: each for name, each in vars(value).items() if name != "__wrapped__"}
+    globals_read = sorted(_globals_read(value).items(), key=lambda named: named[0])
+    return [value.__code__, value.__defaults__, value.__kwdefaults__, cells, attributes, [list(named) for named in globals_read]]
 
 
 def _in_cell(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # empty: what it will hold has not been made yet
+    except ValueError:  # the cell is empty: its variable has not been assigned yet
         return None
 
 
-def _read(function: types.FunctionType) -> dict[str, Any]:
-    """What a function reads of its module, and of the modules of one's own that it names or imports."""
-    codes = [*_codes(function.__code__)]
-    done = [step for code in codes for step in dis.get_instructions(code)]
-    names = {step.argval for step in done if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")} & set(function.__globals__)
+def _globals_read(function: types.FunctionType) -> dict[str, Any]:
+    """The names that a function reads from its module, and from modules of the user's that it names or imports."""
+    codes = list(_codes(function.__code__))
+    instructions = [instruction for code in codes for instruction in dis.get_instructions(code)]
+    names = {each.argval for each in instructions if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")} & set(function.__globals__)
     found = {name: function.__globals__[name] for name in names}
-    imported = [_imported(step.argval, function.__globals__) for step in done if step.opname == "IMPORT_NAME"]
+    imported = [_imported(each.argval, function.__globals__) for each in instructions if each.opname == "IMPORT_NAME"]
     waiting = [each for each in (*found.values(), *imported) if _is_own_module(each)]
-    attributes, seen = {name for code in codes for name in code.co_names}, []
+    attributes = {name for code in codes for name in code.co_names}
+    seen: list[types.ModuleType] = []
     while waiting:
         module = waiting.pop()
         seen.append(module)
@@ -234,11 +263,11 @@ def _read(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _is_own_module(value: Any) -> TypeGuard[types.ModuleType]:
-    return isinstance(value, types.ModuleType) and _of_ones_own(value.__name__)
+    return isinstance(value, types.ModuleType) and _is_own(value.__name__)
 
 
 def _imported(name: str, names: Mapping[str, Any]) -> types.ModuleType | None:
-    """The module of one's own that an import within a function would give."""
+    """The module of the user's that an import within a function would import; None if the module is not the user's."""
     for full in (name, f"{names.get('__package__') or ''}.{name}".strip(".")):
         with suppress(ImportError, ValueError):
             spec = None if full.partition(".")[0] in sys.stdlib_module_names else find_spec(full)
@@ -248,7 +277,7 @@ def _imported(name: str, names: Mapping[str, Any]) -> types.ModuleType | None:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A code object and those within it."""
+    """Yield a code object and the code objects nested in it."""
     yield code
     for const in code.co_consts:
         if isinstance(const, types.CodeType):

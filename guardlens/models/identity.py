@@ -1,4 +1,4 @@
-"""The identity of a run: all that its states and answers depend on, as facts that a run directory keeps and compares."""
+"""The identity of a run: everything that its states and answers depend on, as facts that a run directory stores and compares."""
 
 import hashlib
 import json
@@ -24,65 +24,67 @@ from guardlens.models.readiness import KNOWN_TO_HOOK, foreign_hooks, hook_name, 
 from guardlens.results.files import digest
 
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
-"""What a module may keep as an attribute and call."""
+"""Types of functions that a module may hold as attributes."""
 
 
 def configuration(model: HookedModel, queries: Sequence[Query], presentations: Sequence[Presentation]) -> dict[str, Any]:
-    """What every run of a model on queries depends on: the model, the LLM beside it, the queries, and what is shown of them.
+    """Everything that a model's runs on queries depend on: the model, the LLM beside it, the queries and their presentation.
 
-    Weights are looked at anew, all of them. What is asked of the run (an intervention, a site, a judge) is for the caller to add.
+    All weights are hashed again. Callers add what is specific to their run: an intervention, a site, a judge.
 
     Args:
         model: The model.
-        queries: What is asked.
-        presentations: How it is shown, each under a name of its own.
+        queries: The queries.
+        presentations: How they are shown, each presentation under a name of its own.
 
     Returns:
-        Nested facts that JSON can hold, of which no two runs with other results have the same.
+        Nested facts that JSON can hold. Two runs with different results have different facts.
     """
     return {
         "queries": content([replace(query, images=()) for query in queries] + [query.images for query in queries], "the queries"),
-        "presentations": {each.name: {"is": _spelt(each), "shows": shown(each, queries)} for each in presentations},
+        "presentations": {each.name: {"is": _readable(each), "shows": digest_of_prompts(each, queries)} for each in presentations},
         "model": of_model(model),
         "llm": "the model itself" if model.separate_llm is None else of_model(model.separate_llm),
     }
 
 
-def shown(presentation: Presentation, queries: Sequence[Query]) -> str:
-    """A digest of the prompts that a presentation makes of queries: texts, system prompts and pixels, whatever its own fields say.
+def digest_of_prompts(presentation: Presentation, queries: Sequence[Query]) -> str:
+    """Return a digest of the prompts themselves: texts, system prompts and pixels, whatever the presentation's own fields say.
 
     Raises:
-        PresentationError: It shows the first query otherwise when it is asked again, so that nothing says what a run will be shown.
+        PresentationError: The presentation shows the first query differently the second time, so prompts cannot be compared between runs.
     """
-    found, first, parts = hashlib.sha256(), None, []
-    known: list[Any] = [None, ""]  # the last image and its digest: one image is shown to many
+    name = f"a prompt of {presentation.name!r}"
+    last_image: Any = None
+    last_digest = ""
+    digests = []
     for query in (*queries, queries[0]):
         prompt = presentation(query)
-        parts = [content(replace(prompt, images=()), f"a prompt of {presentation.name!r}")]
+        parts = [content(replace(prompt, images=()), name)]
         for image in prompt.images:
-            if image is not known[0]:
-                known = [image, content(image)]
-            parts.append(known[1])
-        first = parts if first is None else first
-        found.update("".join(parts).encode())
-    if parts != first:
+            if image is not last_image:  # many prompts show one image, which is hashed once
+                last_image = image
+                last_digest = content(image)
+            parts.append(last_digest)
+        digests.append("".join(parts))
+    if digests[-1] != digests[0]:
         raise PresentationError(
             f"the presentation {presentation.name!r}, which shows query {queries[0].id!r} otherwise every time",
             "the same prompt of the same query",
             "draw from a seed and query.id, as presentations.noise does; or leave out= away",
         )
-    return found.hexdigest()[:12]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
 def of_intervention(intervention: Intervention) -> str:
-    """What an intervention does: its fingerprint, and the code of custom functions, for which a fingerprint has their names alone."""
+    """Return an intervention's fingerprint, and a digest of its custom functions, of which a fingerprint holds the names alone."""
     edits = [step.edit.edit if isinstance(step.edit, Placebo) else step.edit for step in intervention.steps]
     functions = [edit.fn for edit in edits if isinstance(edit, Custom)]
     return "-".join([intervention.fingerprint, *([content(functions, "the custom functions of an intervention")] if functions else [])])
 
 
 def of_model(model: HookedModel) -> dict[str, Any]:
-    """What a model computes with: weights, config, adapters, precision, what its parts are called, hooks, and its processor."""
+    """Return what a model computes with: weights, config, adapters, precision, names of parts, hooks, and its processor."""
     return {
         "kind": type(model.hf).__name__,
         **facts(model.hf, anew=True),
@@ -97,43 +99,46 @@ def of_model(model: HookedModel) -> dict[str, Any]:
 
 
 def of_processor(processor: Any) -> dict[str, Any]:
-    """What makes tensors of prompts: chat template, tokenizer, and whatever prepares images."""
-    words = tokenizer_of(processor)
-    templates = [str(getattr(part, "chat_template", None)) for part in (processor, words)]
+    """Return what turns prompts into tensors: chat template, tokenizer and the settings of image processing."""
+    tokenizer = tokenizer_of(processor)
+    templates = [str(getattr(part, "chat_template", None)) for part in (processor, tokenizer)]
     return {
         "template": digest(*(template.encode() for template in templates)),
-        "tokenizer": _tokenizer(words),
-        "images": {} if processor is words else _said(processor),
+        "tokenizer": _tokenizer(tokenizer),
+        "images": {} if processor is tokenizer else _settings(processor),
     }
 
 
-def _tokenizer(words: Any) -> str:
-    """A digest of the vocabulary, of all that turns text into tokens, and of all that turns them into text again."""
-    said = {name: getattr(words, name, None) for name in ("special_tokens_map", "clean_up_tokenization_spaces", "split_special_tokens")}
-    backend = getattr(words, "backend_tokenizer", None)
+def _tokenizer(tokenizer: Any) -> str:
+    """A digest of the vocabulary and of everything that encodes and decodes text."""
+    names = ("special_tokens_map", "clean_up_tokenization_spaces", "split_special_tokens")
+    settings = {name: getattr(tokenizer, name, None) for name in names}
+    kind = type(tokenizer).__qualname__
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return content([type(words).__qualname__, sorted(words.get_vocab().items()), {name: str(value) for name, value in said.items()}])
+        return content([kind, sorted(tokenizer.get_vocab().items()), {name: str(value) for name, value in settings.items()}])
     whole = json.loads(backend.to_str())
     whole |= {"padding": None, "truncation": None}  # settings of the last call
-    return digest(type(words).__qualname__.encode(), json.dumps(whole, sort_keys=True).encode(), repr(said).encode())
+    return digest(kind.encode(), json.dumps(whole, sort_keys=True).encode(), repr(settings).encode())
 
 
-def _said(processor: Any) -> dict[str, Any]:
-    """The settings of a processor and of its parts, as its own files have them."""
+def _settings(processor: Any) -> dict[str, Any]:
+    """The settings of a processor and of its parts, as they are saved to its files."""
     own = processor.to_dict() if hasattr(processor, "to_dict") else vars(processor)
     inner: dict[str, Any] = {name: getattr(processor, name, None) for name in ("image_processor", "video_processor", "feature_extractor")}
     parts = {name: {"kind": type(part).__name__, **part.to_dict()} for name, part in inner.items() if hasattr(part, "to_dict")}
-    return json.loads(
-        json.dumps({"kind": type(processor).__name__, **own, **parts} | {"chat_template": None, "tokenizer": None}, default=content)
-    )
+    found = {"kind": type(processor).__name__, **own, **parts, "chat_template": None, "tokenizer": None}
+    return json.loads(json.dumps(found, default=content))
 
 
 def _computed(hf: nn.Module) -> str:
-    """A digest of what modules compute once and keep (the frequencies of positions), to four digits: devices round differently."""
+    """A digest of buffers that modules compute once (such as rotary frequencies), to four digits, since devices round differently."""
     found = []
     for path, module in hf.named_modules():
-        stretches = {"dynamic", "longrope"} & set(re.findall(r"\w+", str(getattr(module, "rope_type", ""))))  # with the prompt's length
-        for name in sorted(() if stretches else module._non_persistent_buffers_set):
+        rope_types = set(re.findall(r"\w+", str(getattr(module, "rope_type", ""))))
+        if rope_types & {"dynamic", "longrope"}:  # these buffers change with the length of the prompt
+            continue
+        for name in sorted(module._non_persistent_buffers_set):
             buffer = module._buffers[name]
             if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
                 values = buffer.double().flatten().cpu()
@@ -143,37 +148,44 @@ def _computed(hf: nn.Module) -> str:
 
 
 def _code(hf: nn.Module) -> str:
-    """A digest of the code that is none of an installed package's: of modules' classes, of a forward or an attention put in their place."""
+    """A digest of the code that is not an installed package's: modules' classes, replaced forwards and replaced attention functions."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    modules = [*hf.modules()]
+    modules = list(hf.modules())
     kinds = {type(module): None for module in modules}
-    names = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in modules}
-    attentions = {
-        name: function for name, function in ALL_ATTENTION_FUNCTIONS.items() if name in names and origin(function) not in KNOWN_TO_HOOK
-    }
-    return content(
-        [[(kind, kind.forward) for kind in kinds], [list(each) for each in sorted(attentions.items())], _functions(modules)],
-        "the model's code",
-    )
+    forwards = [(kind, kind.forward) for kind in kinds]
+    used = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in modules}
+    attentions = [
+        [name, function]
+        for name, function in sorted(ALL_ATTENTION_FUNCTIONS.items())
+        if name in used and origin(function) not in KNOWN_TO_HOOK
+    ]
+    return content([forwards, attentions, _functions(modules)], "the model's code")
 
 
 def _functions(modules: Sequence[nn.Module]) -> list[Any]:
-    """The functions that modules keep as attributes, such as an activation, but for those by which packages move and wrap a model."""
-    kept = [(name, each) for module in modules for name, each in vars(module).items() if isinstance(each, FUNCTIONS) and name != "forward"]
-    return [[name, each] for name, each in kept if name[0] != "_" and origin(each) not in {*KNOWN_TO_HOOK} - {"torch"}]
+    """The functions that modules hold as attributes, such as an activation, without those by which packages move and wrap a model."""
+    ignored = {*KNOWN_TO_HOOK} - {"torch"}
+    return [
+        [name, value]
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, FUNCTIONS) and name != "forward" and not name.startswith("_") and origin(value) not in ignored
+    ]
 
 
 def _autocast(device: str) -> str:
-    """The precision that autocast runs in; empty where it is off."""
-    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else ""
+    """The precision of autocast; empty if autocast is off."""
+    if not torch.is_autocast_enabled(device):
+        return ""
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
 
 
-def _spelt(presentation: Presentation) -> str:
-    """For people: how a presentation of guardlens prints, and the kind of any other, which may print otherwise in every process."""
-    return repr(presentation) if _printed_alike(presentation) else type(presentation).__qualname__
+def _readable(presentation: Presentation) -> str:
+    """A description for people: the repr of guardlens's own presentations; the class of others, whose repr may change between processes."""
+    return repr(presentation) if _has_stable_repr(presentation) else type(presentation).__qualname__
 
 
-def _printed_alike(presentation: Any) -> bool:
+def _has_stable_repr(presentation: Any) -> bool:
     inner = [each for each in getattr(presentation, "__dict__", {}).values() if callable(each)]
-    return type(presentation).__module__.startswith("guardlens.") and all(map(_printed_alike, inner))
+    return type(presentation).__module__.startswith("guardlens.") and all(map(_has_stable_repr, inner))

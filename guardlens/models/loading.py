@@ -1,4 +1,4 @@
-"""`load`: a model by name, from a directory or from memory, checked before it is handed out if its family is not known."""
+"""`load` a model by name, from a directory or from memory. A model of an unknown family is checked before it is returned."""
 
 import importlib.resources
 from collections.abc import Iterator, Mapping
@@ -21,12 +21,9 @@ def load(
     source: str | Path | nn.Module,
     *,
     processor: Any = None,
-    llm: "HookedModel | str | Path | nn.Module | None" = None,
+    llm: HookedModel | str | Path | nn.Module | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    device_map: Any = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     names: Mapping[str, str] = MappingProxyType({}),
     self_check: bool = True,
     **options: Any,
@@ -36,26 +33,24 @@ def load(
     Args:
         source: `"organism"` (the embedded tiny model), a hub id, a local directory (also of a PEFT adapter), a GGUF file or a directory
             with one (its weights are unpacked; needs `guardlens[gguf]`), or a module in memory (also a `PeftModel` or a quantised one).
-        processor: The processor (VLM) or tokenizer (LLM), where it does not lie beside the weights; needed with a module.
-        llm: A separate language model for the text side, of the VLM's width and depth: anything that `load` takes, or a `HookedModel`.
-            By default the VLM's own language model, shown no image. Either is `model.llm`; `collect(model.llm, ...)` is the LLM's view.
-            Both share a space, so directions and interventions of either fit: text twins are read from `llm`, and edits are made in the
-            VLM.
-        dtype: float64, float32, float16 or bfloat16, as torch's or by name; `"auto"` takes the checkpoint's.
-        device: Where to put the whole model, e.g. `"cuda"`. Leave it out with `device_map` or a quantised model.
-        device_map: As in transformers, e.g. `"auto"` (needs accelerate).
-        revision: The hub's revision.
-        trust_remote_code: Off unless you ask for it.
-        names: What parts are called, where the generic rule does not find them: `{"stack": "core.layers", "final_norm": "out_norm"}`; the
-            parts are the fields of `guardlens.models.architectures.Names`.
-        self_check: Refuse a model of a family that the tests don't know, if what was found does not compute its logits, or if batches,
-            edits or images go wrong. `guardlens check MODEL` shows all that is tried.
-        options: Handed to `from_pretrained` (none with a module): `quantization_config=BitsAndBytesConfig(...)`,
-            `attn_implementation="eager"`, `gguf_file=` of a hub id, ...
+        processor: The processor (VLM) or tokenizer (LLM), if it is not stored with the weights; required with a module.
+        llm: A separate language model for the text side, of the VLM's width and depth: anything that `load` takes, or a `HookedModel`. By
+            default the text side is the VLM's own language model, shown no image. Either is `model.llm`, and `collect(model.llm, ...)` is
+            the LLM's view. Both models share a space, so directions and interventions of either fit: the states of text twins come from
+            `llm`, and edits are made in the VLM.
+        dtype: float64, float32, float16 or bfloat16, as a torch dtype or by name; `"auto"` takes the checkpoint's.
+        device: The device for the whole model, e.g. `"cuda"`. Leave it out with `device_map` or a quantised model.
+        names: The names of parts that the generic rule does not find: `{"stack": "core.layers", "final_norm": "out_norm"}`. The parts are
+            the fields of `guardlens.models.architectures.Names`.
+        self_check: Refuse a model of a family that the tests do not cover if the parts that were found do not compute its logits, or if
+            batches, edits or images go wrong. `guardlens check MODEL` shows all checks.
+        options: Passed to transformers' `from_pretrained`: `device_map="auto"` (needs accelerate; also used for `llm`), `revision="main"`,
+            `trust_remote_code=True` (off by default), `quantization_config=BitsAndBytesConfig(...)`, `attn_implementation="eager"`,
+            `gguf_file=` for a hub id, ... A module in memory takes none of them but `revision`, which is recorded in results.
 
     Raises:
-        ModelError: It can't be loaded, there is no such dtype or device, its family is refused, a part of it is not found (the error says
-            how to name it) or a name of yours is not, a VLM comes with a tokenizer alone, or what was found fails the self-check.
+        ModelError: The model cannot be loaded, there is no such dtype or device, the family is not supported, a part was not found (the
+            error says how to name it), a name in `names` does not exist, a VLM comes with a tokenizer alone, or the self-check failed.
         MismatchError: `llm` has another width or depth.
 
     Examples:
@@ -65,34 +60,53 @@ def load(
         8
     """
     known = KNOWN.preferring(names)
-    _require_loadable(source, dtype, device, device_map)
+    _require_loadable(source, dtype, device, options.get("device_map"))
     if isinstance(source, nn.Module):
-        _require_whole(source, processor, {"dtype": None if dtype == "auto" else dtype, "device_map": device_map, **options})
-        hf, name = source, Path(getattr(source.config, "name_or_path", "") or type(source).__name__).name
+        _require_whole(source, processor, {"dtype": None if dtype == "auto" else dtype, **options, "revision": None})
+        hf = source
+        name = Path(getattr(source.config, "name_or_path", "") or type(source).__name__).name
     else:
-        path = str(importlib.resources.files("guardlens") / "organism" / "weights") if source == "organism" else str(source)
-        name = Path(path).name if Path(path).exists() and source != "organism" else str(source)
-        shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-        with _bar_of_transformers(show=source != "organism"):
-            at = checkpoints.locate(path, options.pop("gguf_file", None))
-            hf, processor = checkpoints.read(at, shared, {"dtype": dtype, "device_map": device_map, **options}, processor)
+        hf, processor, name = _read(source, processor, {"dtype": dtype, **options})
     require_named(hf, names)
     if device is not None:
         hf = _moved(hf, device)
-    if isinstance(llm, nn.Module):
-        llm = load(llm, device=device)
-    elif llm is not None and not isinstance(llm, HookedModel):
-        llm = load(llm, dtype=dtype, device=device, device_map=device_map)
-    model = HookedModel(hf, processor, name, revision or "", llm, known)
-    if model.sees_images and model.tokenizer is processor:
-        raise ModelError(
-            f"{type(processor).__name__}, which prepares no images, for the VLM {name}",
-            "a processor with an image processor beside the tokenizer",
-            "pass processor=AutoProcessor.from_pretrained(...); what it needs, such as torchvision, must be installed",
-        )
+    beside = _llm_beside(llm, dtype, device, options.get("device_map"))
+    model = HookedModel(hf, processor, name, options.get("revision") or "", beside, known)
+    _require_image_processor(model)
     if self_check:
         require_sound(model)
     return model
+
+
+def _read(source: str | Path, processor: Any, options: dict[str, Any]) -> tuple[Any, Any, str]:
+    """Read a checkpoint: the model, its processor and its name."""
+    embedded = source == "organism"
+    path = str(importlib.resources.files("guardlens") / "organism" / "weights") if embedded else str(source)
+    shared = {"revision": options.pop("revision", None), "trust_remote_code": options.pop("trust_remote_code", False)}
+    with _bar_of_transformers(show=not embedded):
+        checkpoint = checkpoints.locate(path, options.pop("gguf_file", None))
+        hf, processor = checkpoints.read(checkpoint, shared, options, processor)
+    is_file = Path(path).exists() and not embedded
+    return hf, processor, Path(path).name if is_file else str(source)
+
+
+def _llm_beside(llm: Any, dtype: Any, device: Any, device_map: Any) -> HookedModel | None:
+    """Load the separate LLM onto the same device as the VLM."""
+    if llm is None or isinstance(llm, HookedModel):
+        return llm
+    if isinstance(llm, nn.Module):
+        return load(llm, device=device)
+    placed = {} if device_map is None else {"device_map": device_map}
+    return load(llm, dtype=dtype, device=device, **placed)
+
+
+def _require_image_processor(model: HookedModel) -> None:
+    if model.sees_images and model.tokenizer is model.processor:
+        raise ModelError(
+            f"{type(model.processor).__name__}, which prepares no images, for the VLM {model.name}",
+            "a processor with an image processor beside the tokenizer",
+            "pass processor=AutoProcessor.from_pretrained(...); what it needs, such as torchvision, must be installed",
+        )
 
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -117,13 +131,13 @@ def _require_loadable(source: object, dtype: object, device: Any, device_map: ob
 
 
 def _require_whole(hf: nn.Module, processor: object, options: dict[str, object]) -> None:
-    """A module in memory brings its config, comes with its processor, and is as it is: no option can change how it was loaded."""
+    """Check that a module in memory has a config and a processor, and comes without options: they cannot change how it was loaded."""
     if not hasattr(hf, "config"):
         raise ModelError(
             f"{type(hf).__name__}, a module without a config", "a model of transformers", "pass the model that it is a part of"
         )
     if processor is None:
-        raise ModelError("a module without its processor", "both", "pass processor=AutoProcessor.from_pretrained(...)")
+        raise ModelError("a module without its processor", next_step="pass processor=AutoProcessor.from_pretrained(...)")
     if option := next((name for name, value in options.items() if value is not None), None):
         raise ModelError(f"{option}= for a module in memory", "a name or a path", f"give {option} where the module is loaded or made")
 
@@ -135,10 +149,10 @@ def _moved(hf: Any, device: Any) -> Any:
 
 @contextmanager
 def _on(device: object) -> Iterator[None]:
-    """What torch raises of a device that it does not know, does not have or may not move a model to, as a ModelError."""
+    """Turn torch's errors about a device (unknown, absent, not allowed for this model) into a ModelError."""
     try:
         yield
-    except Exception as error:  # of several classes, an AssertionError among them
+    except Exception as error:  # torch raises several classes here, AssertionError among them
         reason = str(error).strip().partition(chr(10))[0]
         raise ModelError(
             f"device={quoted(device)}, where the model can't be put ({reason})", "a device of this machine", "use 'cpu', or leave it out"
@@ -147,7 +161,7 @@ def _on(device: object) -> Iterator[None]:
 
 @contextmanager
 def _bar_of_transformers(show: bool) -> Iterator[None]:
-    """With transformers' bar over the weights, or without: the organism's are read in an instant."""
+    """Show or hide transformers' progress bar over the weights; those of the organism are read in an instant."""
     from transformers.utils import logging
 
     hidden = not show and logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The condition that a model must be in, so that what is measured is the model itself."""
+"""Is the model itself measured? Guards, training mode and hooks of other code would change the results."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,17 +14,19 @@ from guardlens.models.attachment import Attachment, require_uncompiled
 KNOWN_TO_HOOK = ("accelerate", "bitsandbytes", "guardlens", "nnsight", "peft", "torch", "transformers")
 """Packages whose hooks belong to the model as it was loaded."""
 
-
-_SAID: "WeakKeyDictionary[nn.Module, frozenset[tuple[str, int]]]" = WeakKeyDictionary()
-"""The hooks of other code, by path and identity, that a model had when it was last looked at."""
+_REPORTED: WeakKeyDictionary[nn.Module, frozenset[tuple[str, int]]] = WeakKeyDictionary()
+"""Model -> the hooks of other code that it had at the last check, by module path and identity."""
 
 
 def require_ready(hf: Any) -> None:
-    """Refuse a model under a guard or in training, and say which hooks of other code run with it.
+    """Check that the model can be measured, and warn of hooks of other code that run with it.
+
+    Warns:
+        UserWarning: A hook of other code runs with the model.
 
     Raises:
-        ModelError: A guard is attached, a module is in training mode, torch.compile has wrapped it, an adapter puts tokens of its own
-            before the prompt, or the model gives tuples instead of what has names.
+        ModelError: A guard is attached, a module is in training mode, torch.compile has wrapped the model, an adapter puts tokens of its
+            own before the prompt, or the model returns tuples instead of outputs with names.
     """
     require_uncompiled(hf)
     require_parts_alone(hf)
@@ -32,8 +34,8 @@ def require_ready(hf: Any) -> None:
     if guard is not None:
         raise ModelError(
             f"a guard that is still attached: {guard!r}",
-            "the model without it: whatever is measured would be the guard's doing, too",
-            "call .remove() on what attach gave, or gl.models.attachment.Attachment.on(model.hf).remove()",
+            "the model without it, since the guard would change whatever is measured",
+            "call .remove() on the result of attach, or gl.models.attachment.Attachment.on(model.hf).remove()",
         )
     if not getattr(unwrapped(hf).config, "return_dict", True):
         raise ModelError("a model with config.return_dict=False", "outputs that have names", "set model.hf.config.return_dict = True")
@@ -44,21 +46,22 @@ def require_ready(hf: Any) -> None:
                 "evaluation mode",
                 "call model.hf.eval(), and .train() again before you train on",
             )
-    _say_hooks(hf)
+    _warn_of_hooks(hf)
 
 
-def _say_hooks(hf: nn.Module) -> None:
-    """Say which hooks of other code run with a model, each once while it is there: work of many batches looks at each of them."""
+def _warn_of_hooks(hf: nn.Module) -> None:
+    """Warn of each hook of other code once while it is there, since the check is repeated for every batch."""
     there = {(path, id(hook)): hook for path, hook in foreign_hooks(hf)}
+    reported = _REPORTED.get(hf, frozenset())
     for (path, number), hook in there.items():
-        if (path, number) not in _SAID.get(hf, ()):
+        if (path, number) not in reported:
             where = path or type(hf).__name__
             warn(f"what guardlens measures includes the hook {hook_name(hook)} on {where}; remove it if it is left over")
-    _SAID[hf] = frozenset(there)
+    _REPORTED[hf] = frozenset(there)
 
 
 def foreign_hooks(hf: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The hooks that run with a model and belong to none of the packages that it is loaded with, each with the path of its module."""
+    """Yield the hooks that do not belong to any package that the model was loaded with, each with the path of its module."""
     for path, module in hf.named_modules():
         for hook in _hooks(module):
             if origin(hook) not in KNOWN_TO_HOOK:
@@ -66,7 +69,7 @@ def foreign_hooks(hf: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def hook_name(hook: Callable[..., Any]) -> str:
-    """What a hook is called where it is written."""
+    """Return the qualified name of a hook in its source."""
     found = _innermost(hook)
     return f"{found.__module__}.{getattr(found, '__qualname__', type(found).__qualname__)}"
 
@@ -74,25 +77,28 @@ def hook_name(hook: Callable[..., Any]) -> str:
 def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
     yield from module._forward_pre_hooks.values()
     yield from module._forward_hooks.values()
-    yield from _forwards(module)
+    yield from _replaced_forward(module)
 
 
-def _forwards(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    """What stands in for the forward of its class, if something does: as good as a hook."""
+def _replaced_forward(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """The function that replaces the forward of the module's class, if there is one: it acts like a hook.
+
+    Functions in its closure count as well, since a wrapper usually holds the function that it wraps.
+    """
     forward = vars(module).get("forward")
-    forward = getattr(getattr(forward, "state", None), "body", forward)  # nnsight keeps here what it stands in for itself
+    forward = getattr(getattr(forward, "state", None), "body", forward)  # nnsight replaces forward, and keeps the one before here
     if forward is not None and forward is not type(module).forward:
-        held = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
-        yield from (each for each in (forward, *held) if callable(each))
+        in_closure = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+        yield from (each for each in (forward, *in_closure) if callable(each))
 
 
 def origin(hook: Callable[..., Any]) -> str:
-    """The package that the hook's code is of."""
+    """Return the name of the package that holds the hook's code."""
     return str(getattr(_innermost(hook), "__module__", "")).partition(".")[0]
 
 
 def _innermost(hook: Callable[..., Any]) -> Any:
-    """The function of a partial; the class of an object that is called."""
+    """The function inside a partial; the class of a callable object."""
     while isinstance(hook, partial):
         hook = hook.func
     return hook if hasattr(hook, "__qualname__") else type(hook)

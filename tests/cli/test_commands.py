@@ -104,7 +104,7 @@ def assert_sentence(code, err, *parts):
 
 def test_unknown_model(guardlens, tmp_path, data):
     code, _, err = guardlens("check", tmp_path / "nowhere")
-    assert_sentence(code, err, "nowhere", "which transformers can't load", "check the name")
+    assert_sentence(code, err, "nowhere", "which transformers can't load", "correct the name")
     code, _, err = guardlens("demo", "--model", tmp_path / "nowhere", "--data", data, "--out", tmp_path / "out")
     assert_sentence(code, err, "nowhere", "which transformers can't load")
     assert not (tmp_path / "out").exists()

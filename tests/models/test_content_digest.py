@@ -251,6 +251,7 @@ SCRIPT = """
 import enum
 from dataclasses import dataclass
 import guardlens as gl
+from guardlens import presentations
 from guardlens.models.content_digest import content
 from guardlens.models.identity import configuration
 

@@ -234,12 +234,12 @@ class TestAtTheDoor:
             ({"device": "cpu", "device_map": "auto"}, "device and device_map"),
             ({"names": ["layers"]}, r"names=\['layers'\]\.\nExpected one name for each part"),
             ({"names": {"stack": ["layers"]}}, "names="),
-            ({"nope": 1}, r"unexpected keyword argument 'nope'\)\.\n.*\nNext: check the options of gl.load"),
+            ({"nope": 1}, r"unexpected keyword argument 'nope'\)\.\n.*\nNext: compare the options with those of from_pretrained"),
             ({"attn_implementation": "nope"}, r"which transformers can't load \(Specified `attn_implementation"),
         ],
     )
     def test_options(self, wrong, expected, monkeypatch):
-        monkeypatch.setattr(Names, "also", inspect.unwrap(Names.also))  # past the type checks of the test run, as `load`
+        monkeypatch.setattr(Names, "preferring", inspect.unwrap(Names.preferring))  # past the type checks of the test run, as `load`
         with pytest.raises(errors.ModelError, match=expected):
             inspect.unwrap(gl.load)("organism", **wrong)
 

@@ -109,7 +109,7 @@ class Doubling:
         return output
 
 
-@pytest.mark.parametrize(("hook", "named"), [(lambda *_: None, "test_condition.<lambda>"), (Doubling(), "test_condition.Doubling")])
+@pytest.mark.parametrize(("hook", "named"), [(lambda *_: None, "test_readiness.<lambda>"), (Doubling(), "test_readiness.Doubling")])
 def test_hooks_of_other_code_are_said(vlm, batch, hook, named):
     handle = vlm.hf.get_submodule("model.language_model.layers.2").register_forward_hook(hook)
     try:
