@@ -1,6 +1,6 @@
 """An orthonormal basis of safety directions per layer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,44 +10,43 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from guardlens.data.activations import Activations
-from guardlens.data.queries import Query
-from guardlens.errors import InterventionError, MismatchError, NumericsError, as_count, require_type, warn
+from guardlens.errors import MismatchError, NumericsError, as_count, require_type
 from guardlens.hooks import axis_layers, layer_index, parse, require_same_space
 from guardlens.results import notebook_html as notebooks
 from guardlens.results.files import bytes_of, digest, in_memory, load_tensors, reading, save_tensors
 from guardlens.results.provenance import Provenance, require_related
 
 ORTHONORMAL = 1e-2
-"""How far the products of rows may be from 0 and 1: as far as bfloat16 rounds them."""
+"""How far the products of rows may be from 0 and 1, which allows for rounding to bfloat16."""
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """A basis of `rank` directions in each layer, the harmful side positive.
+    """An orthonormal basis of `rank` directions in each layer. The harmful side of each direction is positive.
 
     Attributes:
-        vectors: Orthonormal rows; zero where there is no direction: at a layer at which no query differs from another, or beyond the
-            number of directions in which pairs differ.
+        vectors: Orthonormal rows. A row is zero if it has no direction, because the queries differ in fewer directions at this layer.
         layers: The layer of each index of the first axis; None for a single basis that serves every layer.
-        harmful_mean: Mean state of the harmful queries (nan where it is not known).
-        harmless_mean: Mean state of the harmless queries.
-        spectrum: Singular values of the paired differences, largest first, 0 where they are rounding (empty where there are none).
-        method: How they were made.
-        hook: The hook that they were read at.
-        provenance: Whose they are; another model refuses them.
-        made_from: Digests of the texts of the queries that they were made from; empty where these are not known.
+        harmful_mean: The mean state of the harmful queries; nan if it is unknown.
+        harmless_mean: The mean state of the harmless queries; nan if it is unknown.
+        spectrum: The singular values of the paired differences, largest first, with rounding errors set to 0. Its second axis is empty if
+            the directions were not made from pairs.
+        method: The estimator, with its arguments.
+        hook: The hook whose states the directions were made from; empty for any.
+        provenance: The model whose states they were made from. Other models reject the directions.
+        made_from: Digests of the texts of the queries that the directions were made from; empty if these are unknown.
 
     Raises:
-        MismatchError: Other than one basis, one mean of each class and one spectrum per layer.
-        SiteError: There is no such hook, or a layer is none or there twice.
-        NumericsError: Rows that are not orthonormal.
+        MismatchError: The number of bases, means or spectra differs from the number of layers.
+        SiteError: The hook does not exist, or a layer is invalid or appears twice.
+        NumericsError: The rows of a layer are not orthonormal.
 
     Examples:
         >>> ssd.coordinates(text).shape  # query, layer, rank
         torch.Size([200, 8, 1])
-        >>> ssd.midpoints.shape  # layer: where a gate on them parts harmful from harmless
+        >>> ssd.midpoints.shape  # layer: the default threshold of a gate on these directions
         torch.Size([8])
-        >>> ssd[5]  # the basis of layer 5, for every layer
+        >>> ssd[5]  # the basis of layer 5, used at every layer
         Directions(ssd(rank=1)[5], rank 1, every layer, d_model 128)
         >>> ssd.save("ssd.safetensors")
         >>> gl.Directions.load("ssd.safetensors").fingerprint == ssd.fingerprint
@@ -76,7 +75,7 @@ class Directions:
             raise NumericsError(
                 f"directions whose products are {off.abs().max():.2g} off those of orthonormal ones",
                 "unit vectors at right angles in each layer",
-                "normalise them, as directions.from_vectors does; torch.linalg.qr makes right angles",
+                "normalise them with directions.from_vectors, and make right angles with torch.linalg.qr",
             )
 
     def _require_shapes(self) -> None:
@@ -89,21 +88,21 @@ class Directions:
             )
         n, _, width = vectors.shape
         if n != (1 if self.layers is None else len(self.layers)):
-            raise MismatchError(f"{n} bases for the layers {self.layers}", "one basis per layer", "index both together")
+            raise MismatchError(f"{n} bases for the layers {self.layers}", "one basis per layer", "select bases and layers together")
         shapes = {"harmful_mean": (n, width), "harmless_mean": (n, width), "spectrum": (n, *self.spectrum.shape[1:2])}
         wrong = next((name for name, shape in shapes.items() if getattr(self, name).shape != shape), None)
         if wrong is not None:
             raise MismatchError(
                 f"{wrong} of shape {tuple(getattr(self, wrong).shape)} beside vectors of shape {tuple(vectors.shape)}",
                 "means of shape layer, d_model and a spectrum of shape layer, value",
-                "index all of them together",
+                "select all of them together",
             )
 
     __iter__ = None  # else `list(directions)` would ask for layer after layer, without an end where one basis serves all
 
     @property
     def rank(self) -> int:
-        """How many directions each layer has."""
+        """The number of directions in each layer."""
         return self.vectors.shape[1]
 
     @property
@@ -113,7 +112,7 @@ class Directions:
 
     @property
     def exists(self) -> Bool[Tensor, "layer"]:
-        """At which layers there is a direction.
+        """Whether there is a direction at each layer.
 
         Examples:
             >>> bool(ssd.exists.all())
@@ -122,13 +121,13 @@ class Directions:
         return self.vectors.any(dim=2).any(dim=1)
 
     def require_some(self, layers: Iterable[int] | None = None) -> None:
-        """Refuse layers without a direction, at which edits would change nothing, gates would never open, and states have no coordinate.
+        """Reject layers without a direction, where edits would change nothing and gates would never open.
 
         Args:
-            layers: Which ones are used; all without it.
+            layers: The layers that are used; all by default.
 
         Raises:
-            NumericsError: The layers are named.
+            NumericsError: Some layers, which are named, have no direction.
             SiteError: There is no basis for a layer.
         """
         names = self.layers or (None,)
@@ -137,11 +136,11 @@ class Directions:
             raise NumericsError(
                 f"the directions {self.method!r}, which are zero{'' if self.layers is None else f' at the layers {empty}'}",
                 "a direction at each layer that is used",
-                "leave these layers out when you collect, or take one layer's directions, as in directions[5]",
+                "leave these layers out when you collect, or use the directions of one layer, as in directions[5]",
             )
 
     def index(self, layer: int) -> int:
-        """Where `layer` is on the first axis.
+        """Return the index of a layer on the first axis.
 
         Raises:
             SiteError: There is no basis for it.
@@ -149,20 +148,20 @@ class Directions:
         return layer_index(self.layers, layer, f"the directions {self.method!r}")
 
     def at(self, layer: int) -> Float[Tensor, "rank d_model"]:
-        """The basis of one layer."""
+        """Return the basis of one layer."""
         return self.vectors[self.index(layer)]
 
     def __getitem__(self, layer: int) -> "Directions":
-        """The basis of one layer, which then serves every layer."""
-        i = slice(index := self.index(layer), index + 1)
-        fields = {name: getattr(self, name)[i] for name in ("vectors", "harmful_mean", "harmless_mean", "spectrum")}
+        """Return the directions of one layer as directions that serve every layer."""
+        index = self.index(layer)
+        fields = {name: getattr(self, name)[index : index + 1] for name in _TENSORS}
         return replace(self, **fields, layers=None, method=f"{self.method}[{layer}]")
 
     def truncate(self, rank: int) -> "Directions":
-        """The first `rank` directions of each layer.
+        """Return the first `rank` directions of each layer.
 
         Raises:
-            NumericsError: There are not as many.
+            NumericsError: The rank is not between 1 and the number of directions.
 
         Examples:
             >>> directions.ssd(text, rank=3).truncate(1).rank
@@ -173,11 +172,11 @@ class Directions:
         return replace(self, vectors=self.vectors[:, :rank])
 
     def coordinates(self, activations: Activations) -> Float[Tensor, "query layer rank"]:
-        """Each state's coordinates along the directions of its layer.
+        """Return each state's coordinates along the directions of its layer.
 
         Raises:
-            MismatchError: Another width, states of another space, or of a model that the directions were not made for.
-            NumericsError: There is no direction at a layer of theirs.
+            MismatchError: The states have another width, come from another space, or from a model that the directions were not made for.
+            NumericsError: There is no direction at a layer of the states.
         """
         self.require_fit(activations)
         self.require_some(activations.layers)
@@ -185,50 +184,51 @@ class Directions:
         return torch.stack(along, dim=1)
 
     def require_fit(self, activations: Activations) -> None:
-        """Refuse states that these are no directions of.
+        """Reject states that do not live in the space of these directions.
 
         Raises:
-            MismatchError: Another width, states of another space, or of a model that the directions were not made for.
+            MismatchError: The states have another width, come from another space, or from a model that the directions were not made for.
         """
         require_type(activations, Activations, MismatchError, "collect states first: gl.collect(model, queries)")
         require_same_space(f"the directions {self.method!r}", self.hook, activations.hook)
         require_related(f"the directions {self.method!r}", self.provenance, activations.provenance)
         if activations.d_model != self.d_model:
             raise MismatchError(
-                f"states of width {activations.d_model}", f"width {self.d_model}, the directions' own", "use one model for both"
+                f"states of width {activations.d_model}", f"width {self.d_model}, as the directions have", "use one model for both"
             )
 
     def cosine(self, other: "Directions") -> Float[Tensor, "layer"]:
-        """The cosine of the first direction of each layer with that of another set: do two estimators, or two sets of pairs, agree?
+        """Return the cosine of the first direction of each layer with the first direction of other directions at that layer.
 
-        One layer's directions serve every layer: `ssd.cosine(ssd[5])` says how far each layer's direction is that of layer 5. nan where one
-        of the two is zero.
+        It says whether two estimators, or two sets of pairs, agree. `ssd.cosine(ssd[5])` compares each layer with layer 5. It is nan
+        if one of the two directions is zero.
 
         Raises:
-            MismatchError: Another width or space, or another model's.
-            SiteError: The other set has no basis for a layer.
+            MismatchError: The other directions have another width or space, or were made for another model.
+            SiteError: The other directions have no basis for a layer.
 
         Examples:
             >>> bool((ssd.cosine(directions.diff_in_means(text))[4:] > 0.95).all())  # the later layers
             True
         """
-        require_type(other, Directions, MismatchError, "make others, as with directions.diff_in_means(activations)")
+        require_type(other, Directions, MismatchError, "pass other directions, such as directions.diff_in_means(activations)")
         require_same_space(f"the directions {self.method!r}", self.hook, other.hook)
         require_related(f"the directions {other.method!r}", other.provenance, self.provenance)
         if other.d_model != self.d_model:
             raise MismatchError(f"directions of the widths {self.d_model} and {other.d_model}", "one width", "use one model for both")
         first = [other.vectors[other.index(layer), 0] for layer in self.layers] if self.layers else [other.vectors[0, 0]]
-        mine, theirs = self.vectors[:, 0], torch.stack(first).to(self.vectors)
+        mine = self.vectors[:, 0]
+        theirs = torch.stack(first).to(self.vectors)
         return torch.nn.functional.cosine_similarity(mine, theirs, dim=-1).where(mine.any(-1) & theirs.any(-1), torch.nan)
 
     @property
     def shares(self) -> Float[Tensor, "layer value"]:
-        """How much of the paired differences each direction holds: its part of the sum of squared singular values, from 0 to 1.
+        """The share of the paired differences along each direction: its part of the sum of squared singular values, from 0 to 1.
 
-        All 0 at a layer at which pairs don't differ.
+        All shares are 0 at a layer where no pair differs.
 
         Examples:
-            >>> first = ssd.shares[:, 0]  # of v1, layer by layer
+            >>> first = ssd.shares[:, 0]  # the share of v1 at each layer
             >>> bool((first > 0.5).all())
             True
         """
@@ -237,27 +237,27 @@ class Directions:
 
     @property
     def midpoints(self) -> Float[Tensor, "layer"]:
-        """The point between the class means along the first direction; nan where there is none, or where the means are not known."""
+        """The midpoint of the class means along the first direction; nan if there is no direction or the means are unknown."""
         middle = torch.einsum("ld,ld->l", (self.harmful_mean + self.harmless_mean) / 2, self.vectors[:, 0])
         return middle.where(self.vectors[:, 0].any(-1), torch.nan)
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the vectors and the layers."""
+        """A digest of the vectors and the layers."""
         return digest(bytes_of(self.vectors), repr(self.layers).encode())
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
+        """Write the directions to a safetensors file."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         header = {name: getattr(self, name) for name in ("layers", "method", "hook", "made_from")} | {"provenance": asdict(self.provenance)}
         save_tensors(path, "directions", tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> "Directions":
-        """Read what `save` wrote.
+        """Load directions from a file of `save`.
 
         Raises:
-            StorageError: Not such a file.
+            StorageError: The file holds no directions.
         """
         tensors, header = load_tensors(path, "directions")
         with reading(Path(path), "directions that this version saved"):
@@ -266,53 +266,41 @@ class Directions:
             return cls(**in_memory(tensors), **facts, provenance=Provenance(**header["provenance"]))
 
     def plot(self, ax: Any = None) -> Any:
-        """How the paired differences spread over directions, layer by layer, and how alike the first directions of the layers are.
+        """Plot the shares of the directions layer by layer, and the cosines between the first directions of the layers.
 
-        What there is not is left out: a spectrum of directions that were not made of pairs, or layers beside a single one.
+        Directions that were not made from pairs have no shares, and directions of a single layer no cosines; that panel is left out.
 
         Args:
-            ax: Where to draw, one axes per picture; a new figure without it.
+            ax: The axes to draw on, one per panel; a new figure by default.
 
         Returns:
-            The axes, one per picture (see `plots.spectrum` and `plots.cosines`).
+            The axes, one per panel (see `plots.spectrum` and `plots.cosines`).
 
         Raises:
-            NumericsError: Neither is there.
+            NumericsError: The directions have neither shares nor several layers.
 
         Examples:
             >>> spectrum, cosines = ssd.plot()
         """
-        import pandas as pd
+        from guardlens.results.plots.directions import basis, basis_frames
 
-        from guardlens.results import plots
-
-        layers = self.layers or (0,)
-        shares = [
-            {"layer": layer, "index": index + 1, "share": float(value)}
-            for layer, values in zip(layers, self.shares, strict=True)
-            for index, value in enumerate(values[:10])
-        ]
-        first = self.vectors[:, 0]
-        alike = [
-            {"layer": layer, "other": other, "value": float(value)}
-            for layer, row in zip(layers, first @ first.T, strict=True)
-            for other, value in zip(layers, row, strict=True)
-        ]
-        return plots.basis(pd.DataFrame(shares), pd.DataFrame(alike if len(layers) > 1 else []), axes=ax)
+        first = self.vectors[:, 0].float()
+        shares, cosines = basis_frames(self.layers or (0,), self.shares.float().numpy(), (first @ first.T).numpy())
+        return basis(shares, cosines, axes=ax)
 
     def plot_coordinates(self, runs: Mapping[str, Activations], layer: int, ax: Any = None) -> Any:
-        """Where the queries of some runs lie along the first direction of a layer, harmful against harmless (see `plots.coordinates`).
+        """Plot the coordinates of harmful and harmless queries along the first direction of a layer (see `plots.coordinates`).
 
         Args:
-            runs: Activations by the name that their panel gets.
-            layer: Which one to show.
-            ax: Where to draw, one axes per run; a new figure without it.
+            runs: The title of each panel -> its activations.
+            layer: The layer.
+            ax: The axes to draw on, one per panel; a new figure by default.
 
         Returns:
-            The axes, one per run. The midpoint of the class means is marked, where these are known.
+            The axes, one per panel. The midpoint of the class means is marked if the means are known.
 
         Raises:
-            MismatchError: States of another width or space, or of a model that the directions were not made for.
+            MismatchError: States have another width, come from another space, or from a model that the directions were not made for.
             NumericsError: There is no direction at the layer.
 
         Examples:
@@ -321,62 +309,30 @@ class Directions:
             >>> vlm.get_xlabel()
             'projection on $v_1$, layer 5'
         """
-        import pandas as pd
-
-        from guardlens.results import plots
+        from guardlens.results.plots.directions import coordinates, coordinates_frame
 
         self.require_some([layer])
         for run in runs.values():
             self.require_fit(run)
-        direction, threshold = self.at(layer)[0], float(self.midpoints[self.index(layer)])
-        rows = [
-            {"run": name, "label": query.label or "", "coordinate": float(value), "threshold": threshold}
-            for name, run in runs.items()
-            for query, value in zip(run.queries, run.at(layer).to(direction) @ direction, strict=True)
-        ]
-        return plots.coordinates(pd.DataFrame(rows), ax, name=f"projection on $v_1$, layer {layer}")
+        direction = self.at(layer)[0]
+        along = {name: (run.at(layer).to(direction) @ direction).float().numpy() for name, run in runs.items()}
+        labels = {name: [query.label or "" for query in run.queries] for name, run in runs.items()}
+        frame = coordinates_frame(along, labels, threshold=float(self.midpoints[self.index(layer)]))
+        return coordinates(frame, ax, name=f"projection on $v_1$, layer {layer}")
 
     def __repr__(self) -> str:
         where = "every layer" if self.layers is None else f"{len(self.layers)} layers"
         return f"Directions({self.method}, rank {self.rank}, {where}, d_model {self.d_model})"
 
     def _repr_html_(self) -> str:
-        apart = torch.einsum("ld,ld->l", self.harmful_mean - self.harmless_mean, self.vectors[:, 0])
-        rows = [
-            {"layer": "all" if self.layers is None else self.layers[i], "class means apart": float(apart[i]), "midpoint": float(midpoint)}
-            | {f"share of v{rank + 1}": float(share) for rank, share in enumerate(self.shares[i, : self.rank])}
-            for i, midpoint in enumerate(self.midpoints)
-        ]
+        layers = ["all"] if self.layers is None else self.layers
+        distances = torch.einsum("ld,ld->l", self.harmful_mean - self.harmless_mean, self.vectors[:, 0])
+        rows = []
+        for layer, distance, midpoint, shares in zip(layers, distances, self.midpoints, self.shares, strict=True):
+            row = {"layer": layer, "class means apart": float(distance), "midpoint": float(midpoint)}
+            rows.append(row | {f"share of v{rank + 1}": float(share) for rank, share in enumerate(shares[: self.rank])})
         made = notebooks.facts({"hook": self.hook, "model": self.provenance.model})
         return notebooks.captioned(repr(self), made, notebooks.table(rows))
 
 
 _TENSORS = ("vectors", "harmful_mean", "harmless_mean", "spectrum")
-
-
-def warn_of_own_queries(directions: Directions, queries: Sequence[Query]) -> None:
-    """Say so where directions are measured on the very queries that they were made from, which they separate better than others.
-
-    Warns:
-        UserWarning: As said.
-
-    Examples:
-        >>> directions.warn_of_own_queries(ssd, queries)  # quiet: made of other queries
-    """
-    known = set(directions.made_from)
-    own = sum(digest(query.text.encode()) in known for query in queries)
-    if own:
-        warn(
-            f"{own} of the {len(queries)} queries made the directions {directions.method!r}, which part these better than new ones: "
-            "measure them on other queries",
-        )
-
-
-def require_directions(directions: Any) -> None:
-    """Refuse what are no directions, and such as are zero at a layer.
-
-    Raises:
-        InterventionError, NumericsError: As said.
-    """
-    require_type(directions, Directions, InterventionError, "make directions of a vector of your own: directions.from_vectors(vector)")
-    directions.require_some()

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.directions import Directions
-from guardlens.directions.basis import require_directions
+from guardlens.directions.checks import require_directions
 from guardlens.errors import InterventionError, as_number, type_of
 from guardlens.hooks import Site
 from guardlens.interventions.edits import Affine, Custom, RelativeAdd, Swap

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guardlens.data.activations import Activations
 from guardlens.directions import Directions
-from guardlens.directions.basis import require_directions
+from guardlens.directions.checks import require_directions
 from guardlens.errors import InterventionError, MismatchError, NumericsError, SiteError, as_number, is_several, quoted, require_type
 from guardlens.hooks import axis_layers
 from guardlens.interventions.held_states import State, own_state, text_twin

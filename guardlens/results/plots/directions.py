@@ -1,6 +1,6 @@
 """Figures of directions: where queries lie along them, their spectrum, and how similar those of two layers are."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 else:
     Axes = DataFrame = Any  # lets a run-time type checker skip what is loaded lazily
+
+MOST_SHARES = 10
+"""Directions of each layer whose shares are drawn."""
 
 
 @style.styled
@@ -56,6 +59,26 @@ def coordinates(frame: DataFrame, axes: Axes | Iterable[Axes] | None = None, nam
         panels[0].figure.supylabel("queries in the bin (%)", fontsize=9.5, color=style.MUTED)
     style.add_legend(panels, style.label_handles(rows), own=axes is None)
     return panels
+
+
+def coordinates_frame(along: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], threshold: float) -> DataFrame:
+    """The frame for `coordinates`, from the coordinates and labels of the queries of each run."""
+    import pandas as pd
+
+    frames = [pd.DataFrame({"run": run, "label": labels[run], "coordinate": along[run], "threshold": threshold}) for run in along]
+    return pd.concat(frames, ignore_index=True)
+
+
+def basis_frames(layers: Sequence[int], shares: np.ndarray, cosines: np.ndarray) -> tuple[DataFrame, DataFrame]:
+    """The frames for `basis`, from shares per layer and direction and cosines per pair of layers. A single layer has no cosines."""
+    import pandas as pd
+
+    ranks = range(1, min(shares.shape[1], MOST_SHARES) + 1)
+    by_rank = pd.MultiIndex.from_product([layers, ranks], names=["layer", "index"])
+    by_layer = pd.MultiIndex.from_product([layers, layers], names=["layer", "other"])
+    share_frame = pd.DataFrame({"share": shares[:, : len(ranks)].ravel()}, index=by_rank).reset_index()
+    cosine_frame = pd.DataFrame({"value": cosines.ravel()}, index=by_layer).reset_index()
+    return share_frame, cosine_frame if len(layers) > 1 else cosine_frame.iloc[:0]
 
 
 @style.styled
