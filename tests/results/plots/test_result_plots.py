@@ -93,7 +93,7 @@ def test_directions_show_a_spectrum_and_cosines_where_there_are(results, vlm):
     )
     (only,) = ssd[3].plot()
     assert only.get_ylabel().startswith("share of squared")
-    with pytest.raises(NumericsError, match="without a spectrum and of a single layer"):
+    with pytest.raises(NumericsError, match="of a single layer and without a spectrum"):
         directions.diff_in_means(gl.collect(vlm, pairs))[3].plot()
 
 
