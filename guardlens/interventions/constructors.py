@@ -18,11 +18,11 @@ from guardlens.interventions.intervention import Intervention
 from guardlens.interventions.step import Step
 
 Reference = State | Tensor | float
-"""A held state; a vector of `d_model`, or one per layer; or 0, which takes the component away."""
+"""What a component is taken from: a held state; a vector of `d_model`, or one per layer; or 0, which takes the component away."""
 
 
 def project_out(directions: Directions) -> Intervention:
-    """h - h V^T V: the state without its component in the span of V (VLM-Guard's projection; directional ablation for rank 1).
+    """h - h V^T V: remove the state's component in the span of V (VLM-Guard's projection; directional ablation for rank 1).
 
     Examples:
         >>> site = gl.Site(layers=[5])
@@ -35,33 +35,35 @@ def project_out(directions: Directions) -> Intervention:
 
 
 def amplify(directions: Directions, alpha: float = 1.0) -> Intervention:
-    """h + alpha h V^T V: the component scaled by 1 + alpha; `amplify(V, -1)` is `project_out(V)`.
+    """h + alpha h V^T V: scale the component by 1 + alpha. `amplify(V, -1)` is `project_out(V)`.
 
     Examples:
         >>> iv.amplify(ssd, 2.0)
         amplify(ssd(rank=1), alpha=2).at(positions='last')
     """
-    vectors, alpha = _vectors(directions), _number(alpha=alpha)
+    vectors = _vectors(directions)
+    alpha = _number(alpha, "alpha")
     return _affine(f"amplify({directions.method}, alpha={alpha:g})", directions, down=vectors, up=alpha * vectors)
 
 
 def replace(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
-    """h (I - V^T V) + gain r V^T V: the component replaced by that of a reference, times a gain.
+    """h (I - V^T V) + gain r V^T V: replace the component by that of a reference, times a gain.
 
-    VLM-Guard's edit with r the text twin (the gain is its alpha); `gain=1` is `patch`, `gain=0` is `project_out`.
+    With the text twin as reference this is VLM-Guard's edit, whose alpha is the gain. `gain=1` is `patch`, and `gain=0` is `project_out`.
 
     Examples:
         >>> intervention = iv.replace(ssd, iv.text_twin).at(layers=7)
         >>> [model.generate(queries[1], grey, each).split()[0] for each in (iv.nothing, intervention)]
         ['sure', 'sorry']
     """
-    vectors, gain = _vectors(directions), _number(gain=gain)
+    vectors = _vectors(directions)
+    gain = _number(gain, "gain")
     name = f"replace({directions.method}, {_name(reference)}, gain={gain:g})"
     return _affine(name, directions, down=vectors, up=-vectors, reference=reference, gain=gain)
 
 
 def patch(directions: Directions, reference: Reference) -> Intervention:
-    """h + (r - h) V^T V: the component becomes that of a reference. Idempotent.
+    """h + (r - h) V^T V: replace the component by that of a reference. Idempotent.
 
     Examples:
         >>> site = gl.Site(layers=[5])
@@ -75,22 +77,23 @@ def patch(directions: Directions, reference: Reference) -> Intervention:
 
 
 def add_component(directions: Directions, reference: Reference, gain: float = 1.0) -> Intervention:
-    """h + gain r V^T V: a reference's component on top of the state's own.
+    """h + gain r V^T V: add a reference's component to the state's own.
 
     Examples:
         >>> iv.add_component(ssd, iv.text_twin, gain=0.5)
         add_component(ssd(rank=1), text_twin, gain=0.5).at(positions='last')
     """
-    none, gain = _vectors(directions)[:, :0], _number(gain=gain)
+    require_directions(directions)
+    gain = _number(gain, "gain")
     name = f"add_component({directions.method}, {_name(reference)}, gain={gain:g})"
-    return _affine(name, directions, down=none, up=none, reference=reference, gain=gain)
+    return _affine(name, directions, reference=reference, gain=gain)
 
 
 def add(directions: Directions, alpha: float = 1.0) -> Intervention:
-    """h + alpha v, with the unit vector v of each layer (rank 1).
+    """h + alpha v: add a multiple of the unit vector v of each layer (rank 1).
 
     Raises:
-        InterventionError: The directions have another rank than 1.
+        InterventionError: The rank of the directions is not 1.
 
     Examples:
         >>> site = gl.Site(layers=[5])
@@ -99,60 +102,68 @@ def add(directions: Directions, alpha: float = 1.0) -> Intervention:
         >>> torch.allclose(moved[:, 0], 4 * ssd.at(5), atol=1e-3)
         True
     """
-    none, vector, alpha = _vectors(directions)[:, :0], _single(directions), _number(alpha=alpha)
-    return _affine(f"add({directions.method}, alpha={alpha:g})", directions, down=none, up=none, shift=alpha * vector)
+    vector = _single(directions)
+    alpha = _number(alpha, "alpha")
+    return _affine(f"add({directions.method}, alpha={alpha:g})", directions, shift=alpha * vector)
 
 
 def add_relative(directions: Directions, alpha: float = 0.1) -> Intervention:
-    """h + alpha |h| v, with the unit vector v of each layer (rank 1).
+    """h + alpha |h| v: add a share of the state's norm along the unit vector v of each layer (rank 1).
 
     Raises:
-        InterventionError: The directions have another rank than 1.
+        InterventionError: The rank of the directions is not 1.
 
     Examples:
         >>> iv.add_relative(ssd, 0.1)  # a tenth of each state's norm
         add_relative(ssd(rank=1), alpha=0.1).at(positions='last')
     """
-    vector, alpha = _single(directions), _number(alpha=alpha)
+    vector = _single(directions)
+    alpha = _number(alpha, "alpha")
     label = f"add_relative({directions.method}, alpha={alpha:g})"
-    edit = RelativeAdd(label, directions.layers, vector, alpha, directions.provenance.model, hook=directions.hook)
+    edit = RelativeAdd(label, directions.layers, vector, alpha, model=directions.provenance.model, hook=directions.hook)
     return Intervention((Step(edit),))
 
 
 def linear(matrix: Float[Tensor, "d_model d_model"], alpha: float = 1.0) -> Intervention:
-    """h + alpha h M, the same matrix in every layer (a null-space map, an erasure, ...).
+    """h + alpha h M: add the product with a matrix (a null-space map, an erasure, ...), the same in every layer.
 
     Raises:
-        InterventionError: No square matrix.
-        NumericsError: NaN or infinity in it.
+        InterventionError: `matrix` is not a square matrix.
+        NumericsError: The matrix holds NaN or infinity.
 
     Examples:
         >>> halved = iv.linear(torch.eye(128), alpha=-0.5).at(layers=5)
         >>> halved
         linear(128 x 128, alpha=-0.5).at(layers=[5], positions='last')
     """
-    if not isinstance(matrix, Tensor | np.ndarray) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        found = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor | np.ndarray) else f"{type_of(matrix)}"
-        raise InterventionError(f"a matrix of {found}", "a square tensor, d_model by d_model", "hand in torch.eye(d_model) or its like")
-    matrix, alpha, width = _real(matrix), _number(alpha=alpha), len(matrix)
-    identity, none = torch.eye(width, dtype=matrix.dtype)[None], matrix.new_zeros(1, 0, width)
+    _require_square(matrix)
+    matrix = _real(matrix)
+    alpha = _number(alpha, "alpha")
+    width = len(matrix)
+    none = matrix.new_zeros(1, 0, width)
     edit = Affine(
-        f"linear({width} x {width}, alpha={alpha:g})", None, identity, alpha * matrix[None], none, none, matrix.new_zeros(1, width)
+        label=f"linear({width} x {width}, alpha={alpha:g})",
+        layers=None,
+        down=torch.eye(width, dtype=matrix.dtype)[None],
+        up=alpha * matrix[None],
+        held_down=none,
+        held_up=none,
+        shift=matrix.new_zeros(1, width),
     )
     return Intervention((Step(edit),))
 
 
 def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
-    """r: the held state in place of the state, at the hook and the positions where it is held (activation patching).
+    """r: put the held state in place of the state, at the hook and the positions where it is held (activation patching).
 
-    A reference without a hook of its own, such as `text_twin`, is held at whatever hook is edited: `swap(text_twin).at(hook="z")`.
+    A reference without a hook of its own, such as `text_twin`, is held at the hook that is edited: `swap(text_twin).at(hook="z")`.
 
     Args:
-        reference: What is put in, e.g. `State(presentation=text_only, hook="attn_out")`.
-        part: `(index, of)` puts in one of several equal stretches alone: `(3, 32)` is the fourth of 32 heads at the hook z.
+        reference: The state to put in, e.g. `State(presentation=text_only, hook="attn_out")`.
+        part: `(index, number)` puts in only one of a number of equal parts: `(3, 32)` is the fourth of 32 heads at the hook z.
 
     Raises:
-        InterventionError: The reference is no state, or there is no such part.
+        InterventionError: `reference` is not a `State`, or there is no such part.
 
     Examples:
         >>> iv.swap(iv.State(presentation=presentations.text_only, hook="z"), part=(3, 4)).at(layers=5).steps[0].site
@@ -163,15 +174,15 @@ def swap(reference: State, part: tuple[int, int] | None = None) -> Intervention:
 
 
 def custom(fn: Callable[[Tensor, Context], Tensor], requires: tuple[State, ...] = (), name: str = "") -> Intervention:
-    """Any function `(states, context) -> states` of the tensor `state d_model`.
+    """Make any function `(states, context) -> states` of the tensor `state d_model` an intervention.
 
     Args:
-        fn: Receives exactly the states that the site selects, never padding. Soft or per-state gates live in here.
+        fn: The function. It receives exactly the states that the site selects, never padding. Soft or per-state gates are written in it.
         requires: The held states that it asks for with `context.held(state)`.
-        name: What stands for the function in fingerprints, so that runs with `out=` know it again. Give another name to another function.
+        name: Stands for the function in fingerprints, which runs with `out=` need. Give every function its own name.
 
     Raises:
-        InterventionError: What is no function, requires anything but states, or a name that is no text.
+        InterventionError: `fn` is not a function, `requires` holds something other than states, or `name` is not text.
 
     Examples:
         >>> def half(states, context):
@@ -188,72 +199,102 @@ def _affine(
     label: str,
     directions: Directions,
     *,
-    down: Tensor,
-    up: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
     reference: Reference = 0.0,
     gain: float = 0.0,
     shift: Tensor | None = None,
 ) -> Intervention:
+    """Make an affine edit of directions: h + h down^T up + gain r V^T V + shift, where r is the reference."""
     vectors = directions.vectors
     none = vectors[:, :0]
-    held = reference if isinstance(reference, State) else None
+    is_held = isinstance(reference, State)
     if shift is None:
-        shift = torch.zeros_like(vectors[:, 0]) if held else gain * _component(vectors, reference)  # type: ignore[arg-type]
-    held_down, held_up = (vectors, gain * vectors) if held else (none, none)
-    model, hook = directions.provenance.model, directions.hook
-    edit = Affine(label, directions.layers, down, up, held_down, held_up, shift, held, model, hook)
+        shift = torch.zeros_like(vectors[:, 0]) if is_held else gain * _component(vectors, reference)
+    edit = Affine(
+        label=label,
+        layers=directions.layers,
+        down=none if down is None else down,
+        up=none if up is None else up,
+        held_down=vectors if is_held else none,
+        held_up=gain * vectors if is_held else none,
+        shift=shift,
+        held=reference if is_held else None,
+        model=directions.provenance.model,
+        hook=directions.hook,
+    )
     return Intervention((Step(edit),))
 
 
 def _component(vectors: Float[Tensor, "layer rank d"], reference: Tensor | float) -> Float[Tensor, "layer d"]:
-    (layers, _, width), each = vectors.shape, _real(reference)
-    if each.shape not in ((), (width,), (layers, width)):
+    """Return a constant reference's component in the span of the vectors of each layer."""
+    layers, _, width = vectors.shape
+    constant = _real(reference)
+    if constant.shape not in ((), (width,), (layers, width)):
         raise InterventionError(
-            f"a reference of shape {tuple(each.shape)}",
+            f"a reference of shape {tuple(constant.shape)}",
             f"a vector of width {width}, {layers} of them, one per layer, or 0",
             "take a class mean of the same directions, such as directions.harmless_mean",
         )
-    if not each.ndim and each:
+    if not constant.ndim and constant:
         raise InterventionError(
-            f"the number {each:g} as a reference, which is no state",
+            f"the number {constant:g} as a reference, which is no state",
             "a vector, or 0 for none",
             "for a coordinate, say number * directions.at(layer)[0]",
         )
-    constant = each.to(vectors).expand(layers, width)
-    return torch.einsum("ld,lrd,lre->le", constant, vectors, vectors)
+    per_layer = constant.to(vectors).expand(layers, width)
+    return torch.einsum("ld,lrd,lre->le", per_layer, vectors, vectors)
 
 
 def _vectors(directions: Any) -> Float[Tensor, "layer rank d"]:
+    """Return the vectors of usable directions."""
     require_directions(directions)
     return directions.vectors
 
 
 def _single(directions: Directions) -> Float[Tensor, "layer d"]:
+    """Return the only vector of each layer.
+
+    Raises:
+        InterventionError: The rank of the directions is not 1.
+    """
     vectors = _vectors(directions)
     if directions.rank != 1:
         raise InterventionError(f"{directions.rank} directions per layer", "one", "take the first with directions.truncate(1)")
     return vectors[:, 0]
 
 
-def _number(**named: Any) -> float:
-    """The one number that is named, as Python's own."""
-    ((name, value),) = named.items()
+def _number(value: Any, name: str) -> float:
     return as_number(value, name, InterventionError, "give a number, such as 1.0")
 
 
+def _require_square(matrix: Any) -> None:
+    if isinstance(matrix, Tensor | np.ndarray) and matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]:
+        return
+    found = f"shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor | np.ndarray) else type_of(matrix)
+    raise InterventionError(f"a matrix of {found}", "a square tensor, d_model by d_model", "pass torch.eye(d_model) or its like")
+
+
 def _real(values: Any) -> Tensor:
-    """A number, an array or a tensor as a tensor of floating-point numbers."""
+    """Return a number, an array or a tensor as a tensor of floating-point numbers."""
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
-        raise InterventionError(type_of(values), "numbers: one, a vector, or a vector per layer", "hand in a tensor") from None
+        expected = "numbers: one, a vector, or a vector per layer"
+        raise InterventionError(type_of(values), expected, "pass a tensor") from None
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
 def _name(reference: Any) -> str:
+    """Return how a reference is called in the label of an edit.
+
+    Raises:
+        InterventionError: The value is not a reference.
+    """
     if isinstance(reference, State):
         named = {text_twin: "text_twin", own_state: "own_state"}
         return named.get(reference, str(reference))
     if isinstance(reference, Tensor | np.ndarray) and reference.ndim:
         return "constant"
-    return f"{as_number(reference, 'reference', InterventionError, 'take interventions.text_twin, a State, a number or a class mean'):g}"
+    next_step = "take interventions.text_twin, a State, a number or a class mean"
+    return f"{as_number(reference, 'reference', InterventionError, next_step):g}"

@@ -1,6 +1,6 @@
-"""The algebra: an intervention is a sequence of steps (edit, site, gate, phase, strength), changed by modifiers and joined by `>>`."""
+"""The algebra: an intervention is a sequence of steps, changed by modifiers and joined by `>>`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,26 @@ import torch
 
 from guardlens.errors import InterventionError, MismatchError, as_number, require_type, type_of
 from guardlens.hooks import HOOKS, Layers, Positions, Site, as_layers, require_same_space
-from guardlens.interventions.edits import Affine, Placebo
-from guardlens.interventions.gates import AllOf, AnyOf, Gate, Linear, Not
+from guardlens.interventions.edits import Placebo
+from guardlens.interventions.gates.base import Gate, require_gate
 from guardlens.interventions.held_states import State, resolved, source_of
 from guardlens.interventions.serialization import fingerprint, load, save
-from guardlens.interventions.step import Phase, Step, require_gate, require_phase, require_writable
+from guardlens.interventions.step import Phase, Step, require_phase, require_writable
 from guardlens.results.notebook_html import captioned, span, table
 from guardlens.results.provenance import require_same_model
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """An intervention of edits: immutable, composable, printable, savable.
+    """A sequence of steps: immutable, and easy to compose, print and save.
 
-    Every modifier returns a new intervention, applies to all its steps, and changes only what it is given.
+    Every modifier returns a new intervention, applies to all steps, and changes only what it is given.
+
+    Attributes:
+        steps: The steps, in the order in which they are made where their sites meet.
+
+    Raises:
+        InterventionError: `steps` is not a tuple, or holds something other than steps.
 
     Examples:
         >>> intervention = guard.at(layers=[5, 6]) >> iv.add(ssd, 2.0).at(layers=7).during("decode")
@@ -42,43 +48,48 @@ class Intervention:
             raise InterventionError(type_of(self.steps), "steps in a tuple", "say Intervention((step,))")
         object.__setattr__(self, "steps", tuple(self.steps))
         for step in self.steps:
-            require_type(step, Step, InterventionError, "hand in steps; interventions are joined with >>")
+            require_type(step, Step, InterventionError, "pass steps; interventions are joined with >>")
 
     def at(self, *, hook: str | None = None, layers: Layers | None = None, positions: Positions | None = None) -> "Intervention":
-        """Move all steps: to another hook, to these layers, to these positions.
+        """Move all steps to another hook, to these layers, or to these positions.
 
-        A full hook name says the layer, too; a hook that is in no block has none.
+        A full hook name such as `"blocks.5.hook_resid_post"` names the layer, too. A hook outside the layers has none.
 
         Raises:
-            SiteError: Unknown hook or positions, or layers that are none or contradict the hook's name.
+            SiteError: The hook, a layer or the positions are unknown, or the layers contradict the hook's name.
             InterventionError: The hook can only be read.
         """
-        place = Site("resid_post" if hook is None else hook, as_layers(layers), "last" if positions is None else positions)
-        require_writable(place.hook if hook is None else hook)
-        moved = {"hook": hook is not None, "positions": positions is not None}
-        moved["layers"] = place.layers is not None or not HOOKS[place.hook].layered
-        changes = {name: getattr(place, name) for name, given in moved.items() if given}
+        given_hook = "resid_post" if hook is None else hook
+        given_positions = "last" if positions is None else positions
+        target = Site(given_hook, as_layers(layers), given_positions)
+        require_writable(given_hook)
+        changes: dict[str, Any] = {}
+        if hook is not None:
+            changes["hook"] = target.hook
+        if target.layers is not None or not HOOKS[target.hook].layered:
+            changes["layers"] = target.layers
+        if positions is not None:
+            changes["positions"] = target.positions
         return self._each(lambda step: replace(step, site=replace(step.site, **changes)))
 
     def when(self, gate: Gate) -> "Intervention":
         """Put all steps under a gate.
 
         Raises:
-            InterventionError: A step has one already, or this is no gate.
+            InterventionError: A step has a gate already, or `gate` is not a gate.
         """
         require_gate(gate)
         gated = next((step for step in self.steps if step.gate is not None), None)
         if gated is not None:
-            raise InterventionError(
-                f"a second gate on {gated!r}", "one gate per step", "combine gates with &, | and ~, then call .when once"
-            )
+            next_step = "combine gates with &, | and ~, then call .when once"
+            raise InterventionError(f"a second gate on {gated!r}", "one gate per step", next_step)
         return self._each(lambda step: replace(step, gate=gate))
 
     def during(self, phase: Phase) -> "Intervention":
         """Edit in the prefill (the default), in the decode steps, or always.
 
         Raises:
-            InterventionError: Another word.
+            InterventionError: `phase` is none of these words.
         """
         require_phase(phase)
         return self._each(lambda step: replace(step, phase=phase))
@@ -87,49 +98,55 @@ class Intervention:
         """Multiply all strengths.
 
         Raises:
-            InterventionError: No finite number.
+            InterventionError: `strength` is not a finite number.
         """
-        by = as_number(strength, "strength", InterventionError, "say .scaled(0.5)")
-        return self._each(lambda step: replace(step, strength=step.strength * by))
+        factor = as_number(strength, "strength", InterventionError, "say .scaled(0.5)")
+        return self._each(lambda step: replace(step, strength=step.strength * factor))
 
     def placebo(self, seed: int = 0) -> "Intervention":
-        """The same intervention with every edit turned into random directions of equal norm: the control of any claim about it.
+        """Return the control of any claim about this intervention: the same displacements, of equal norm, in random directions.
 
         Raises:
-            InterventionError: A seed that is no whole number from 0 up.
+            InterventionError: `seed` is not a whole number from 0 up.
         """
         return self._each(lambda step: replace(step, edit=Placebo(step.edit, seed)))
 
     def __rshift__(self, after: "Intervention") -> "Intervention":
-        """First this intervention, then `after`. Associative; the order matters only where their sites meet.
+        """Make this intervention first, then `after`. Associative; the order matters only where their sites meet.
 
         Raises:
-            InterventionError: `after` is no intervention.
+            InterventionError: `after` is not an intervention.
         """
         require_intervention(after)
         return Intervention(self.steps + after.steps)
 
     @property
     def free(self) -> bool:
-        """Whether some step has no layers yet."""
+        """Whether a step has no layers yet."""
         return any(step.site.free for step in self.steps)
 
     def placed(self, layers: Layers, strength: float = 1.0) -> "Intervention":
-        """Put the free steps at these layers and scale them; the others stay as they are."""
-        where, by = as_layers(layers), as_number(strength, "strength", InterventionError, "say placed(layers, 0.5)")
+        """Put the free steps at these layers and multiply their strength; the other steps stay as they are.
+
+        Raises:
+            SiteError: `layers` holds something other than layers, or nothing.
+            InterventionError: `strength` is not a finite number.
+        """
+        at_layers = as_layers(layers)
+        factor = as_number(strength, "strength", InterventionError, "say placed(layers, 0.5)")
 
         def place(step: Step) -> Step:
             if not step.site.free:
                 return step
-            return replace(step, site=replace(step.site, layers=where), strength=step.strength * by)
+            return replace(step, site=replace(step.site, layers=at_layers), strength=step.strength * factor)
 
         return self._each(place)
 
     def requires(self, n_layers: int) -> dict[State, set[int | None]]:
-        """Every held state that the intervention asks for, with the layers it is read at.
+        """Return every held state that the intervention asks for, with the layers at which it is read.
 
         Raises:
-            InterventionError: A step asks for a state of this run that comes after it.
+            InterventionError: A step asks for a state of this run that comes after the step.
         """
         wanted: dict[State, set[int | None]] = {}
         for step in self.steps:
@@ -145,50 +162,56 @@ class Intervention:
                     wanted.setdefault(resolved(state, point), set()).add(source.layer)
         return wanted
 
-    def check(self, models: tuple[str, ...], n_layers: int, widths: Mapping[str, int]) -> None:
-        """Refuse an intervention that does not fit a model, or that model and the LLM beside it.
+    def require_fit(self, models: tuple[str, ...], n_layers: int, widths: Mapping[str, int]) -> None:
+        """Require that the intervention fits a model, or a model and the LLM beside it.
+
+        Args:
+            models: Their ids.
+            n_layers: How many layers they have.
+            widths: The width of each kind of hook, as `Hook.width` names them.
 
         Raises:
-            MismatchError: Its directions are another model's, were read in another space, or have another width.
-            SiteError: It has a layer that the model has not.
-            InterventionError: It asks for a state that comes too late.
+            MismatchError: Its directions come from another model or another space, or have another width.
+            SiteError: The model has no such layer.
+            InterventionError: A step asks for a state of this run that comes after the step.
         """
         for step in self.steps:
-            edit = step.edit.edit if isinstance(step.edit, Placebo) else step.edit
-            if step.gate is not None:
-                require_same_model(f"the directions of {step.gate!r}", step.gate.model, *models)
-            met = [(edit, step.site.hook), *((edit, state.hook) for state in edit.requires if state.hook)]
-            for owner, hook in (*met, *((gate, gate.seen.hook or "") for gate in _gates(step.gate))):
-                require_same_model(f"the directions of {owner!r}", owner.model, *models)
-                require_same_space(f"{owner!r}, with directions", getattr(owner, "hook", ""), hook)
-                needed = widths.get(HOOKS[hook].width)
-                width = getattr(owner, "d_model", needed)
-                if needed is not None and width != needed:
-                    raise MismatchError(
-                        f"{owner!r} of width {width} at {hook}", f"width {needed}, the model's", "collect with this model, at this hook"
-                    )
+            for part in step.parts:
+                require_same_model(f"the directions of {part!r}", part.model, *models)
+                for hook in step.hooks_of(part):
+                    require_same_space(f"{part!r}, with directions", part.hook, hook)
+                    width = widths.get(HOOKS[hook].width)
+                    if width is not None and part.d_model not in (None, width):
+                        raise MismatchError(
+                            f"{part!r} of width {part.d_model} at {hook}",
+                            f"width {width}, the model's",
+                            "collect with this model, at this hook",
+                        )
         self.requires(n_layers)
 
     def to(self, device: torch.device) -> "Intervention":
-        """With the factors of its linear edits on a device."""
+        """Return the intervention with the tensors of its edits and gates on a device."""
 
-        def move(edit: Any) -> Any:
-            if isinstance(edit, Placebo):
-                return replace(edit, edit=move(edit.edit))
-            return edit.to(device) if isinstance(edit, Affine) else edit
+        def move(step: Step) -> Step:
+            gate = None if step.gate is None else step.gate.to(device)
+            return replace(step, edit=step.edit.to(device), gate=gate)
 
-        return self._each(lambda step: replace(step, edit=move(step.edit)))
+        return self._each(move)
 
     @property
     def fingerprint(self) -> str:
-        """Equal for interventions that do the same by the same numbers; a loaded intervention has that of the saved one."""
+        """A digest that is equal for interventions that do the same with the same numbers, saved and loaded ones included.
+
+        Raises:
+            StorageError: A custom function has no name.
+        """
         return fingerprint(self)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file.
 
         Raises:
-            StorageError: A custom edit is in it.
+            StorageError: The intervention has a custom edit, or the file cannot be written.
         """
         save(self, path)
 
@@ -197,7 +220,7 @@ class Intervention:
         """Read what `save` wrote.
 
         Raises:
-            StorageError: Not such a file.
+            StorageError: The file cannot be read, or holds something other than an intervention.
         """
         return load(path)
 
@@ -208,6 +231,8 @@ class Intervention:
         return " >> ".join(map(repr, self.steps)) or "nothing"
 
     def _repr_html_(self) -> str:
+        if not self.steps:
+            return captioned(repr(self))
         rows = [
             {
                 "edit": repr(step.edit),
@@ -221,21 +246,17 @@ class Intervention:
             for step in self.steps
         ]
         steps = "1 step" if len(rows) == 1 else f"{len(rows)} steps"
-        return captioned(f"Intervention({steps})", table(rows)) if rows else captioned(repr(self))
+        return captioned(f"Intervention({steps})", table(rows))
 
 
 def require_intervention(intervention: Any) -> None:
-    """Refuse what is no intervention, such as a defence.
+    """Require an intervention.
 
     Raises:
-        InterventionError: As said.
+        InterventionError: The value is not an intervention: a defence or an edit, say.
     """
-    require_type(
-        intervention,
-        Intervention,
-        InterventionError,
-        "take a defence's .intervention, and show the queries with its .present(presentation)",
-    )
+    next_step = "take a defence's .intervention, and show the queries with its .present(presentation)"
+    require_type(intervention, Intervention, InterventionError, next_step)
 
 
 nothing = Intervention()
@@ -245,14 +266,3 @@ Examples:
     >>> iv.nothing.steps, (iv.nothing >> guard).fingerprint == guard.fingerprint
     ((), True)
 """
-
-
-def _gates(gate: Gate | None) -> Iterator[Linear]:
-    """The linear gates that a gate is made of."""
-    if isinstance(gate, AllOf | AnyOf):
-        for inner in gate.gates:
-            yield from _gates(inner)
-    elif isinstance(gate, Not):
-        yield from _gates(gate.gate)
-    elif isinstance(gate, Linear):
-        yield gate

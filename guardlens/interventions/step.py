@@ -1,4 +1,4 @@
-"""One step of an intervention: an edit, and where, when, for which queries and how strongly it is made."""
+"""One step of an intervention: which edit to make, where, for which queries, in which phase, and how strongly."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from guardlens.errors import InterventionError, as_number, one_of, quoted, require_type
 from guardlens.hooks import BLOCKS, HOOKS, Site, parse
 from guardlens.interventions.edits import Edit, require_edit
-from guardlens.interventions.gates import Gate
+from guardlens.interventions.gates.base import Gate, require_gate
 from guardlens.interventions.held_states import State
 
 Phase = Literal["prefill", "decode", "always"]
@@ -20,17 +20,17 @@ Examples:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One edit somewhere.
+    """One edit at one site.
 
     Attributes:
-        edit: The map.
-        site: Where; no layers means every layer, and a sweep may choose.
-        gate: For which queries; None for all.
-        phase: In the prefill, in the decode steps (each new token), or both.
+        edit: The map of the states.
+        site: Where the edit is made. A site without layers means every layer, and a sweep may choose among them.
+        gate: For which queries the edit is made; None for all.
+        phase: Whether it is made in the prefill, in the decode steps (each new token), or both.
         strength: s of h + s (edit(h) - h); 0 leaves the state untouched.
 
     Raises:
-        InterventionError: One of these is something else, or the site's hook can only be read.
+        InterventionError: An attribute has another type or an unknown value, or the site's hook can only be read.
 
     Examples:
         >>> step = guard.at(layers=[5, 6]).scaled(0.5).steps[0]
@@ -55,44 +55,45 @@ class Step:
 
     @property
     def requires(self) -> tuple[State, ...]:
-        """The states that the edit and the gate ask for."""
-        return self.edit.requires + (() if self.gate is None else self.gate.requires)
+        """The held states that the edit and the gate ask for."""
+        of_gate = () if self.gate is None else self.gate.requires
+        return self.edit.requires + of_gate
+
+    @property
+    def parts(self) -> tuple[Edit | Gate, ...]:
+        """The edit, and the gates that its gate combines: whatever may have been made from a model's states."""
+        gates = () if self.gate is None else self.gate.parts
+        return (self.edit, *gates)
+
+    def hooks_of(self, part: Edit | Gate) -> tuple[str, ...]:
+        """The hooks at which a part of this step meets states: those of its held states, and for an edit the site's."""
+        held = tuple(state.hook for state in part.requires if state.hook is not None)
+        return (self.site.hook, *held) if part is self.edit else held
 
     def __repr__(self) -> str:
-        site, parts = self.site, [repr(self.edit)]
-        where = f"hook={site.hook!r}, " if site.hook != "resid_post" else ""
-        where += f"layers={list(site.layers)}, " if site.layers is not None else ""
-        parts.append(f".at({where}positions={site.positions!r})")
-        parts += [f".when({self.gate!r})"] if self.gate is not None else []
-        parts += [f".during({self.phase!r})"] if self.phase != "prefill" else []
-        parts += [f".scaled({self.strength:g})"] if self.strength != 1 else []
-        return "".join(parts)
-
-
-def require_gate(gate: Any) -> None:
-    """Refuse what is no gate.
-
-    Raises:
-        InterventionError: As said.
-    """
-    require_type(gate, Gate, InterventionError, "make one, as in gates.harmful(directions); leave .when out for all queries")
+        hook = "" if self.site.hook == "resid_post" else f"hook={self.site.hook!r}, "
+        layers = "" if self.site.layers is None else f"layers={list(self.site.layers)}, "
+        gate = "" if self.gate is None else f".when({self.gate!r})"
+        phase = "" if self.phase == "prefill" else f".during({self.phase!r})"
+        strength = "" if self.strength == 1 else f".scaled({self.strength:g})"
+        return f"{self.edit!r}.at({hook}{layers}positions={self.site.positions!r}){gate}{phase}{strength}"
 
 
 def require_phase(phase: Any) -> None:
-    """Refuse what is no phase.
+    """Require a phase.
 
     Raises:
-        InterventionError: As said.
+        InterventionError: The value is not one of the words of `Phase`.
     """
     if not one_of(phase, get_args(Phase)):
-        raise InterventionError(f"the phase {quoted(phase)}", "'prefill', 'decode' or 'always'", "choose one of them")
+        raise InterventionError(f"the phase {quoted(phase)}", "'prefill', 'decode' or 'always'", "say .during('always') for both")
 
 
 def require_writable(hook: str) -> None:
-    """Refuse a hook that can only be read.
+    """Require a hook whose value can be replaced.
 
     Raises:
-        InterventionError: As said.
+        InterventionError: The hook can only be read.
     """
     if not HOOKS[parse(hook).hook].writable:
         writable = ", ".join(other.name for other in HOOKS.values() if other.writable and other.width and other.stage == BLOCKS)

@@ -221,7 +221,7 @@ def _generate(model: HookedModel) -> tuple[bool, str]:
     steps: list[int] = []
 
     def note(states: torch.Tensor, context: iv.Context) -> torch.Tensor:
-        steps.append(context.step)
+        steps.append(context.decode_step)
         return states
 
     model.generate(_prompts(model), intervention=iv.custom(note).at(layers=[0]).during("always"), max_new_tokens=4)

@@ -353,7 +353,7 @@ class HookedModel:
         models = self.ids
         for intervention in interventions:
             require_intervention(intervention)
-            intervention.check(models, self.cfg.n_layers, self.cfg.widths)
+            intervention.require_fit(models, self.cfg.n_layers, self.cfg.widths)
             for site in (*(step.site for step in intervention.steps), *read):
                 for point in site.points(self.cfg.n_layers):
                     self.cfg.locate(point)

@@ -105,7 +105,7 @@ def test_every_file_is_there_and_whole(made, subject):
         assert (out / f"{name}.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")
     assert [path.name for path in out.iterdir() if path.name.endswith(".partial")] == []
     guard = Intervention.load(out / "guard.safetensors")
-    guard.check((subject.model.id,), subject.model.cfg.n_layers, subject.model.cfg.widths)
+    guard.require_fit((subject.model.id,), subject.model.cfg.n_layers, subject.model.cfg.widths)
     assert not guard.free
 
 

@@ -102,12 +102,12 @@ def test_refusals():
         iv.project_out(V).at(hook="resid_pots")
 
 
-class TestCheck:
+class TestRequireFit:
     def test_other_model_names_both(self):
         for intervention in (iv.project_out(V), iv.project_out(V).placebo(), iv.custom(lambda h, c: h).when(~GATE)):
-            intervention.check(("same@1",), 4, {"d_model": 6})
+            intervention.require_fit(("same@1",), 4, {"d_model": 6})
             with pytest.raises(errors.MismatchError, match=r"of the model mine@1\.\nExpected those of theirs@2\.\nNext: collect"):
-                intervention.check(("theirs@2",), 4, {"d_model": 6})
+                intervention.require_fit(("theirs@2",), 4, {"d_model": 6})
 
     def test_gates_of_two_models_cannot_be_joined(self):
         with pytest.raises(errors.MismatchError, match=r"of the model theirs@2.\nExpected those of mine@1"):
@@ -116,9 +116,9 @@ class TestCheck:
     def test_width_and_layer(self):
         for intervention in (iv.linear(torch.eye(6)), iv.linear(torch.eye(6)).placebo()):
             with pytest.raises(errors.MismatchError, match=r"of width 6 at resid_post.\nExpected width 8, the model's"):
-                intervention.check(("",), 4, {"d_model": 8})
+                intervention.require_fit(("",), 4, {"d_model": 8})
         with pytest.raises(errors.SiteError, match=r"Found layer 4.\nExpected a layer from 0 to 3"):
-            iv.linear(torch.eye(6)).at(layers=[4]).check(("",), 4, {"d_model": 6})
+            iv.linear(torch.eye(6)).at(layers=[4]).require_fit(("",), 4, {"d_model": 6})
 
 
 class TestSpaces:
@@ -140,14 +140,14 @@ class TestSpaces:
     )
     def test_other_spaces_are_refused(self, intervention, found):
         with pytest.raises(errors.MismatchError, match=rf"{found}\.\nExpected one space.*\nNext: collect"):
-            intervention.check(("mine@1",), 2, self.WIDTHS)
+            intervention.require_fit(("mine@1",), 2, self.WIDTHS)
 
     def test_one_space_passes(self):
         gate = gates.harmful(self.OF_ATTENTION, state=iv.State(text_only, "embed"))
         for hook in ("embed", "resid_pre", "attn_out", "mlp_out", "resid_post"):
-            iv.patch(V, iv.text_twin).when(gate).at(hook=hook).check(("mine@1",), 2, self.WIDTHS)
-        iv.patch(self.OF_Z, iv.own_state).when(gates.harmful(self.OF_Z)).at(hook="z").check(("mine@1",), 2, self.WIDTHS)
-        iv.linear(torch.eye(6)).at(hook="z").check(("mine@1",), 2, self.WIDTHS)
+            iv.patch(V, iv.text_twin).when(gate).at(hook=hook).require_fit(("mine@1",), 2, self.WIDTHS)
+        iv.patch(self.OF_Z, iv.own_state).when(gates.harmful(self.OF_Z)).at(hook="z").require_fit(("mine@1",), 2, self.WIDTHS)
+        iv.linear(torch.eye(6)).at(hook="z").require_fit(("mine@1",), 2, self.WIDTHS)
 
     def test_maps_of_two_spaces_are_not_folded(self):
         first, second = (iv.project_out(basis).steps[0].edit for basis in (V, self.OF_Z))
@@ -178,7 +178,7 @@ def test_a_file_from_before_directions_had_a_hook_is_read(tmp_path):
 
     save_tensors(tmp_path / "old", "intervention", tensors, aged(header))
     old = Intervention.load(tmp_path / "old")
-    old.check(("mine@1",), 2, {"d_model": 6})
+    old.require_fit(("mine@1",), 2, {"d_model": 6})
     assert old.requires(2) == intervention.requires(2) and repr(old.steps[1]) == repr(intervention.steps[1])
     assert [step.edit.hook for step in old.steps] == ["", ""] and old.steps[0].gate.hook == ""
 
@@ -357,12 +357,12 @@ def test_files_hold_data_only(tmp_path):
         assert json.loads(file.metadata()["guardlens"])["kind"] == "intervention"
 
 
-def test_check_refuses_a_gate_and_a_relative_edit_of_another_width():
+def test_require_fit_refuses_a_gate_and_a_relative_edit_of_another_width():
     V = make_directions()
     narrow = iv.custom(lambda states, context: states).when(gates.harmful(V))
     for intervention in (narrow, iv.add_relative(V.truncate(1))):
         with pytest.raises(errors.MismatchError, match=f"of width {V.d_model}"):
-            intervention.check(("",), 99, {"d_model": V.d_model + 1})
+            intervention.require_fit(("",), 99, {"d_model": V.d_model + 1})
 
 
 def test_fingerprint_of_half_precision_factors():

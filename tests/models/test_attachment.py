@@ -500,7 +500,7 @@ class TestHandle:
         fails = [True]
 
         def edit(states, context):
-            if fails[0] and context.step == at:
+            if fails[0] and context.decode_step == at:
                 raise kind("mine")
             return states + 12 * basis.at(6)[0]
 
@@ -711,7 +711,7 @@ class TestWhatRuns:
     @pytest.mark.parametrize("at", [0, 2])
     def test_nan_and_infinity(self, hf_vlm, batch, attach, at):
         def poison(states, context):
-            return torch.where((context.query == 1)[:, None] & (context.step == at), states / 0, states)
+            return torch.where((context.query == 1)[:, None] & (context.decode_step == at), states / 0, states)
 
         attach(iv.custom(poison).at(layers=[4]).during("always"))
         with pytest.raises(errors.NumericsError, match=r"blocks.4.hook_resid_post after the edit custom\(.*poison\), query 'row 1'"):

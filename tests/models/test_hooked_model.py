@@ -204,7 +204,7 @@ def test_decode_edits_meet_every_step(vlm, batch):
     steps = []
 
     def note(states, context):
-        steps.append(context.step)
+        steps.append(context.decode_step)
         return states
 
     tokens = vlm.run(batch, iv.custom(note).at(layers=[1]).during("always"), new_tokens=7).tokens
@@ -215,7 +215,7 @@ def test_gate_is_latched_for_decode_steps(vlm, batch, basis):
     calls = []
 
     def note(states, context):
-        calls.append((context.step, context.query.tolist()))
+        calls.append((context.decode_step, context.query.tolist()))
         return states + 12 * basis.at(6)[0]
 
     states = vlm.run(vlm.batch(TEXTS), read=[Site()], logits=None).reads[Site()][0, :, 6] @ basis.at(6)[0]
@@ -480,7 +480,7 @@ def test_generation_that_ends_early_keeps_its_edits_and_warns_of_nothing():
     steps = []
 
     def note(states, context):
-        steps.append(context.step)
+        steps.append(context.decode_step)
         return states
 
     plain = organism.run(batch, new_tokens=16).tokens[0]

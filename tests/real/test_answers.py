@@ -87,7 +87,7 @@ def test_each_new_token_is_edited_once(model, batch, ssd, middle):
     seen = []
 
     def note(states, context):
-        seen.append((context.step, tuple(states.shape)))
+        seen.append((context.decode_step, tuple(states.shape)))
         return states
 
     intervention = iv.custom(note).at(layers=[middle], positions=(2, 5)).during("always")

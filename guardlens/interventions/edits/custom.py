@@ -7,21 +7,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.errors import InterventionError, is_several, quoted, require_type, type_of
+from guardlens.interventions.edits.base import Universal
 from guardlens.interventions.held_states import Context, State
 
 
 @dataclass(frozen=True, eq=False)
-class Custom:
-    """Any function of states and context. It can't be saved.
+class Custom(Universal):
+    """Any function of states and context. It cannot be saved.
 
     Attributes:
         fn: The function.
-        requires: The held states that it asks for.
+        requires: The held states that it asks its context for.
         model: The model that it was made for; empty for any.
-        name: What stands for the function in fingerprints: another name for whatever does something else. Empty for no fingerprint.
+        name: Stands for the function in `Intervention.fingerprint`, which raises an error if it is empty. Two functions of one name have
+            one fingerprint. Runs with `out=` also compare the code of the function, so they notice a changed function under an old name.
 
     Raises:
-        InterventionError: What is no function, requires anything but states, or a name that is no text.
+        InterventionError: `fn` is not a function, `requires` holds something other than states, or `name` is not text.
 
     Examples:
         >>> iv.custom(lambda states, context: states * 0.5).steps[0].edit.requires
@@ -36,7 +38,8 @@ class Custom:
     def __post_init__(self) -> None:
         require_type(self.name, str, InterventionError, "say name='...'")
         if not callable(self.fn) or isinstance(self.fn, type):
-            raise InterventionError(type_of(self.fn), "a function (states, context) -> states", "hand in a function, or an object to call")
+            next_step = "pass a function, or an object that can be called"
+            raise InterventionError(type_of(self.fn), "a function (states, context) -> states", next_step)
         if not is_several(self.requires):
             raise InterventionError(f"requires={quoted(self.requires)}", "states in a tuple", "say requires=(state,)")
         object.__setattr__(self, "requires", tuple(self.requires))
@@ -44,7 +47,8 @@ class Custom:
             require_type(state, State, InterventionError, "name states in requires=, as in requires=(interventions.text_twin,)")
 
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
-        # Copies: a function that works in place must not change what the edit is compared with, nor whose states these are.
+        # The function gets copies: if it works in place, it must change neither the states that the result is compared with nor the
+        # indices of their queries.
         return self.fn(states.clone(), replace(context, query=context.query.clone()))
 
     def __repr__(self) -> str:

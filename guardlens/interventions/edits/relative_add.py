@@ -1,24 +1,33 @@
-"""Adding a vector in units of the norm of each state."""
+"""Addition of a vector whose length is a share of each state's norm."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guardlens.errors import InterventionError, SiteError, as_number
-from guardlens.hooks import axis_layers
+from guardlens.errors import InterventionError, as_number
+from guardlens.hooks import layer_index
 from guardlens.interventions.held_states import Context, State
-from guardlens.interventions.layered import precise, require_factors
+from guardlens.interventions.layered import layer_axis, on_device, precise, require_factors
 
 
 @dataclass(frozen=True, eq=False)
 class RelativeAdd:
-    """h -> h + alpha |h| v, with a unit vector v of each layer.
+    """h -> h + alpha |h| v, with one unit vector v per layer.
+
+    Attributes:
+        label: How the edit was made, for `repr`.
+        layers: The layer of each vector; None if one vector serves every layer.
+        vectors: The vectors.
+        alpha: Share of the norm of each state.
+        model: The model that the edit was made for; empty for any.
+        hook: The hook that the vectors were read at; empty for any.
 
     Raises:
-        MismatchError: Other than one vector per layer.
-        NumericsError: NaN or infinity in a vector.
-        InterventionError: An alpha that is no finite number.
+        MismatchError: There are more or fewer vectors than layers.
+        NumericsError: A vector holds NaN or infinity.
+        InterventionError: `alpha` is not a finite number.
 
     Examples:
         >>> iv.add_relative(ssd, 0.1).steps[0].edit
@@ -29,11 +38,12 @@ class RelativeAdd:
     layers: tuple[int, ...] | None
     vectors: Float[Tensor, "layer d_model"]
     alpha: float
+    _: KW_ONLY
     model: str = ""
     hook: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", None if self.layers is None else axis_layers(self.layers, self.hook))
+        object.__setattr__(self, "layers", layer_axis(self.layers, self.hook))
         object.__setattr__(self, "alpha", as_number(self.alpha, "alpha", InterventionError, "say add_relative(directions, 0.1)"))
         require_factors(self.label, self.layers, vectors=self.vectors)
 
@@ -43,15 +53,15 @@ class RelativeAdd:
 
     @property
     def d_model(self) -> int:
-        """Width of the states that it maps."""
         return self.vectors.shape[-1]
 
+    def to(self, device: torch.device) -> "RelativeAdd":
+        return on_device(self, device, "vectors")
+
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
-        if self.layers is not None and context.layer not in self.layers:
-            raise SiteError(f"{self.label} at layer {context.layer}", f"one of the layers {list(self.layers)}", "collect that layer too")
         h = precise(states)
-        vector = self.vectors[0 if self.layers is None else self.layers.index(context.layer)]
-        return (h + self.alpha * h.norm(dim=-1, keepdim=True) * vector.to(h)).to(states.dtype)
+        vector = self.vectors[layer_index(self.layers, context.layer, self.label)].to(h)
+        return (h + self.alpha * h.norm(dim=-1, keepdim=True) * vector).to(states.dtype)
 
     def __repr__(self) -> str:
         return self.label

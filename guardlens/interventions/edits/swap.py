@@ -1,4 +1,4 @@
-"""Putting one state in place of another."""
+"""Replacement of a state, or of one head's part of it, by a held state: activation patching."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guardlens.errors import InterventionError, MismatchError, as_count, quoted, require_type
+from guardlens.interventions.edits.base import Universal
 from guardlens.interventions.held_states import Context, State
 
 
 @dataclass(frozen=True)
-class Swap:
-    """h -> r: the held state r in place of the state, or in place of one of its equal stretches (a head of z).
+class Swap(Universal):
+    """h -> r: a held state r replaces the state, or one of its equal parts (a head at the hook z).
 
     Attributes:
-        held: The state r, read at the same hook.
-        part: `(index, of)`: only the stretch `index` of `of`; None for the whole state.
+        held: The state r, read at the hook that is edited.
+        part: `(index, number)` replaces only one of a number of equal parts; None replaces the whole state.
 
     Raises:
-        InterventionError: No state, or no such part.
+        InterventionError: `held` is not a `State`, or there is no such part.
 
     Examples:
         >>> iv.swap(iv.text_twin, part=(3, 4)).steps[0].edit.part
@@ -31,35 +32,41 @@ class Swap:
 
     def __post_init__(self) -> None:
         require_type(self.held, State, InterventionError, "put in a State, such as interventions.text_twin")
-        if self.part is None:
-            return
-        next_step = "give (index, of), as in (3, 32)"
-        if not isinstance(self.part, tuple | list) or len(self.part) != 2:
-            raise InterventionError(f"part={quoted(self.part)}", "an index and a number of parts", next_step)
-        number, of = (as_count(each, "part", InterventionError, next_step, least=0) for each in self.part)
-        if number >= of:
-            raise InterventionError(f"part {number} of {of}", f"an index from 0 to {of - 1}", next_step)
-        object.__setattr__(self, "part", (number, of))
+        if self.part is not None:
+            object.__setattr__(self, "part", _as_part(self.part))
 
     @property
     def requires(self) -> tuple[State, ...]:
         return (self.held,)
 
-    @property
-    def model(self) -> str:
-        return ""
-
     def __call__(self, states: Float[Tensor, "state d_model"], context: Context) -> Float[Tensor, "state d_model"]:
-        reference, (index, of) = context.held(self.held).to(states), self.part or (0, 1)
-        if reference.shape != states.shape or states.shape[-1] % of:
+        reference = context.held(self.held).to(states)
+        width = states.shape[-1]
+        index, number = self.part or (0, 1)
+        if reference.shape != states.shape or width % number:
             raise MismatchError(
-                f"a held state of width {reference.shape[-1]} for states of width {states.shape[-1]}, in {of} parts",
+                f"a held state of width {reference.shape[-1]} for states of width {width}, in {number} parts",
                 "equal widths that the parts divide",
-                "hold the state of the hook that is edited, of a model with the same heads",
+                "hold the state at the hook that is edited, of a model with as many heads",
             )
-        width = states.shape[-1] // of
-        here = torch.arange(states.shape[-1], device=states.device) // width == index
-        return torch.where(here, reference, states)
+        part_of_each = torch.arange(width, device=states.device) // (width // number)
+        return torch.where(part_of_each == index, reference, states)
 
     def __repr__(self) -> str:
-        return f"swap({self.held}{'' if self.part is None else f', part={self.part}'})"
+        part = "" if self.part is None else f", part={self.part}"
+        return f"swap({self.held}{part})"
+
+
+def _as_part(part: tuple[int, int] | list[int]) -> tuple[int, int]:
+    """Return `(index, number)` in Python's own integers.
+
+    Raises:
+        InterventionError: The value is not a pair, or the index is not below the number of parts.
+    """
+    next_step = "give (index, number), as in (3, 32)"
+    if not isinstance(part, tuple | list) or len(part) != 2:
+        raise InterventionError(f"part={quoted(part)}", "an index and a number of parts", next_step)
+    index, number = (as_count(each, "part", InterventionError, next_step, least=0) for each in part)
+    if index >= number:
+        raise InterventionError(f"part {index} of {number}", f"an index from 0 to {number - 1}", next_step)
+    return index, number

@@ -60,7 +60,7 @@ def attach(
     cfg = find(hf, KNOWN.preferring(names))
     _require_unguarded(hf)
     _require_known_from_tokens(intervention, cfg.n_layers)
-    intervention.check((f"{type(hf).__name__}@{fingerprint(hf)}",), cfg.n_layers, cfg.widths)
+    intervention.require_fit((f"{type(hf).__name__}@{fingerprint(hf)}",), cfg.n_layers, cfg.widths)
     for step in intervention.steps:
         for point in step.site.points(cfg.n_layers):
             cfg.locate(point)
