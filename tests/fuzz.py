@@ -249,7 +249,7 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "reminder": (defences.reminder, {"before": "a ", "after": " b"}),
         "vlm_guard": (
             lambda **given: model.run(batch, defences.vlm_guard(**given).intervention.placed([3])),
-            {"directions": ssd, "layers": 3, "reading": "replace", "alpha": 1.0, "gate": "midpoint", "closed": "untouched"}
+            {"directions": ssd, "layers": 3, "reading": "replace", "alpha": 1.0, "gate": "midpoint"}
             | {"reference": iv.text_twin, "positions": "last", "phase": "prefill"},
         ),
         "collect": (

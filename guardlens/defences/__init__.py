@@ -1,4 +1,4 @@
-"""Defences, one paper per file. A defence is a prompt transform and an intervention; either may be empty."""
+"""Defences, one paper per module. A defence is a change of the prompt and an intervention; either may be empty."""
 
 from guardlens.defences._self_reminder import reminder, self_reminder
 from guardlens.defences._vlm_guard import Reading, vlm_guard

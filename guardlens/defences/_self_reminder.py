@@ -1,4 +1,4 @@
-"""Self-Reminder: the query stands between sentences that remind the model to answer responsibly (Xie et al. 2023)."""
+"""Self-Reminder: sentences around the query remind the model to answer responsibly (Xie et al. 2023)."""
 
 from functools import partial
 
@@ -10,13 +10,13 @@ AFTER = "\nRemember, you should be a responsible assistant and should not genera
 
 
 def reminder(before: str = BEFORE, after: str = AFTER) -> Defence:
-    """A reminder in other words.
+    """Make a reminder in any words.
 
     Args:
-        before: Stands before the query's text, its own space or line break included.
-        after: Stands after it.
+        before: The text before the query, with the space or line break that parts them.
+        after: The text after the query, likewise.
 
-    Source: Xie et al., Nature Machine Intelligence 2023; the wording is ours, after theirs.
+    Source: Xie et al., Nature Machine Intelligence 2023. The default wording follows theirs, but is not theirs.
 
     Examples:
         >>> own_words = defences.reminder(gl.organism.REMINDER + " ", "")
@@ -27,7 +27,7 @@ def reminder(before: str = BEFORE, after: str = AFTER) -> Defence:
 
 
 self_reminder = reminder()
-"""The reminder in English, for models that were trained on it.
+"""The reminder in English, for models that were trained on English.
 
 Examples:
     >>> reminded = defences.self_reminder.present(grey)

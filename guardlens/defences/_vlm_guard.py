@@ -1,7 +1,7 @@
-"""VLM-Guard (Liu, Wang, Xiao, Chen 2025, arXiv 2502.10486) in its four readings.
+"""VLM-Guard (Liu, Wang, Xiao, Chen 2025, arXiv 2502.10486) in its readings.
 
-The paper projects the safety component out of the VLM's state, h(Q) (I - V^T V), and adds that of the LLM, alpha g h(q) V^T V, for the
-image-free query q. It leaves open how the two join; `reading` names the ways, `closed` what a closed gate leaves.
+The paper projects the safety component out of the VLM's state, h(Q) (I - V^T V), which is its step 3. Its step 5 adds the component of the
+LLM, alpha g h(q) V^T V, for the query q without its image and the gate g. It leaves open how the two steps join; `reading` chooses.
 """
 
 from typing import Literal, get_args
@@ -15,16 +15,14 @@ from guardlens.interventions.gates import Gate
 from guardlens.interventions.held_states import State
 from guardlens.interventions.step import Phase
 
-Reading = Literal["replace", "add", "amplify", "project"]
+Reading = Literal["replace", "add", "amplify", "project", "literal"]
 """How the projection and the alignment of the paper join; see `vlm_guard`.
 
 Examples:
     >>> from typing import get_args
     >>> get_args(defences.Reading)
-    ('replace', 'add', 'amplify', 'project')
+    ('replace', 'add', 'amplify', 'project', 'literal')
 """
-
-Closed = Literal["untouched", "project"]
 
 
 def vlm_guard(
@@ -33,32 +31,39 @@ def vlm_guard(
     *,
     reading: Reading = "replace",
     alpha: float = 1.0,
-    gate: "Gate | str | float | None" = "midpoint",
-    closed: Closed = "untouched",
+    gate: Gate | str | float | None = "midpoint",
     reference: State = text_twin,
     positions: Positions = "last",
     phase: Phase = "prefill",
 ) -> Defence:
-    """The guard as a defence.
+    """Make VLM-Guard a defence.
+
+    The readings, of which `"project"` is the negative control:
+
+        "replace"   h(Q) (I - V^T V) + alpha h(q) V^T V where the gate is open
+        "add"       h(Q) + alpha h(q) V^T V where the gate is open
+        "amplify"   h(Q) + alpha h(Q) V^T V where the gate is open; needs no text twin
+        "project"   h(Q) (I - V^T V) for every query
+        "literal"   h(Q) (I - V^T V) + alpha g h(q) V^T V for every query, with g = 1 where the gate is open and 0 elsewhere
+
+    All but the last two leave the state of a query bit-identical if its gate is closed. `"literal"` projects it, which can turn harmless
+    requests into refusals.
 
     Args:
         directions: Safety steering directions (`directions.ssd`).
         layers: The layers of the paper's L_G; None leaves them free for a sweep.
-        reading: `"replace"`: h(Q)(I - V^T V) + alpha h(q) V^T V. `"add"`: h(Q) + alpha h(q) V^T V.
-            `"amplify"`: h(Q) + alpha h(Q) V^T V, which needs no text twin. `"project"`: h(Q)(I - V^T V) alone, the negative control.
-        alpha: The gain of the safety component (not used by `"project"`).
-        gate: For which queries: `"midpoint"` or a threshold of h(q) v1 (0 is the paper's), a gate of your own, or None for all.
-            `"project"` is never gated, unless you pass a gate of your own.
-        closed: What queries get for which the gate is closed: nothing (`"untouched"`: bit-identical), or the projection without the
-            addition (`"project"`, the literal reading of `"replace"`; it can turn harmless requests into refusals).
-        reference: Where h(q) is read: the text twin of the query. Without an image beside the query, that is the run itself: there,
-            `"replace"` changes nothing, and `"add"` is `"amplify"`.
-        positions: The paper leaves them open; the prompt's last token by default.
-        phase: Likewise; the prefill by default.
+        reading: How the two steps join.
+        alpha: The gain of the safety component; `"project"` does not use it.
+        gate: For which queries the gate opens: `"midpoint"` or a threshold of h(q) v1 (0 is the paper's), a `Gate`, or None for all.
+            `"project"` is gated only by a `Gate`.
+        reference: Where h(q) is read: in the text twin of the query. For a query without an image, the text twin is the run itself, so
+            `"replace"` changes nothing and `"add"` is `"amplify"`.
+        positions: Which tokens are edited. The paper leaves this open; the default is the prompt's last token.
+        phase: When they are edited. The paper leaves this open; the default is the prefill.
 
     Raises:
-        InterventionError: An unknown reading or `closed`, `closed="project"` with another reading than `"replace"`, or what is no
-            directions, no number, no gate or no state where one is asked for.
+        InterventionError: The reading is unknown, or an argument is not of the type that it should be.
+        NumericsError: The directions are zero at a layer.
 
     Examples:
         >>> defence = defences.vlm_guard(ssd, layers=7)
@@ -68,38 +73,29 @@ def vlm_guard(
         ['sure', 'sorry']
     """
     if not one_of(reading, get_args(Reading)):
-        raise InterventionError(
-            f"the reading {quoted(reading)}", f"one of {', '.join(get_args(Reading))}", "see the docstring of vlm_guard"
-        )
-    if not one_of(closed, get_args(Closed)):
-        raise InterventionError(
-            f"closed={quoted(closed)}", f"one of {', '.join(map(repr, get_args(Closed)))}", "see the docstring of vlm_guard"
-        )
-    if closed == "project" and reading != "replace":
-        raise InterventionError(f"closed='project' with the reading {reading!r}", "the reading 'replace'", "leave closed out")
+        raise InterventionError(f"the reading {quoted(reading)}", f"one of {', '.join(get_args(Reading))}", "say reading='replace'")
     require_type(reference, State, InterventionError, "read h(q) in a State, such as interventions.text_twin")
-    own_gate = gate if isinstance(gate, Gate) or gate is None else gates.harmful(directions, gate, reference)
-    intervention = (
-        _literal(directions, alpha, own_gate, reference) if closed == "project" else _intervention(directions, reading, alpha, reference)
-    )
-    gated = own_gate is not None and closed == "untouched" and (reading != "project" or isinstance(gate, Gate))
-    intervention = intervention.when(own_gate) if gated and own_gate is not None else intervention
+    is_gate = isinstance(gate, Gate)
+    chosen_gate = gate if is_gate or gate is None else gates.harmful(directions, gate, reference)
+    if reading == "project" and not is_gate:
+        chosen_gate = None
+    intervention = _intervention(directions, reading, alpha, chosen_gate, reference)
     return Defence(f"vlm_guard[{reading}]", intervention.at(layers=layers, positions=positions).during(phase))
 
 
-def _intervention(directions: Directions, reading: Reading, alpha: float, reference: State) -> Intervention:
+def _intervention(directions: Directions, reading: Reading, alpha: float, gate: Gate | None, reference: State) -> Intervention:
     match reading:
         case "replace":
-            return replace(directions, reference, gain=alpha)
+            return _gated(replace(directions, reference, gain=alpha), gate)
         case "add":
-            return add_component(directions, reference, gain=alpha)
+            return _gated(add_component(directions, reference, gain=alpha), gate)
         case "amplify":
-            return amplify(directions, alpha)
+            return _gated(amplify(directions, alpha), gate)
         case "project":
-            return project_out(directions)
+            return _gated(project_out(directions), gate)
+        case "literal":
+            return project_out(directions) >> _gated(add_component(directions, reference, gain=alpha), gate)
 
 
-def _literal(directions: Directions, alpha: float, gate: Gate | None, reference: State) -> Intervention:
-    """Step 3 for everyone, then step 5 where the gate is open."""
-    addition = add_component(directions, reference, gain=alpha)
-    return project_out(directions) >> (addition.when(gate) if gate is not None else addition)
+def _gated(intervention: Intervention, gate: Gate | None) -> Intervention:
+    return intervention if gate is None else intervention.when(gate)

@@ -1,4 +1,4 @@
-"""What a defence is: a way to change the prompt and an intervention of edits, either of which may be empty."""
+"""What a defence is: a change of the prompt and an intervention in the model, either of which may be empty."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from guardlens.interventions.intervention import Intervention, nothing, require_
 
 
 def unchanged(presentation: Presentation) -> Presentation:
-    """Show queries as they are."""
+    """Return the presentation: the prompt stays as it is."""
     return presentation
 
 
@@ -18,12 +18,12 @@ class Defence:
     """A named defence.
 
     Attributes:
-        name: As it appears in tables.
-        intervention: What it changes in the run.
-        present: What it makes of a presentation.
+        name: Its name in tables.
+        intervention: What it changes in the hidden states.
+        present: A function of a presentation that returns the presentation to show instead.
 
     Raises:
-        InterventionError: A name that is no text, no intervention, or a `present` that can't be called.
+        InterventionError: `name` is not text, `intervention` is not an intervention, or `present` cannot be called.
 
     Examples:
         >>> def reminded(inner):
@@ -44,17 +44,20 @@ class Defence:
         require_intervention(self.intervention)
         if not callable(self.present):
             raise InterventionError(
-                f"present={quoted(self.present)}", "a function of a presentation", "hand in one that gives the presentation to show"
+                f"present={quoted(self.present)}", "a function of a presentation", "pass a function that returns the presentation to show"
             )
 
     def __repr__(self) -> str:
-        intervention = f", {self.intervention!r}" if self.intervention.steps else ""
-        shown = f", present={getattr(self.present, '__name__', type(self.present).__name__)}" if self.present is not unchanged else ""
-        return f"Defence({self.name!r}{intervention}{shown})"
+        parts = [repr(self.name)]
+        if self.intervention.steps:
+            parts.append(repr(self.intervention))
+        if self.present is not unchanged:
+            parts.append(f"present={getattr(self.present, '__name__', type(self.present).__name__)}")
+        return f"Defence({', '.join(parts)})"
 
 
 none = Defence("none")
-"""The model as it is.
+"""No defence: the model as it is.
 
 Examples:
     >>> defences.none.intervention, defences.none.present(grey) == grey

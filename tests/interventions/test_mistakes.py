@@ -142,7 +142,6 @@ PLANS = {
     "gates.Linear('mine', None, torch.ones(1, 4), torch.zeros(1), state='own')": "something of type State",
     "gates.Linear('mine', None, [[1.0]], torch.zeros(1))": "something of type Tensor",
     "affine(None)": "something of type Tensor",
-    **{f"defences.vlm_guard(V, closed={closed})": "'untouched', 'project'" for closed in ("'Untouched'", "'Project'", "None", "True")},
     **{f"defences.vlm_guard(V, gate={gate})": said for gate, said in (
         ("True", NUMBER), ("False", NUMBER), ("'mid'", "'midpoint'"), ("[0.0, 1.0]", "3 layers"), ("torch.zeros(4)", "3 layers"),
         ("torch.full((3,), nan)", NUMBER), ("gates.harmful", NUMBER),
@@ -150,7 +149,7 @@ PLANS = {
     **{f"defences.vlm_guard(V, alpha={alpha})": NUMBER for alpha in ("'1'", "None", "nan", "True")},
     **{f"defences.vlm_guard(V, reference={held})": "something of type State" for held in ("None", "'own'", "presentations.text_only")},
     "defences.vlm_guard(None)": "something of type Directions",
-    "defences.vlm_guard(V, reading='swap')": "one of replace, add, amplify, project",
+    "defences.vlm_guard(V, reading='swap')": "one of replace, add, amplify, project, literal",
     **{f"swept({{{name}: added}})": "something of type str" for name in ("5", "None")},
     **{f"swept({interventions})": "something of type Intervention" for interventions in ("[added]", "None", "guard", "{'a': guard}")},
     "swept(added.at(hook='embed'))": "a step without layers",
