@@ -102,7 +102,7 @@ def test_a_layer_has_one_row_of_an_edit_and_of_a_gate():
     with pytest.raises(errors.SiteError, match=r"hook name 'residd'"):
         gates.Linear("mine", **twice | {"layers": (5, 6)}, hook="residd")
     edit = iv.add_relative(V.truncate(1)).steps[0].edit
-    with pytest.raises(errors.SiteError, match="there twice"):
+    with pytest.raises(errors.SiteError, match="appears twice"):
         dataclasses.replace(edit, layers=(0, 0))
 
 
