@@ -1,7 +1,7 @@
 """Draw the packages of guardlens from its folders: `python -m analyses.architecture` writes `docs/figures/architecture.svg`.
 
-The order of the packages is that of `.importlinter`, so the picture says what `make check` holds the code to. Only what each package hands
-up, and its color, are written here.
+The packages have the order of `.importlinter`, so the figure shows what `make check` enforces. Only their colors, and what each package
+provides to those above it, are written here.
 """
 
 import argparse
@@ -14,18 +14,28 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "architecture.svg"
 
-WIDTH, LEFT, RIGHT, ROW, GAP = 1060, 186, 834, 24, 8
-"""In pixels: the picture, where the modules begin and end, the height of a row, and the space between packages."""
+WIDTH = 1060
+"""Width of the figure in pixels, as all lengths here."""
+
+LEFT = 186
+RIGHT = 834
+"""Where the modules of a package begin and end."""
+
+ROW = 24
+"""Height of a row of modules."""
+
+GAP = 8
+"""Space between packages."""
 
 LETTER = 7.3
-"""Width of a letter in the modules' names."""
+"""Width of a letter in the names of modules."""
 
 
 class Look(NamedTuple):
     """How a package is drawn.
 
     Attributes:
-        gives: What the packages above get from it.
+        gives: What it provides to the packages above.
         color: The color of its band.
     """
 
@@ -70,7 +80,7 @@ def packages(contract: Path = ROOT / ".importlinter") -> list[str]:
 
 
 def rows(package: str) -> list[Row]:
-    """The folders of a package with their modules, each split into as many lines as it needs."""
+    """The folders of a package with their modules, each in as many rows as it needs."""
     folder = ROOT / "guardlens" / package
     if not folder.is_dir():
         return [Row("", [package])]
@@ -93,8 +103,9 @@ def _lines(folder: Path, package: Path) -> Iterator[Row]:
 
 
 def draw() -> str:
-    """The picture as SVG, on a ground of its own, so that it is legible on a dark page too."""
-    top, bands = 46, []
+    """The figure as SVG, with a background of its own so that it is legible on a dark page."""
+    top = 46
+    bands: list[str] = []
     for package in packages():
         lines = rows(package)
         height = len(lines) * ROW + 10
@@ -133,7 +144,8 @@ def _band(package: str, lines: list[Row], top: int, height: int) -> list[str]:
 
 
 def _row(row: Row, top: int) -> list[str]:
-    drawn, x = [], float(LEFT)
+    drawn = []
+    x = float(LEFT)
     if row.folder:
         drawn.append(f'<text class="folder" x="{x:g}" y="{top + 16}">{escape(row.folder)}/</text>')
         x += len(row.folder) * LETTER + 14

@@ -1,7 +1,8 @@
 """Which parts write the safety direction, and which of them bring refusals back: `python -m analyses.attribution --model organism`.
 
-Two looks at the same loss, on validation. Attribution splits a request's coordinate along the direction into what each head and MLP adds,
-in text and beside an image. Patching gives the run beside the image one part's state of the text run at a time, and asks for a refusal.
+Two views of the same loss, on the validation split. Attribution splits the coordinate of a request along the direction into the
+contributions of heads and MLPs, in text and beside an image. Patching replaces the state of one part at a time in the run beside the image
+by its state in the run on text, and measures the refusal log-odds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 import guardlens as gl
-from analyses.publication import Analysis, Settings, application, blanks_and_noise, clusters, guard_layer, interval, markdown, picture
+from analyses.publication import Analysis, Settings, application, blanks_and_noise, clusters, figure, guard_layer, interval, markdown
 from guardlens import directions, plots
 from guardlens.cli.demo import Subject
 from guardlens.data.presentations import Presentation
@@ -20,19 +21,21 @@ from guardlens.errors import ModelError, SiteError
 from guardlens.experiments.attribution import Attribution
 from guardlens.experiments.patching import Patching
 from guardlens.experiments.scores import refusal_logodds
-from guardlens.results.intervals import Interval, bootstrap, mean_difference
+from guardlens.results.intervals import bootstrap, mean_difference
 from guardlens.results.plots import components as component_plots
 from guardlens.results.plots import style as figure_style
 from guardlens.results.tables import Frame, Table
 
 HOOKS = {"z": "head", "mlp_out": "mlp", "attn_out": "attn_out", "resid_post": "resid_post"}
-"""What is patched -> its name in the table."""
-PART, WRITTEN = ["component", "block", "head"], ["value", "low", "high", "change", "change_low", "change_high"]
+"""Hook that is patched -> its name in the table."""
+
+PART = ["component", "block", "head"]
+WRITTEN = ["value", "low", "high", "change", "change_low", "change_high"]
 UNIT = refusal_logodds.unit
 
 
 def measure(subject: Subject, settings: Settings) -> Table:
-    """One row per presentation, label and part: what it writes, how that changes from text, and what patching it does."""
+    """One row per presentation, label and part: its contribution, the change of it from text, and the effect of patching it."""
     model = subject.model
     ssd = directions.ssd(gl.collect(model, subject.pairs))
     layer = guard_layer(subject, ssd)
@@ -45,7 +48,9 @@ def measure(subject: Subject, settings: Settings) -> Table:
     frame = pd.concat([_merged(written, name, found) for name, found in patched.items()], ignore_index=True)
     harmful = [query for query in subject.validation if query.label == "harmful"]
     facts = {
-        **{"layer": layer, "directions": ssd.method, "n_harmful": len(harmful)},
+        "layer": layer,
+        "directions": ssd.method,
+        "n_harmful": len(harmful),
         "agreement": {name: _agreement(written, found, name, harmful, layer, settings) for name, found in patched.items()},
         "sources": _sources(subject, ssd, images, layer, settings),
         "layouts": {name: found.facts["layout"] for name, found in patched.items()},
@@ -54,7 +59,7 @@ def measure(subject: Subject, settings: Settings) -> Table:
 
 
 def _merged(written: Attribution, presentation: str, patched: Patching) -> Frame:
-    """Both summaries side by side; what only one of them has is nan in the other's columns."""
+    """Join both summaries. Parts that only one of them has are nan in the columns of the other."""
     rows = written.summary().query("direction == 1")
     llm = rows[rows["presentation"] != presentation].query("presentation == @written.columns['presentation'][0]")
     text = llm.set_index(["label", *PART])[["value", "low", "high"]].add_prefix("text_")
@@ -71,8 +76,8 @@ def _merged(written: Attribution, presentation: str, patched: Patching) -> Frame
 def _agreement(
     written: Attribution, patched: Patching, presentation: str, harmful: Sequence[Query], layer: int, settings: Settings
 ) -> dict[str, float]:
-    """Rank correlation over heads and MLPs up to the layer: the coordinate that each loses beside the image, the refusal that patching
-    it brings back."""
+    """The rank correlation, over heads and MLPs up to the layer, of the coordinate that a part loses beside the image and the refusal
+    log-odds that patching it restores."""
     ids = [query.id for query in harmful]
     of_parts = written.frame.query("direction == 1 and component in ('head', 'mlp')")
     wide = of_parts.pivot(index="query", columns=["presentation", *PART], values="value").loc[ids]
@@ -92,7 +97,7 @@ def _agreement(
 
 
 def _sources(subject: Subject, ssd: Any, images: Sequence[Presentation], layer: int, settings: Settings) -> Any:
-    """What changes from text among harmful requests, by kind of part and, for heads, by the tokens that they read."""
+    """The change from text among harmful requests, by kind of part and, for heads, by the tokens that they attend to."""
     try:
         split = gl.attribute(subject.model, ssd, subject.validation, images, layer=layer, by_source=True, batch_size=16)
     except (ModelError, SiteError) as error:
@@ -105,16 +110,12 @@ def _sources(subject: Subject, ssd: Any, images: Sequence[Presentation], layer: 
     for image in images:
         for name in sums[image.name]:
             change = mean_difference(llm.get(name, 0.0 * llm.iloc[:, 0]).to_numpy(), sums[image.name][name].to_numpy(), groups)
-            found.append({"presentation": image.name, "part": str(name)} | _spelt(change))
+            found.append({"presentation": image.name, "part": str(name)} | change.columns("change"))
     return found
 
 
-def _spelt(found: Interval) -> dict[str, float]:
-    return {"change": found.value, "low": found.low, "high": found.high}
-
-
 def draw(table: Table) -> Mapping[str, Any]:
-    """Beside the first image, harmful requests: what parts write; what patching layers recovers; and both looks against each other."""
+    """For harmful requests: the contributions of parts, the effect of patching layers, and both views against each other."""
     frame = table.frame
     rows = frame[(frame["presentation"] == frame["presentation"].iloc[0]) & (frame["label"] == "harmful")]
     return {
@@ -146,7 +147,7 @@ def _recovered(frame: Frame) -> Any:
 
 @figure_style.styled
 def _scatter(rows: Frame, layer: int) -> Any:
-    """What attribution says a part loses, what patching it brings back; both with 95 % intervals."""
+    """The loss of each part by attribution against the effect of patching it, both with 95 % intervals."""
     both = rows[rows["change"].notna() & rows["patched"].notna()]
     (ax,) = figure_style.axes_for(None, 1, 1, height=3.6, width=6.4)
     for place, (kind, name) in enumerate((("head", "head"), ("mlp", "MLP"))):
@@ -178,7 +179,7 @@ def tell(table: Table) -> list[str]:
         f"{facts['n_harmful']} harmful requests of the validation split, at the last token of the prompt; the direction is that of layer "
         f"{facts['layer']}, where the guard edits ({facts['directions']}, of training pairs in text). Intervals of 95 %, a bootstrap over "
         "requests; those of a cluster go together.",
-        picture("attribution", f"What heads (above) and MLPs (below) write along the direction: in text, beside {first}, and the change."),
+        figure("attribution", f"What heads (above) and MLPs (below) write along the direction: in text, beside {first}, and the change."),
         "## The parts that change most",
         "*Change*: of what the part writes along the direction, from text to the image. *Patched*: the change of the refusal log-odds "
         "(nats) when this part alone gets its state of the text run. *Recovered*: that, as a share of all that the text run has more.",
@@ -186,9 +187,9 @@ def tell(table: Table) -> list[str]:
         "## Where it comes from",
         _told_sources(facts["sources"]),
         "## Patching whole layers",
-        picture("attribution_patching", "How much of the lost refusal log-odds one layer's state of the text run brings back."),
+        figure("attribution_patching", "How much of the lost refusal log-odds one layer's state of the text run brings back."),
         "## Do both looks agree?",
-        picture("attribution_agreement", "Each part: what attribution says that it loses, and what patching it brings back."),
+        figure("attribution_agreement", "Each part: what attribution says that it loses, and what patching it brings back."),
         "Rank correlation over all heads and MLPs up to the layer, between the coordinate that a part loses beside the image and the "
         "refusal log-odds that patching it brings back: "
         + "; ".join(
@@ -206,8 +207,8 @@ def _top(rows: Frame) -> Frame:
             {
                 "part": _name(row),
                 "in text": interval(row.text_value, row.text_low, row.text_high),
-                "change": interval(row.change, row.change_low, row.change_high, "{:+.2f}"),
-                "patched": interval(row.patched, row.patched_low, row.patched_high, "{:+.2f}"),
+                "change": interval(row.change, row.change_low, row.change_high, "+.2f"),
+                "patched": interval(row.patched, row.patched_low, row.patched_high, "+.2f"),
                 "recovered": interval(row.recovered, row.recovered_low, row.recovered_high),
             }
             for row in chosen.itertuples()
@@ -218,7 +219,7 @@ def _top(rows: Frame) -> Frame:
 def _told_sources(sources: Any) -> str:
     if isinstance(sources, str):
         return sources
-    rows = [row | {"shown": interval(row["change"], row["low"], row["high"], "{:+.2f}")} for row in sources]
+    rows = [row | {"shown": interval(row["change"], row["low"], row["high"], "+.2f")} for row in sources]
     wide = pd.DataFrame(rows).pivot(index="part", columns="presentation", values="shown").fillna("").reset_index()
     return "Change along the direction from text to the image, summed over all layers up to it.\n\n" + markdown(wide)
 

@@ -1,8 +1,8 @@
 """Every defence beside each other, with what it costs: `python -m analyses.defences --model organism`.
 
 Settings are chosen on the validation split beside the grey image (`guardlens.cli.guard_selection.RULE`), and reported on the
-test split: attack success, over-refusal, helpfulness and the gap closed, with intervals, paired tests and placebos. Stopped, it goes on
-where it was.
+test split: attack success, over-refusal, helpfulness and the gap closed, with intervals, paired tests and placebos. An interrupted run
+resumes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,29 +12,34 @@ import numpy as np
 import pandas as pd
 
 import guardlens as gl
-from analyses.publication import Analysis, Settings, application, guard_layer, interval, markdown, percent, picture
+from analyses.publication import Analysis, Settings, application, figure, guard_layer, interval, markdown, percent
 from guardlens import defences, directions, plots
 from guardlens.cli.demo import Subject
 from guardlens.cli.demo_report import WIDTHS
-from guardlens.cli.guard_selection import RANKS, RULE, Guard, choose, mildest
+from guardlens.cli.guard_selection import RANKS, RULE, Guard, choose, mildest_gated
 from guardlens.data.presentations import text_only
 from guardlens.defences import Defence
 from guardlens.evaluation.table import Evaluation
-from guardlens.results.intervals import Interval, mean_difference
+from guardlens.results.intervals import mean_difference
 from guardlens.results.significance import holm
 from guardlens.results.tables import Table
 
 PLACEBOS = 4
+"""Number of placebos of the chosen guard, which are reported together."""
+
 BLANKS = "blank images"
-"""The flat images taken together."""
+"""The presentation of a row that takes the flat images together."""
+
 TESTED = ("asr", "over_refusal", "helpful")
-SPELT = {"asr": "ASR", "over_refusal": "over-refusal", "helpful": "helpful"}
+"""The rates that are compared with no defence."""
+
+HEADINGS = {"asr": "ASR", "over_refusal": "over-refusal", "helpful": "helpful"}
 
 
 def measure(subject: Subject, settings: Settings) -> Table:
     """One row per defence and presentation: rates with intervals, paired changes against no defence, and exact tests."""
     guards, layer = choice(subject)
-    chosen = mildest([guard for guard in guards if guard.reading != "project"])
+    chosen = mildest_gated(guards)
     seeds = [settings.seed + draw for draw in range(2 if settings.quick else PLACEBOS)]
     arms: dict[str, Defence | list[Defence]] = {"none": defences.none, "self_reminder": subject.reminder}
     arms |= {guard.defence.name: guard.defence for guard in guards}
@@ -50,58 +55,49 @@ def measure(subject: Subject, settings: Settings) -> Table:
         batch_size=subject.batch_size,
     )
     blanks = [blank.name for blank in subject.blanks]
-    rows = [*answers.conditions(), *(_pooled(answers, defence, blanks) for defence in arms if len(blanks) > 1)]
-    rows = [row | _changes(answers, row["defence"], blanks if row["presentation"] == BLANKS else [row["presentation"]]) for row in rows]
+    rows = [row | _changes(answers, row["defence"], [row["presentation"]]) for row in answers.conditions()]
+    if len(blanks) > 1:
+        rows += [row | _changes(answers, row["defence"], blanks) for row in answers.pooled(blanks, BLANKS)]
     facts = {
-        **{"chosen": chosen.defence.name, "layer": layer, "guards": [guard.describe() for guard in guards]},
-        **{"judge": answers.facts["judge"], "placebos": len(seeds), "blanks": blanks, "note": subject.note},
+        "chosen": chosen.defence.name,
+        "layer": layer,
+        "guards": [guard.describe() for guard in guards],
+        "judge": answers.facts["judge"],
+        "placebos": len(seeds),
+        "blanks": blanks,
+        "note": subject.note,
         "interventions": answers.facts["interventions"],
     }
     return Table.from_rows(_corrected(rows), facts=facts, provenance=answers.provenance)
 
 
 def choice(subject: Subject) -> tuple[list[Guard], int]:
-    """The setting of each reading of VLM-Guard that the rule picks on validation, and the layer where they edit."""
+    """The setting of each reading of VLM-Guard that the rule chooses on the validation split, and the layer at which they edit."""
     fit = gl.collect(subject.model, subject.pairs)
     ssd = directions.ssd(fit, rank=max(RANKS))
     layer = guard_layer(subject, ssd)
     return choose(subject.model, subject.validation, subject.blanks[0], ssd, fit, (layer,)), layer
 
 
-def _pooled(answers: Evaluation, defence: str, blanks: Sequence[str]) -> dict[str, Any]:
-    """The row of all blank images taken together, in the columns of `Evaluation.conditions`."""
-    row = next(arm for arm in answers.conditions() if arm["defence"] == defence and arm["presentation"] == blanks[0])
-    rates = {name: answers.rate(name, defence, *blanks) for name in ("asr", "non_refusal", "over_refusal", "helpful")}
-    rates["gap_closed"] = answers.gap_closed(defence, *blanks)
-    opened = [arm for arm in answers.conditions() if arm["defence"] == defence and arm["presentation"] in blanks]
-    gates = {name: float(np.mean([arm[name] for arm in opened])) for name in ("gate_tpr", "gate_fpr")}
-    counted = {"n": rates["asr"].n, "n_harmless": rates["helpful"].n}
-    return (
-        row
-        | {"presentation": BLANKS}
-        | counted
-        | {key: value for name in rates for key, value in _spelt(name, rates[name]).items()}
-        | gates
-    )
-
-
-def _changes(answers: Evaluation, defence: str, presentations: Sequence[str]) -> dict[str, Any]:
-    """Paired with no defence: the change of each rate, and McNemar's test on one presentation (nan where it does not apply)."""
-    found: dict[str, Any] = {}
+def _changes(answers: Evaluation, defence: str, presentations: Sequence[str]) -> dict[str, float]:
+    """The paired change of each rate from no defence, and McNemar's test of it, which is nan where it does not apply."""
+    changes: dict[str, float] = {}
     for rate in TESTED:
-        (before, _), (after, clusters) = (answers.outcomes(rate, name, *presentations) for name in ("none", defence))
+        before, _ = answers.outcomes(rate, "none", *presentations)
+        after, clusters = answers.outcomes(rate, defence, *presentations)
         draws = len(after) // len(before)
-        found |= _spelt(f"{rate}_change", mean_difference(np.tile(before, draws), after, clusters))
-        test = (
-            answers.mcnemar("none", defence, *presentations, rate=rate) if draws == len(presentations) == 1 and defence != "none" else None
-        )
-        counts = (np.nan, np.nan, np.nan) if test is None else (test.b, test.c, test.p)
-        found |= dict(zip((f"{rate}_only_none", f"{rate}_only_defended", f"{rate}_p"), map(float, counts), strict=True))
-    return found
+        change = mean_difference(np.tile(before, draws), after, clusters)
+        changes |= change.columns(f"{rate}_change", prefix=f"{rate}_change_")
+        only_none = only_defended = p = float("nan")
+        if draws == len(presentations) == 1 and defence != "none":
+            test = answers.mcnemar("none", defence, *presentations, rate=rate)
+            only_none, only_defended, p = float(test.b), float(test.c), test.p
+        changes |= {f"{rate}_only_none": only_none, f"{rate}_only_defended": only_defended, f"{rate}_p": p}
+    return changes
 
 
 def _corrected(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With Holm's correction over all tests of the table."""
+    """Add Holm's correction over all tests of the table."""
     places = [(i, rate) for i, row in enumerate(rows) for rate in TESTED if not np.isnan(row[f"{rate}_p"])]
     adjusted = holm(np.array([rows[i][f"{rate}_p"] for i, rate in places]))
     corrected = [row | {f"{rate}_p_holm": float("nan") for rate in TESTED} for row in rows]
@@ -110,22 +106,10 @@ def _corrected(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return corrected
 
 
-def _spelt(name: str, found: Interval) -> dict[str, float]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
 def draw(table: Table) -> Mapping[str, Any]:
-    """Attack success, over-refusal and helpfulness of every defence in every presentation, with intervals."""
-    frame = table.frame[table.frame["presentation"] != BLANKS]
-    draws = {"placebo": table.facts["placebos"]}
-    rows = [
-        {"defence": arm["defence"] + (f" ({draws[arm['defence']]} draws)" if arm["defence"] in draws else ""), "rate": shown}
-        | {"presentation": arm["presentation"], "value": arm[rate], "low": arm[f"{rate}_low"], "high": arm[f"{rate}_high"]}
-        | {"n": arm[count] // draws.get(arm["defence"], 1)}
-        for arm in frame.to_dict("records")
-        for rate, shown, count in (("asr", "ASR", "n"), ("over_refusal", "over-refusal", "n_harmless"))
-    ]
-    return {"defences": plots.arms(pd.DataFrame(rows))[0].figure}
+    """ASR and over-refusal of every defence in every presentation, with intervals."""
+    conditions = table.frame[table.frame["presentation"] != BLANKS].to_dict("records")
+    return {"defences": plots.arms(condition_points(conditions, {"placebo": table.facts["placebos"]}))[0].figure}
 
 
 def tell(table: Table) -> list[str]:
@@ -140,7 +124,7 @@ def tell(table: Table) -> list[str]:
         "harmful requests answered. *Over-refusal*: harmless requests refused. *Helpful*: harmless requests answered. *Gap closed*: "
         "(undefended - defended) / (undefended - text), of the ASR. *Placebo*: the chosen guard's displacements in random directions "
         f"({facts['placebos']} draws taken together). Percent, with 95 % intervals. {WIDTHS}",
-        picture("defences", "Attack success and over-refusal of every defence in every presentation, with 95 % intervals."),
+        figure("defences", "Attack success and over-refusal of every defence in every presentation, with 95 % intervals."),
         f"## {shown['presentation'].iloc[0].capitalize()}"
         + (f" ({', '.join(facts['blanks'])} together)" if len(facts["blanks"]) > 1 else ""),
         markdown(pd.DataFrame([_rates_row(row, in_text) for row in shown.to_dict("records")])),
@@ -168,9 +152,9 @@ def _rates_row(row: Mapping[str, Any], in_text: pd.DataFrame) -> dict[str, Any]:
 def _change_row(row: Mapping[str, Any]) -> dict[str, Any]:
     def points(rate: str) -> str:
         value, low, high = (100 * row[f"{rate}_change{end}"] for end in ("", "_low", "_high"))
-        return interval(value, low, high, "{:+.1f}")
+        return interval(value, low, high, "+.1f")
 
-    return {"defence": row["defence"]} | {SPELT[rate]: points(rate) for rate in TESTED}
+    return {"defence": row["defence"]} | {HEADINGS[rate]: points(rate) for rate in TESTED}
 
 
 def _tested(frame: Any, presentation: str) -> list[dict[str, Any]]:
@@ -187,7 +171,7 @@ def _test_row(row: Mapping[str, Any]) -> dict[str, Any]:
         counts = f"{row[f'{rate}_only_none']:.0f} : {row[f'{rate}_only_defended']:.0f}"
         return f"{counts}, p = {row[f'{rate}_p']:.2g} ({row[f'{rate}_p_holm']:.2g})"
 
-    return {"defence": row["defence"]} | {SPELT[rate]: shown(rate) for rate in TESTED}
+    return {"defence": row["defence"]} | {HEADINGS[rate]: shown(rate) for rate in TESTED}
 
 
 DEFENCES = Analysis("defences", measure, draw, tell, {})

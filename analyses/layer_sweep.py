@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 import guardlens as gl
-from analyses.publication import Analysis, Settings, application, blanks_and_noise, clusters, interval, markdown, picture
+from analyses.publication import Analysis, Settings, application, blanks_and_noise, clusters, figure, interval, markdown
 from guardlens import defences, directions, plots
 from guardlens.cli.demo import Subject
 from guardlens.data.presentations import text_only
@@ -20,10 +20,12 @@ from guardlens.experiments.sweeps import Sweep
 from guardlens.results.intervals import mean_difference
 from guardlens.results.tables import Frame, Table
 
-STRENGTHS, PLACEBOS = (0.5, 1.0, 2.0), 4
-GUARD, PROJECT = "vlm_guard[replace]", "project-out"
+STRENGTHS = (0.5, 1.0, 2.0)
+PLACEBOS = 4
+GUARD = "vlm_guard[replace]"
+PROJECT = "project-out"
 CURVES = {(GUARD, "edit"): GUARD, (PROJECT, "edit"): PROJECT, (GUARD, "placebo"): f"placebo of {GUARD}"}
-"""Intervention and variant -> the name of the curve."""
+"""Intervention and variant -> name of the curve."""
 
 
 def measure(subject: Subject, settings: Settings) -> Table:
@@ -54,7 +56,7 @@ def measure(subject: Subject, settings: Settings) -> Table:
 
 
 def best(effect: Sweep, subject: Subject) -> dict[str, Any]:
-    """The layer that `Sweep.best` picks, and by how much the next one does less for harmful requests (paired)."""
+    """The layer that `Sweep.best` chooses, and how much more it does for harmful requests than the next one (paired)."""
     (first,) = effect.best(1, GUARD)
     (second,) = set(effect.best(2, GUARD)) - {first}
     harmful = [query for query in subject.validation if query.label == "harmful"]
@@ -66,7 +68,7 @@ def best(effect: Sweep, subject: Subject) -> dict[str, Any]:
 
 
 def draw(table: Table) -> Mapping[str, Any]:
-    """The guard's map for every presentation; and, at strength 1, curves of guard, projection and placebo with intervals."""
+    """A heat map of the guard for every presentation; and curves of guard, projection and placebo at strength 1, with intervals."""
     frame = table.frame
     guard = frame[(frame["intervention"] == GUARD) & (frame["variant"] == "edit")]
     maps = plots.effect_maps(guard.assign(intervention=guard["presentation"], value=guard["change"]), unit=table.facts["unit"])
@@ -91,8 +93,8 @@ def tell(table: Table) -> list[str]:
         "the classes. `project-out`: its projection alone, for every request. Placebo: the same displacements in random directions (draws: "
         f"{facts['placebos']}). Intervals of 95 %, a bootstrap over requests; those of a cluster go together. In text the guard puts back "
         "the state that is there, and changes nothing.",
-        picture("layer_sweep", "The guard at every layer and strength, by presentation (mean change)."),
-        picture("layer_sweep_curves", "Strength 1: the guard, the projection alone and the placebo, with 95 % intervals."),
+        figure("layer_sweep", "The guard at every layer and strength, by presentation (mean change)."),
+        figure("layer_sweep_curves", "Strength 1: the guard, the projection alone and the placebo, with 95 % intervals."),
         "## The best layer",
         "By the rule of `Sweep.best`: the change for harmful requests, less any rise for harmless ones, averaged over the strengths. "
         "The layer is chosen on the requests that are shown. Changes are those at strength 1. *Ahead*: how much more the best layer does "
@@ -108,18 +110,21 @@ def tell(table: Table) -> list[str]:
 
 def _best_row(frame: Frame, presentation: str, found: Mapping[str, Any]) -> dict[str, Any]:
     cells = frame.query("presentation == @presentation and intervention == @GUARD and strength == 1.0 and layer == @found['layer']")
-    shown = {(row.variant, row.label): interval(row.change, row.low, row.high, "{:+.2f}") for row in cells.itertuples()}
+    shown = {(row.variant, row.label): interval(row.change, row.low, row.high, "+.2f") for row in cells.itertuples()}
     return {
-        **{"presentation": presentation, "best layer": found["layer"]},
-        **{label: shown["edit", label] for label in ("harmful", "harmless")},
-        **{"placebo, harmful": shown["placebo", "harmful"], "next layer": found["next"]},
-        "ahead": interval(found["ahead"], found["low"], found["high"], "{:+.2f}"),
+        "presentation": presentation,
+        "best layer": found["layer"],
+        "harmful": shown["edit", "harmful"],
+        "harmless": shown["edit", "harmless"],
+        "placebo, harmful": shown["placebo", "harmful"],
+        "next layer": found["next"],
+        "ahead": interval(found["ahead"], found["low"], found["high"], "+.2f"),
     }
 
 
 def _by_layer(frame: Frame) -> Frame:
     rows = frame[(frame["presentation"] == "blank grey") & (frame["strength"] == 1.0)]
-    rows = rows.assign(shown=[interval(row.change, row.low, row.high, "{:+.2f}") for row in rows.itertuples()])
+    rows = rows.assign(shown=[interval(row.change, row.low, row.high, "+.2f") for row in rows.itertuples()])
     named = [CURVES.get(key) for key in zip(rows["intervention"], rows["variant"], strict=True)]
     rows = rows.assign(column=[f"{name}, {label}" for name, label in zip(named, rows["label"], strict=True)])[pd.notna(named)]
     return rows.pivot(index="layer", columns="column", values="shown")[list(dict.fromkeys(rows["column"]))].reset_index()

@@ -1,4 +1,4 @@
-r"""LaTeX of the docs' pages as MathML, made while the site is built: nothing is left for the browser to load or to run.
+r"""Translate LaTeX in the docs to MathML while the site is built, so that the browser has nothing to load or to run.
 
 An extension of Python-Markdown, and so of Zensical and of MkDocs alike (`mkdocs.yml` names it). pymdownx.arithmatex finds the formulae
 (`$...$` in a line, `$$...$$` on lines of its own), latex2mathml translates them.
@@ -19,7 +19,7 @@ BARS = ("‖", "|")
 
 
 class MathMLExtension(ArithmatexExtension):
-    """arithmatex, with its elements filled with MathML in place of LaTeX."""
+    """arithmatex whose elements contain MathML instead of LaTeX."""
 
     def __init__(self) -> None:
         super().__init__(generic=True, inline_syntax=["dollar"], block_syntax=["dollar"])
@@ -37,7 +37,7 @@ class Translator(Treeprocessor):
 
 
 def translate(element: Element) -> None:
-    r"""Put MathML into an element whose text is `\(latex\)` or `\[latex\]`."""
+    r"""Replace the text of an element, `\(latex\)` or `\[latex\]`, by MathML."""
     text = html.unescape(element.text or "").strip()
     element.text = None
     element.append(mathml(text[2:-2].strip(), "block" if text.startswith(r"\[") else "inline"))
@@ -47,22 +47,22 @@ def mathml(latex: str, display: str) -> Element:
     r"""A formula as MathML.
 
     Args:
-        latex: Without its dollars.
+        latex: The formula without its dollar signs.
         display: `"inline"`, or `"block"` for a formula on lines of its own.
 
     Raises:
-        ValueError: It holds a command that latex2mathml does not know (`aligned` is one: write `align*`), so that the build fails.
+        ValueError: latex2mathml does not know a command in it (such as `aligned`, for which `align*` works). The build then fails.
     """
     formula = convert_to_element(latex, display=display)
     for part in formula.iter():
         text = html.unescape(part.text or "")
         if part.tag != "mtext" and LEFT_OVER.fullmatch(text):
-            raise ValueError(f"latex2mathml leaves {text!r} of the formula {latex!r} as it is: write it in other commands")
+            raise ValueError(f"latex2mathml leaves {text!r} of the formula {latex!r} as it is; use other commands")
         if part.tag == "mo" and text in BARS:
             part.attrib.setdefault("stretchy", "false")  # browsers drop a stretched bar below the line if it has an index
     return formula
 
 
 def makeExtension(**_: object) -> MathMLExtension:
-    """What Python-Markdown calls for the name `analyses.mathml`."""
+    """Entry point of Python-Markdown for the extension `analyses.mathml`."""
     return MathMLExtension()

@@ -1,9 +1,10 @@
-"""What the analyses share: their command line, whom they ask, and how a result becomes a table, figures and a page.
+"""Shared parts of the analyses: the command line, the model with its queries, and how a result becomes a table, figures and a page.
 
-An analysis measures once and writes one table; its figures and its page are made of that table alone, so that both can be made again from
-the published file, and a test can hold them to it.
+An analysis measures once and writes one table. Its figures and its page are made from that table alone, so they can be made again from the
+published file, and a test can compare them with it.
 """
 
+import math
 import os
 import sys
 import time
@@ -15,10 +16,14 @@ from typing import Annotated, Any
 import typer
 
 from guardlens.errors import GuardlensError, QueryError
+from guardlens.results.intervals import Interval
 from guardlens.results.tables import Table
 
-QUICK_QUERIES, QUICK_PAIRS = 24, 40
-"""Of each label in a split, and pairs, with `--quick`."""
+QUICK_QUERIES = 24
+"""Queries of each label in a split, with `--quick`."""
+
+QUICK_PAIRS = 40
+"""Pairs that directions are made from, with `--quick`."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,9 @@ class Settings:
     Attributes:
         model: `"organism"`, a hub id or a directory.
         queries: JSONL or CSV with text, label, pair (and images); for every model but the organism.
-        out: Where the results go.
-        quick: Few queries and images: does it run? Its numbers are for tests.
-        seed: Of the noise image, of placebos and, with `queries`, of the split.
+        out: The directory for the results.
+        quick: Whether to use few queries and images, to see whether the analysis runs. The numbers are for tests only.
+        seed: Seed of the noise image, of placebos and, with `queries`, of the split.
     """
 
     model: str = "organism"
@@ -42,14 +47,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Analysis:
-    """One question that is answered by a table.
+    """A question that is answered by one table.
 
     Attributes:
-        name: Of the script, and of the files that it writes.
+        name: The name of the script and of the files that it writes.
         measure: Makes the table.
-        draw: Makes the figures of a table, by the names of their files. The first is the analysis's own name.
-        tell: Makes the page of a table: blocks of Markdown, the title first.
-        options: Handed to `guardlens.load`.
+        draw: Makes the figures from the table, by the names of their files. The first has the name of the analysis.
+        tell: Makes the page from the table: blocks of Markdown, the title first.
+        options: Options of `guardlens.load`.
     """
 
     name: str
@@ -67,9 +72,9 @@ def application(analysis: Analysis) -> typer.Typer:
     def main(
         model: Annotated[str, typer.Option(help="organism, a hub id or a local directory.")] = "organism",
         queries: Annotated[Path | None, typer.Option(help="JSONL or CSV with text, label, pair; for all but the organism.")] = None,
-        out: Annotated[Path, typer.Option(help="Where table, figures and page go.")] = Path("out") / analysis.name,
-        quick: Annotated[bool, typer.Option("--quick", help="Few queries and images: does it run?")] = False,
-        seed: Annotated[int, typer.Option(help="Of the noise image, of placebos and, with --queries, of the split.")] = 0,
+        out: Annotated[Path, typer.Option(help="The directory for table, figures and page.")] = Path("out") / analysis.name,
+        quick: Annotated[bool, typer.Option("--quick", help="Use few queries and images, to see whether it runs.")] = False,
+        seed: Annotated[int, typer.Option(help="Seed of the noise image, of placebos and, with --queries, of the split.")] = 0,
     ) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
@@ -82,12 +87,12 @@ def application(analysis: Analysis) -> typer.Typer:
 
 
 def run(analysis: Analysis, settings: Settings) -> Table:
-    """Measure, write everything into `settings.out`, and give the table back."""
+    """Measure, write everything into `settings.out`, and return the table."""
     began = time.monotonic()
     measured = analysis.measure(subject(settings, **analysis.options), settings)
     made_by = {"command": command(analysis.name, settings), "seconds": round(time.monotonic() - began), "quick": settings.quick}
     path = settings.out / f"{analysis.name}.csv"
-    replace(measured, facts=_plain({**measured.facts, **made_by, **_machine()})).save(path)
+    replace(measured, facts={**measured.facts, **made_by, **_machine()}).save(path)
     return publish(analysis, type(measured).load(path), settings.out)
 
 
@@ -96,14 +101,14 @@ def publish(analysis: Analysis, table: Table, out: Path) -> Table:
     from guardlens import plots
     from guardlens.results.files import write_text
 
-    for name, figure in analysis.draw(table).items():
-        plots.save(figure, out / name)
+    for name, drawn in analysis.draw(table).items():
+        plots.save(drawn, out / name)
     write_text(out / f"{analysis.name}.md", page(analysis, table))
     return table
 
 
 def page(analysis: Analysis, table: Table) -> str:
-    """The page in Markdown: what was found, then where it comes from."""
+    """The page in Markdown: the findings, then where they come from."""
     made, facts = table.provenance, table.facts
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
     origin = (
@@ -125,26 +130,23 @@ def command(name: str, settings: Settings) -> str:
 
 
 def subject(settings: Settings, **options: Any) -> Any:
-    """The model and what it is asked (`guardlens.cli.demo.Subject`), fewer of everything for a quick run.
+    """The model with its queries (`guardlens.cli.demo.Subject`), and with fewer of them for a quick run.
 
     Raises:
-        QueryError: A model without queries or the organism with some; or what `guardlens.cli.demo.own_subject` refuses.
+        QueryError: A model comes without queries, or the organism with some; or `guardlens.cli.demo.own_subject` refuses them.
     """
     from guardlens import presentations
     from guardlens.cli import demo
 
     if (settings.model == "organism") == (settings.queries is not None):
-        found = (
-            "the organism, which has its own queries, with --queries" if settings.queries else f"the model {settings.model} without queries"
-        )
-        raise QueryError(found, "--queries with every model but the organism", "give both --model and --queries, or neither")
-    whole = (
-        demo.organism_subject(**options)
-        if settings.queries is None
-        else demo.own_subject(settings.model, settings.queries, seed=settings.seed, **options)
-    )
-    seeded = (replace(image, seed=settings.seed) if isinstance(image, presentations.Noise) else image for image in whole.images)
-    whole = replace(whole, images=tuple(seeded))
+        found = "the organism with --queries" if settings.queries else f"the model {settings.model} without queries"
+        raise QueryError(found, "--queries with every model but the organism", "pass both --model and --queries, or neither")
+    if settings.queries is None:
+        whole = demo.organism_subject(**options)
+    else:
+        whole = demo.own_subject(settings.model, settings.queries, seed=settings.seed, **options)
+    images = [replace(image, seed=settings.seed) if isinstance(image, presentations.Noise) else image for image in whole.images]
+    whole = replace(whole, images=tuple(images))
     return _fewer(whole) if settings.quick else whole
 
 
@@ -154,20 +156,24 @@ def _fewer(whole: Any) -> Any:
 
     pairs = QueryPairs(whole.pairs.harmful[:QUICK_PAIRS], whole.pairs.harmless[:QUICK_PAIRS])
     shown = (*whole.images[:2], *(image for image in whole.images if isinstance(image, presentations.Noise)))
-    return replace(whole, pairs=pairs, validation=_spread(whole.validation), test=_spread(whole.test), images=shown, new_tokens=12)
+    return replace(whole, pairs=pairs, validation=_sample(whole.validation), test=_sample(whole.test), images=shown, new_tokens=12)
 
 
 def blanks_and_noise(subject: Any, *colors: str) -> list[Any]:
-    """The subject's blank images of these colors, and its noise."""
+    """The blank images of these colors and the noise image of a subject."""
     from guardlens.data.presentations import Blank, Noise
 
     return [image for image in subject.images if isinstance(image, Noise) or (isinstance(image, Blank) and image.colour in colors)]
 
 
-def _spread(queries: Sequence[Any]) -> tuple[Any, ...]:
-    """Some of each label, from all over the split."""
-    sides = [[query for query in queries if query.label == label] for label in ("harmful", "harmless")]
-    return tuple(query for side in sides for query in side[:: max(1, len(side) // QUICK_QUERIES)][:QUICK_QUERIES])
+def _sample(queries: Sequence[Any]) -> tuple[Any, ...]:
+    """Some queries of each label, spread evenly over the split."""
+    sample: list[Any] = []
+    for label in ("harmful", "harmless"):
+        of_label = [query for query in queries if query.label == label]
+        every = max(1, len(of_label) // QUICK_QUERIES)
+        sample += of_label[::every][:QUICK_QUERIES]
+    return tuple(sample)
 
 
 def markdown(frame: Any) -> str:
@@ -176,25 +182,23 @@ def markdown(frame: Any) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |" for line in lines)
 
 
-def interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
-    """A number with its interval; empty where it is undefined."""
-    if value != value:
-        return ""
-    return f"{form.format(value + 0.0)} [{form.format(low + 0.0)}, {form.format(high + 0.0)}]"
+def interval(value: float, low: float, high: float, spec: str = ".2f") -> str:
+    """A number with its interval; empty if it is undefined."""
+    return "" if math.isnan(value) else format(Interval(value, low, high, n=0), spec)
 
 
 def percent(value: float, low: float, high: float) -> str:
-    """A share in percent with its interval."""
-    return interval(100 * value, 100 * low, 100 * high, "{:.1f}")
+    """A share with its interval in percent, without the sign."""
+    return interval(100 * value, 100 * low, 100 * high, ".1f")
 
 
-def picture(name: str, caption: str) -> str:
-    """A figure that lies beside the page."""
+def figure(name: str, caption: str) -> str:
+    """The Markdown of a figure in the folder of the page."""
     return f"![{caption}]({name}.png)\n\n*{caption}*"
 
 
 def guard_layer(subject: Any, ssd: Any) -> int:
-    """The layer that the rule of `guardlens.cli.guard_selection.RULE` picks, on validation beside the grey image."""
+    """The layer that `guardlens.cli.guard_selection.RULE` chooses on the validation split beside the grey image."""
     import guardlens as gl
     from guardlens.cli.demo import STRENGTHS
 
@@ -205,7 +209,7 @@ def guard_layer(subject: Any, ssd: Any) -> int:
 
 
 def clusters(queries: Sequence[Any]) -> Any:
-    """What is resampled together, query by query."""
+    """The cluster of each query."""
     import numpy as np
 
     return np.array([query.stands_with for query in queries])
@@ -218,12 +222,3 @@ def _machine() -> dict[str, Any]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return {"device": device, "threads": torch.get_num_threads()}
-
-
-def _plain(value: Any) -> Any:
-    """What JSON gives back as it was given."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value

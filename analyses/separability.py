@@ -1,7 +1,7 @@
 """Where harmful and harmless requests are separable, LLM against VLM: `python -m analyses.separability --model organism`.
 
-Layer by layer and for each presentation: along the safety direction (AUROC, d', the accuracy of the LLM's own threshold), by a linear probe
-(held out, and transferred from the LLM), and how far an image moves a request along the direction.
+Measured for each layer and presentation: separability along the safety direction (AUROC, d', the accuracy of the LLM's own threshold) and
+by a linear probe (held out, and transferred from the LLM), and how far an image moves a request along the direction.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 import guardlens as gl
-from analyses.publication import Analysis, Settings, application, interval, markdown, picture
+from analyses.publication import Analysis, Settings, application, figure, interval, markdown
 from guardlens import directions, plots
 from guardlens.cli.demo import Subject
 from guardlens.cli.demo_report import SURFACE
@@ -22,7 +22,7 @@ LEFT_OUT = ("blank black",)
 
 
 def measure(subject: Subject, settings: Settings) -> Comparison:
-    """One row per metric, run and layer (see `Comparison`). Nothing is chosen here, so it is the test split that is read."""
+    """One row per metric, run and layer (see `Comparison`). It uses the test split, since nothing is chosen by it."""
     model = subject.model
     ssd = directions.ssd(gl.collect(model, subject.pairs))
     llm = gl.collect(model.llm, subject.test)
@@ -33,7 +33,7 @@ def measure(subject: Subject, settings: Settings) -> Comparison:
 
 
 def draw(gap: Comparison) -> Mapping[str, Any]:
-    """A panel per metric, a line with its interval per run."""
+    """A panel per metric, with a line and its interval per run."""
     return {"separability": gap.plot(METRICS)[0].figure}
 
 
@@ -45,7 +45,7 @@ def tell(gap: Comparison) -> list[str]:
         f"{facts['n_harmful']} harmful and {facts['n_harmless']} harmless requests of the test split, which have no part in the direction: "
         "that is made of training pairs in text. State: the residual stream after each layer at the last token of the prompt. Intervals of "
         f"95 %, a bootstrap over {facts['n_groups']} groups of requests that stand or fall together, the same for all layers and runs.",
-        picture("separability", "Separability by layer, the LLM and the VLM beside each image, with 95 % intervals."),
+        figure("separability", "Separability by layer, the LLM and the VLM beside each image, with 95 % intervals."),
         "AUROC and d′ rank requests along the direction, whatever the threshold; the accuracy at the midpoint is what the LLM's own "
         "threshold makes of them. The probe is trained and tested in its own run, on held-out groups; *transferred* is the LLM's probe on "
         "the run. Drift is how far an image moves a request along the direction, in mean norms of the LLM's state. Where AUROC and the "
@@ -70,7 +70,7 @@ def _last_layer(gap: Comparison) -> pd.DataFrame:
 def _changes(gap: Comparison, metric: str) -> pd.DataFrame:
     rows = gap.where(metric=metric).frame
     rows = rows[rows["change"].notna()]
-    rows = rows.assign(shown=[interval(row.change, row.change_low, row.change_high, "{:+.2f}") for row in rows.itertuples()])
+    rows = rows.assign(shown=[interval(row.change, row.change_low, row.change_high, "+.2f") for row in rows.itertuples()])
     return rows.pivot(index="layer", columns="run", values="shown")[gap.facts["runs"][1:]].reset_index()
 
 

@@ -99,7 +99,7 @@ class StateStore:
                 raise StorageError(
                     f"{path}, which is of another run than {MANIFEST} beside it",
                     "states of this configuration",
-                    "remove both, or give another directory",
+                    "remove both, or use another directory",
                 )
         if self._whole.exists() or not self._partial.exists():
             return self._partial.unlink(missing_ok=True)

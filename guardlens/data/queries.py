@@ -64,7 +64,7 @@ class Query:
 
     def _repr_html_(self) -> str:
         shown = {name: getattr(self, name) for name in ("text", "label", "id", "pair", "cluster", "source")}
-        return notebooks.captioned("Query", notebooks.facts(shown | {"images": notebooks.pictured(self.images)}))
+        return notebooks.captioned("Query", notebooks.facts(shown | {"images": notebooks.images_as_text(self.images)}))
 
 
 def _is_missing(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""What is kept and shown: tables, intervals, files, run directories, progress bars and plots."""
+"""Results and how they are stored and shown: tables, intervals, files, run directories, progress bars and plots."""

@@ -1,4 +1,4 @@
-"""Files: tensors with a JSON header (safetensors), atomic writes, provenance, and run directories that can be resumed. Never pickle."""
+"""Files: atomic writing, reading with clear errors, and tensors with a JSON header (safetensors). Pickle is never used."""
 
 import errno
 import hashlib
@@ -20,28 +20,33 @@ from torch import Tensor
 from guardlens.errors import GuardlensError, StorageError, quoted, require_type
 
 FORMAT = 2
-"""Of saved files; one of another format is refused."""
+"""Version of the format of saved files; files of another version are refused."""
 
 
 def digest(*parts: bytes | memoryview) -> str:
-    """A short name for these bytes: 12 hexadecimal digits of SHA-256."""
-    found = hashlib.sha256()
+    """The first 12 hexadecimal digits of the SHA-256 of these parts. It depends on where one part ends and the next begins."""
+    sha = hashlib.sha256()
     for place, part in enumerate(parts):
-        found.update(b"\0" if place else b"")
-        found.update(part)
-    return found.hexdigest()[:12]
+        sha.update(b"\0" if place else b"")
+        sha.update(part)
+    return sha.hexdigest()[:12]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor as they lie in memory."""
+    """The raw bytes of a tensor."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def encoded(value: Any, what: str, indent: int | None = None) -> str:
-    """A value as JSON; numbers of numpy are numbers.
+    """A value as JSON. Numbers of numpy are written as numbers.
+
+    Args:
+        value: The value.
+        what: What the value is, for the error.
+        indent: Indentation, as for `json.dumps`.
 
     Raises:
-        StorageError: JSON can't hold it.
+        StorageError: JSON can't represent the value.
     """
 
     def plain(part: Any) -> Any:
@@ -53,33 +58,33 @@ def encoded(value: Any, what: str, indent: int | None = None) -> str:
         return json.dumps(value, default=plain, indent=indent)
     except (TypeError, ValueError, RecursionError) as error:
         raise StorageError(
-            f"{error} in {what}", "what JSON can hold: text, numbers, lists and dictionaries", "convert it, as with .tolist()"
+            f"{error} in {what}", "text, numbers, lists and dictionaries", "convert it, for example with .tolist()"
         ) from None
 
 
 def require_path(path: Any) -> Path:
-    """The path that somebody gave.
+    """Check that a value is a path, and return it as one.
 
     Raises:
-        StorageError: It is empty, or none.
+        StorageError: The value is empty, or no path.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text or any("\ud800" <= letter <= "\udbff" for letter in text):
-        raise StorageError(f"the path {quoted(path)}", "the path of a file or directory", "give one, such as 'runs/first'")
+        raise StorageError(f"the path {quoted(path)}", "the path of a file or directory", "pass one, such as 'runs/first'")
     return Path(path)
 
 
 def require_writable(path: Any) -> Path:
-    """The path of a directory that is there or can be made, as far as can be told without making it.
+    """Check, without creating it, that a directory exists or can be created, and return its path.
 
     Raises:
-        StorageError: It can't.
+        StorageError: It can be neither written nor created.
     """
     path = require_path(path)
     nearest = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
     with writing(path):
         if not nearest.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is no directory")
+            raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is not a directory")
         if not os.access(nearest, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     return path
@@ -87,26 +92,28 @@ def require_writable(path: Any) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say of what can't be written what and why.
+    """Turn errors of writing into errors that name the file and the reason.
 
     Raises:
-        StorageError: An error of the operating system.
+        StorageError: The operating system reported an error.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"{path}, which can't be written ({why})", "a place that can be written to", "choose another one, or make room there"
-        ) from error
+        raise StorageError(f"{path}, which can't be written ({why})", "a path that can be written to") from error
 
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Say of what can't be read, or doesn't hold what it should, what and why.
+    """Turn errors of reading and parsing into errors that name the file and the reason.
+
+    Args:
+        path: The file.
+        what: What the file should contain.
 
     Raises:
-        StorageError: An error of the operating system, of a parser, or of making an object of what was read.
+        StorageError: The operating system or a parser reported an error, or the file's content makes no valid object.
     """
     try:
         yield
@@ -114,15 +121,15 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise
     except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, GuardlensError) as error:
         why = error.found if isinstance(error, GuardlensError) else f"{type(error).__name__}: {error}"
-        raise StorageError(f"{path}, which can't be read ({why})", what, "check the path, or save it anew") from error
+        raise StorageError(f"{path}, which can't be read ({why})", what) from error
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling to write to; it takes the place of `path` when all went well, and never half of it.
+    """Yield a temporary path in the same directory, which replaces `path` at the end of the block unless an error is raised.
 
     Raises:
-        StorageError: It can't be written.
+        StorageError: The file can't be written.
     """
     path = require_path(path)
     partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
@@ -131,7 +138,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         remove_leftovers(path.parent, re.escape(path.name))
         try:
             partial.touch()
-            mode = partial.stat().st_mode  # as the umask has it, which safetensors' own files are not
+            mode = partial.stat().st_mode  # follows the umask, unlike the files that safetensors makes
             yield partial
             partial.chmod(mode)
             partial.replace(path)
@@ -144,7 +151,7 @@ _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
 
 
 def remove_leftovers(directory: Path, name: str) -> None:
-    """Remove what killed processes of this machine had begun to write. `name` is a regular expression."""
+    """Remove partial files that killed processes of this machine left behind. `name` is a regular expression for their targets."""
     for path in directory.glob(f".*.{_HOST}.*.partial"):
         found = re.fullmatch(rf"\.(?:{name})\.{_HOST}\.(\d+)\.partial", path.name)
         if found and not _alive(int(found[1])):
@@ -152,7 +159,7 @@ def remove_leftovers(directory: Path, name: str) -> None:
 
 
 def _alive(process: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 is not a question
+    if os.name != "posix":  # elsewhere, signal 0 would not merely test for the process
         return True
     try:
         os.kill(process, 0)
@@ -164,20 +171,20 @@ def _alive(process: int) -> bool:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
+    """Write a text file atomically, as UTF-8."""
     with atomic(path) as partial:
         partial.write_bytes(text.encode())
 
 
 def metadata_of(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> dict[str, str]:
-    """What a safetensors file of guardlens says about itself, with a checksum of that and of the tensors."""
+    """The metadata of a safetensors file of guardlens: its kind and header, with checksums of these and of the tensors."""
     sums = {name: checksum(tensor) for name, tensor in (tensors or {}).items()}
-    text = encoded({"format": FORMAT, "kind": kind, "header": header, "tensors": sums}, f"the header of a file of {kind}")
+    text = encoded({"format": FORMAT, "kind": kind, "header": header, "tensors": sums}, f"the header of a file with {kind}")
     return {"guardlens": text, "digest": digest(text.encode())}
 
 
 def checksum(tensor: Tensor) -> str:
-    """A short name for a tensor: for its numbers, dtype and shape."""
+    """A digest of the numbers, the dtype and the shape of a tensor."""
     return digest(str(tensor.dtype).encode(), repr(tuple(tensor.shape)).encode(), bytes_of(tensor))
 
 
@@ -186,12 +193,12 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], hea
 
     Args:
         path: The file.
-        kind: What it holds; checked on loading.
-        tensors: By name.
-        header: Anything that JSON can hold.
+        kind: The kind of content, which is checked on loading.
+        tensors: The tensors by name.
+        header: Further data that JSON can represent.
 
     Raises:
-        StorageError: It can't be written, or the header isn't JSON.
+        StorageError: The file can't be written, or the header is not JSON.
     """
     stored = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     described = metadata_of(kind, header, stored)
@@ -200,15 +207,15 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], hea
 
 
 def load_tensors(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a file that `save_tensors` wrote. Tensors are mapped into memory, and read when they are looked at.
+    """The tensors and the header of a file that `save_tensors` wrote. Tensors are memory-mapped, and read on first access.
 
     Args:
         path: The file.
-        kind: What it must hold.
-        verify: Read all tensors and compare them with the checksums in the header.
+        kind: The kind of content that is expected.
+        verify: Whether to read all tensors and compare them with the checksums in the header.
 
     Raises:
-        StorageError: It can't be read, holds something else, or was changed since it was saved.
+        StorageError: The file can't be read, has another kind, or was changed since it was saved.
     """
     path = require_path(path)
     with reading(path, f"a safetensors file with {kind}"):
@@ -220,17 +227,15 @@ def load_tensors(path: str | Path, kind: str, *, verify: bool = True) -> tuple[d
             raise StorageError(
                 f"{path} with {meta.get('kind', 'no guardlens data')}, format {meta.get('format')}",
                 f"{kind}, format {FORMAT}",
-                "check the path, or save it anew with this version",
+                "save it again with this version",
             )
         intact = described.get("digest") == digest(described["guardlens"].encode())
         if not intact or (verify and {name: checksum(tensor) for name, tensor in tensors.items()} != meta["tensors"]):
-            raise StorageError(
-                f"{path}, which was changed after it was saved", "the bytes that were saved", "save it anew, or copy it again"
-            )
-        require_type(meta["header"], dict, StorageError, "save it anew with this version")
+            raise StorageError(f"The file {path} was changed after it was saved.", "", "save it again, or copy it again")
+        require_type(meta["header"], dict, StorageError, "save it again with this version")
         return tensors, meta["header"]
 
 
 def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of mapped tensors, for what runs compute with: where a file lies in memory changes how products are rounded."""
+    """Copies of memory-mapped tensors for computing: the alignment of a mapped file changes how products are rounded."""
     return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""One way to show how far long work has come: a line on stderr in terminals, a bar of HTML in notebooks (which needs no widgets)."""
+"""Progress bars: a line on stderr in terminals, and HTML in notebooks, which needs no widgets."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ _shown = True
 
 
 class progress_bars:
-    """Show progress bars, or none, from here on. As a context manager, it restores at its end what held before.
+    """Switch progress bars on or off. As a context manager, it restores the previous setting at its end.
 
     Examples:
         >>> with gl.progress_bars(False):
@@ -37,7 +37,7 @@ class progress_bars:
 
 
 def track(parts: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Iterate over `parts` with a progress bar that counts items and shows the time left, unless `progress_bars(False)` was said.
+    """Iterate over `parts` with a progress bar that counts items and shows the time left, unless `progress_bars(False)` switched bars off.
 
     Args:
         parts: Sized pieces of work (batches of queries, groups of cells).
@@ -58,7 +58,7 @@ def _bar(what: str, total: int) -> AbstractContextManager[Advance]:
 
 
 def _in_notebook() -> bool:
-    """Whether a kernel (Jupyter, VS Code, Colab) runs this code; IPython in a terminal has none."""
+    """Whether a notebook kernel (Jupyter, VS Code, Colab) runs this code; IPython in a terminal has none."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
@@ -78,7 +78,8 @@ def _terminal_bar(what: str, total: int) -> Iterator[Advance]:
 def _notebook_bar(what: str, total: int) -> Iterator[Advance]:
     from IPython.display import display
 
-    began, done = time.monotonic(), 0
+    began = time.monotonic()
+    done = 0
     shown: Any = display(Bar(what, 0, total), display_id=True)
 
     def advance(number: int) -> None:
@@ -91,13 +92,13 @@ def _notebook_bar(what: str, total: int) -> Iterator[Advance]:
 
 @dataclass(frozen=True)
 class Bar:
-    """A moment of a work in a notebook.
+    """One rendering of a progress bar in a notebook.
 
     Attributes:
-        what: Name of the work.
-        done: How many things are done.
-        total: Of how many.
-        left: Seconds to expect, at the speed so far.
+        what: The name of the work.
+        done: The number of items that are done.
+        total: The number of all items.
+        left: The expected remaining time in seconds, at the speed so far.
     """
 
     what: str
@@ -106,7 +107,8 @@ class Bar:
     left: float = 0.0
 
     def __repr__(self) -> str:
-        return f"{self.what} {self.done}/{self.total}{f', {self.left:.0f} s left' if self.done < self.total and self.left else ''}"
+        left = f", {self.left:.0f} s left" if self.done < self.total and self.left else ""
+        return f"{self.what} {self.done}/{self.total}{left}"
 
     def _repr_html_(self) -> str:
         bar = f'<progress value="{self.done}" max="{self.total}" style="vertical-align: middle"></progress>'

@@ -1,4 +1,4 @@
-"""Where a result comes from, and whether two results belong to one model."""
+"""Provenance: where a result comes from, and whether two results belong to one model."""
 
 import datetime
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ class Provenance:
     """Where a result comes from.
 
     Attributes:
-        model: Name and fingerprint, `"organism@1f0c9a…"`; results of different fingerprints don't mix.
-        template: Hash of the chat template that made the prompts.
-        revision: The hub's revision, where there is one.
-        versions: Package versions.
-        date: When, in UTC.
-        llm: Name and fingerprint of the LLM beside the model, where another one than its own was given.
+        model: Name and fingerprint, as in `"organism@1f0c9a…"`. Results with different fingerprints are not combined.
+        template: Hash of the chat template of the prompts.
+        revision: The revision on the hub, if the model comes from there.
+        versions: Versions of the packages.
+        date: Date and time in UTC.
+        llm: Name and fingerprint of a separate LLM that was loaded beside the model; empty if there is none.
     """
 
     model: str = ""
@@ -38,35 +38,44 @@ class Provenance:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The model, and the LLM beside it if that is another one: directions of either belong to the result."""
+        """The model and its separate LLM, if there is one. Directions of either fit the result."""
         return (self.model, self.llm) if self.llm else (self.model,)
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            require_type(getattr(self, each.name), Mapping if each.name == "versions" else str, StorageError, f"mend the {each.name}")
+            require_type(getattr(self, each.name), Mapping if each.name == "versions" else str, StorageError, f"correct the {each.name}")
 
 
 def require_same_model(what: str, of: str, *against: str) -> None:
-    """Refuse results of another model than those in `against`. An empty name belongs to every model.
+    """Refuse a result of a model that is not among `against`. An empty name fits every model.
+
+    Args:
+        what: What the result is, for the error.
+        of: Name and fingerprint of its model.
+        against: Names and fingerprints of the expected models.
 
     Raises:
         MismatchError: The fingerprints differ; the models are named.
     """
-    if of and all(against) and of.rpartition("@")[2] not in {name.rpartition("@")[2] for name in against}:
-        expected = " or ".join(dict.fromkeys(against))
-        namesake = of.rpartition("@")[0] in {name.rpartition("@")[0] for name in against}
-        again = "; one name and other numbers: are these the same weights in another dtype?" if namesake else ""
+    if of and all(against) and _fingerprint(of) not in map(_fingerprint, against):
+        same_name = of.rpartition("@")[0] in {name.rpartition("@")[0] for name in against}
+        hint = "; one name and other numbers: are these the same weights in another dtype?" if same_name else ""
         raise MismatchError(
-            f"{what} of the model {of}", f"those of {expected}", f"collect activations with this model and make them anew{again}"
+            f"{what} of the model {of}",
+            f"those of {' or '.join(dict.fromkeys(against))}",
+            f"collect activations with this model and make them anew{hint}",
         )
 
 
 def require_related(what: str, of: Provenance, against: Provenance) -> None:
-    """Refuse a result of one model beside that of another. A VLM and the LLM that was loaded beside it belong together.
+    """Refuse to combine results of different models. A VLM and the LLM that was loaded beside it belong together.
 
     Raises:
         MismatchError: The fingerprints differ; the models are named.
     """
-    one, other = ({model.rpartition("@")[2] for model in provenance.models} for provenance in (of, against))
-    if not one & other:
+    if set(map(_fingerprint, of.models)).isdisjoint(map(_fingerprint, against.models)):
         require_same_model(what, of.model, *against.models)
+
+
+def _fingerprint(model: str) -> str:
+    return model.rpartition("@")[2]

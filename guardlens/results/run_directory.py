@@ -16,31 +16,33 @@ from guardlens.errors import MismatchError, StorageError, require_type, warn
 from guardlens.results.files import digest, encoded, reading, remove_leftovers, require_path, write_text, writing
 from guardlens.results.provenance import Provenance
 
-MANIFEST, RECORDS, LOCK = "manifest.json", "records.jsonl", ".lock"
+MANIFEST = "manifest.json"
+RECORDS = "records.jsonl"
+LOCK = ".lock"
 """The files of every run directory."""
 
 RUN = "run"
-"""The entry of a record that says whose it is."""
+"""The key of a record under which the digest of its run's configuration stands."""
 
 UNLOCKABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of a directory in which no lock can be had: it can only be read, or its file system keeps no locks."""
+"""Errors of directories that can't be locked, because they are read-only or their file system has no locks."""
 
 
 class RunDirectory:
-    """Records of a long run, appended as they come, under a manifest that says how they were made.
+    """Records of a long run, which are appended one batch at a time, under a manifest that says how they were made.
 
-    Opening a directory that another configuration made is refused; opening the same one again resumes. A directory is open in one process
-    at a time: until `close`, the end of a `with` block, or the end of the process, however it ends. (The operating system keeps the lock.
-    On network file systems it holds between machines only where the server keeps locks.)
+    Opening a directory again with the same configuration resumes the run; another configuration is refused. A directory is open in one
+    process at a time: until `close`, the end of a `with` block, or the end of the process, even if it is killed. The operating system
+    holds the lock; on network file systems it works between machines only if the server supports locks.
 
     Args:
         path: The directory.
-        configuration: What the records depend on, nested as the caller likes. Differences are looked for in its order.
-        provenance: Whose they are; the manifest says it, and it isn't compared.
+        configuration: Everything that the records depend on, in any nesting. The first difference in its order is reported.
+        provenance: Where the records come from. It is written to the manifest, but not compared.
 
     Raises:
-        MismatchError: The manifest differs; the first difference is named.
-        StorageError: It is open elsewhere, can't be written, or its manifest can't be read or is gone.
+        MismatchError: The manifest has another configuration; the first difference is named.
+        StorageError: The directory is open elsewhere or can't be written, or its manifest is missing or can't be read.
     """
 
     def __init__(self, path: str | Path, configuration: Mapping[str, Any], provenance: Provenance | None = None) -> None:
@@ -62,7 +64,7 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Let other processes open it."""
+        """Release the lock, so that other processes can open the directory."""
         self._lock.release()
 
     def _open(self, wanted: dict[str, Any], provenance: Provenance) -> None:
@@ -70,35 +72,36 @@ class RunDirectory:
         if manifest.exists():
             with reading(manifest, "the manifest of a run"):
                 old = json.loads(manifest.read_bytes())["configuration"]
-                require_type(old, dict, StorageError, f"give another directory, or mend {manifest}")
+                require_type(old, dict, StorageError, f"use another directory, or repair {manifest}")
             return self._compare(old, wanted)
         orphans = [path.name for path in (self._file, *self.path.glob("states.*")) if path.exists() and path.stat().st_size]
         if orphans:
             raise StorageError(
                 f"{self.path} with {' and '.join(orphans)} and without {MANIFEST}",
                 "a manifest that says how they were made",
-                "restore it, or give another directory",
+                "restore the manifest, or use another directory",
             )
         write_text(manifest, encoded({"configuration": wanted, "provenance": asdict(provenance)}, "the manifest", indent=1))
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        if found := first_difference(old, new):
-            key, was, now = found
+        difference = first_difference(old, new)
+        if difference:
+            key, was, now = difference
             raise MismatchError(
                 f"the results directory {self.path}, made with {key} = {was}",
                 f"{key} = {now}",
-                "give another directory, or the old configuration to resume it",
+                "use another directory, or repeat the old configuration to resume",
             )
 
     def records(self, key: Callable[[dict[str, Any]], Hashable] = json.dumps) -> list[dict[str, Any]]:
-        """All whole records so far (see `records_in`)."""
+        """All complete records so far (see `records_in`)."""
         return records_in(self.path, key)
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Add records and make sure that they are on disk.
+        """Append records and wait until they are on disk.
 
         Raises:
-            StorageError: They can't be written.
+            StorageError: The records can't be written.
         """
         run = run_of(self.path)
         lines = "".join(encoded({**record, RUN: run}, "a record") + "\n" for record in records).encode()
@@ -109,13 +112,13 @@ class RunDirectory:
             os.fsync(stream.fileno())
 
     def forget(self) -> None:
-        """Drop all records."""
+        """Delete all records."""
         with writing(self._file):
             self._file.unlink(missing_ok=True)
 
     @staticmethod
     def _drop_cut_line(stream: BinaryIO) -> None:
-        """Undo what a kill left half-written at the end."""
+        """Remove the incomplete last line that a killed process left."""
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - 1))
         if size and stream.read(1) != b"\n":
@@ -124,30 +127,32 @@ class RunDirectory:
 
 
 def records_in(directory: Path, key: Callable[[dict[str, Any]], Hashable] = json.dumps) -> list[dict[str, Any]]:
-    """All whole records of a run directory. A last line that was cut off by a kill is dropped.
+    """All complete records of a run directory. An incomplete last line, which a killed process left, is dropped.
 
     Args:
         directory: The directory.
-        key: What a record is of: the first record of each key counts. None, or an error, where a record is none of this run's.
+        key: Identifies a record; of several records with one key the first counts. It returns None, or raises an error, for a record that
+            does not belong to this run.
 
     Warns:
-        UserWarning: Lines that can't be read, or aren't of this run. They are left out, so that they are made again.
+        UserWarning: Lines can't be read or belong to another run. They are left out, so their records are made again.
     """
     file = directory / RECORDS
     with reading(file, "the records of a run"):
         whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
-    lines, run = [line for line in whole.split(b"\n") if line.strip()], run_of(directory)
-    found = [each for line in lines for each in _keyed(line, key, run)]
-    if lost := len(lines) - len(found):
+    lines = [line for line in whole.split(b"\n") if line.strip()]
+    run = run_of(directory)
+    usable = [each for line in lines for each in _keyed(line, key, run)]
+    if lost := len(lines) - len(usable):
         warn(f"{lost} of {len(lines)} records in {file} can't be read or aren't of this run; they are made again")
     first: dict[Hashable, dict[str, Any]] = {}
-    for name, record in found:
+    for name, record in usable:
         first.setdefault(name, record)
     return [*first.values()]
 
 
 def run_of(directory: Path) -> str:
-    """What stands for a directory's configuration in its records and states, so that those of another one are known; empty without any."""
+    """The digest of a directory's configuration, which marks its records and states as its own; empty if there is no manifest."""
     manifest = directory / MANIFEST
     if not manifest.exists():
         return ""
@@ -156,7 +161,7 @@ def run_of(directory: Path) -> str:
 
 
 def _keyed(line: bytes, key: Callable[[dict[str, Any]], Hashable], run: str) -> Iterator[tuple[Hashable, dict[str, Any]]]:
-    """The record of a line with its key, if it is one of this run."""
+    """The record in a line with its key, or nothing if it does not belong to this run."""
     with suppress(ValueError, RecursionError, LookupError, TypeError):
         record = json.loads(line.decode())
         if isinstance(record, dict) and run in ("", record.pop(RUN, run)) and (name := key(record)) is not None:
@@ -166,10 +171,10 @@ def _keyed(line: bytes, key: Callable[[dict[str, Any]], Hashable], run: str) -> 
 
 
 def locked(directory: Path) -> FileLock:
-    """A lock on a directory, which is made if it isn't there. It is let go by `release`, or at the end of a `with` block.
+    """Lock a directory, which is created if needed, until `release` or the end of a `with` block.
 
     Raises:
-        StorageError: Another process has it, or the directory can't be written.
+        StorageError: Another process holds the lock, or the directory can't be written.
     """
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -182,22 +187,22 @@ def _lock(directory: Path) -> FileLock:
         lock.acquire()
     except Timeout:
         raise StorageError(
-            f"{directory}, which {_holder(directory)} has open", "one process at a time", "wait for it to end, or give another directory"
+            f"{directory}, which {_holder(directory)} has open", "one process at a time", "wait for it to end, or use another directory"
         ) from None
     except OSError as error:
         if error.errno not in UNLOCKABLE or not (directory / MANIFEST).exists():
             raise
-        warn(f"{directory} can't be locked ({error.strerror}): see to it that no other process writes there")
+        warn(f"{directory} can't be locked ({error.strerror}): make sure that no other process writes there")
         return lock
-    with suppress(OSError):  # what says who has it is a courtesy
+    with suppress(OSError):  # the name of the holder is a courtesy
         (directory / LOCK).write_text(_this_process())
     return lock
 
 
 def _holder(directory: Path) -> str:
     with suppress(OSError, ValueError):
-        found = (directory / LOCK).read_text().strip()
-        return "this very process" if found == _this_process() else found or "another process"
+        holder = (directory / LOCK).read_text().strip()
+        return "this very process" if holder == _this_process() else holder or "another process"
     return "another process"
 
 
@@ -205,22 +210,23 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-SHOWN = 80
-"""Characters of a value that a message shows."""
+EXCERPT = 80
+"""The number of characters of a value that an error shows."""
 
 
 def first_difference(old: Any, new: Any, of: str = "") -> tuple[str, str, str] | None:
-    """Where two values of JSON differ first, in the order of the second: the place (`model.config.layers[2]`), and both values, shortened.
+    """The first difference of two JSON values, in the order of the second: its place (`model.config.layers[2]`) and both values, shortened.
 
     Examples:
         >>> from guardlens.results.run_directory import first_difference
         >>> first_difference({"model": {"id": "a", "dtype": "float32"}}, {"model": {"id": "a", "dtype": "bfloat16"}})
         ('model.dtype', '"float32"', '"bfloat16"')
     """
-    was, now = json.dumps(old), json.dumps(new)
+    was = json.dumps(old)
+    now = json.dumps(new)
     if isinstance(old, dict) and isinstance(new, dict):
         places = [(f"{of}.{key}" if of else key, old.get(key), new.get(key)) for key in {**new, **old}]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and len(was) > SHOWN:
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and len(was) > EXCERPT:
         places = [(f"{of}[{i}]", before, after) for i, (before, after) in enumerate(zip(old, new, strict=True))]
     else:
         return None if old == new or was == now else (of, *_excerpts(was, now))
@@ -228,13 +234,13 @@ def first_difference(old: Any, new: Any, of: str = "") -> tuple[str, str, str] |
 
 
 def _excerpts(was: str, now: str) -> tuple[str, str]:
-    """Both texts from shortly before the place at which they part, where they are long."""
-    if max(len(was), len(now)) <= SHOWN:
+    """Both texts; long ones are cut out from shortly before their first difference."""
+    if max(len(was), len(now)) <= EXCERPT:
         return was, now
     alike = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
-    start = max(0, alike - SHOWN // 4)
+    start = max(0, alike - EXCERPT // 4)
 
     def excerpt(text: str) -> str:
-        return f"{'...' if start else ''}{text[start : start + SHOWN]}{'...' if len(text) > start + SHOWN else ''}"
+        return f"{'...' if start else ''}{text[start : start + EXCERPT]}{'...' if len(text) > start + EXCERPT else ''}"
 
     return excerpt(was), excerpt(now)

@@ -235,7 +235,7 @@ def test_another_configuration_is_refused(made, subject, quick, monkeypatch):
     monkeypatch.setattr(demo, "collect", lambda model, queries, *args, **options: gl.collect(model, subject.pairs))
     before = (out / "summary.json").read_bytes()
     with pytest.raises(
-        errors.MismatchError, match=r"made with max_new_tokens = 10.\nExpected max_new_tokens = 11.\nNext: give another directory"
+        errors.MismatchError, match=r"made with max_new_tokens = 10.\nExpected max_new_tokens = 11.\nNext: use another directory"
     ):
         demo.run(dataclasses.replace(subject, new_tokens=11), out)
     with pytest.raises(errors.MismatchError, match=r"made with queries = "):

@@ -308,7 +308,7 @@ class TestResume:
         }  # fmt: skip
         for key, calls in refused.items():
             for call in calls:
-                with pytest.raises(errors.MismatchError, match=rf"made with {key} = .*\nExpected {key} = .*\nNext: give another directory"):
+                with pytest.raises(errors.MismatchError, match=rf"made with {key} = .*\nExpected {key} = .*\nNext: use another directory"):
                     ask(vlm, tmp_path, *call)
         for key, option in {"site": {"site": Site(layers=(1,))}, "dtype": {"dtype": "bfloat16"}}.items():
             with pytest.raises(errors.MismatchError, match=f"made with {key} = "):

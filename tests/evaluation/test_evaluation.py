@@ -302,7 +302,7 @@ class TestResume:
 
         ask()
         refused = {
-            "made with defences.guard = .*\nExpected defences.guard = .*\nNext: give another directory": [{"alpha": 2.0}, {"seed": 0}],
+            "made with defences.guard = .*\nExpected defences.guard = .*\nNext: use another directory": [{"alpha": 2.0}, {"seed": 0}],
             'made with model.kind = "Llava.*\nExpected model.kind = "LlamaForCausalLM': [{"model": llm}],
             "made with queries = ": [
                 {"queries": QUERIES[::2]},

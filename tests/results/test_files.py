@@ -80,7 +80,7 @@ class TestRunDirectory:
 
     def test_refuses_another_configuration(self, tmp_path):
         RunDirectory(tmp_path, {"model": "a", "seed": 0})
-        with pytest.raises(errors.MismatchError, match=r"made with seed = 0\.\nExpected seed = 1\.\nNext: give another directory"):
+        with pytest.raises(errors.MismatchError, match=r"made with seed = 0\.\nExpected seed = 1\.\nNext: use another directory"):
             RunDirectory(tmp_path, {"model": "a", "seed": 1})
         with pytest.raises(errors.MismatchError, match=r"made with extra = null"):
             RunDirectory(tmp_path, {"model": "a", "seed": 0, "extra": "x" * 200})
@@ -143,7 +143,7 @@ class TestRunDirectory:
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr("guardlens.results.run_directory.FileLock.acquire", refuse)
-        with pytest.warns(UserWarning, match=r"can't be locked \(.*\): see to it that no other process writes there"):
+        with pytest.warns(UserWarning, match=r"can't be locked \(.*\): make sure that no other process writes there"):
             assert RunDirectory(tmp_path, {}).records() == [{"id": 1}]
         with pytest.raises(errors.StorageError, match=r"new, which can't be written"):
             RunDirectory(tmp_path / "new", {})
@@ -161,7 +161,7 @@ class TestRunDirectory:
     @pytest.mark.parametrize("left", ["records.jsonl", "states.partial", "states.safetensors"])
     def test_what_lost_its_manifest_is_refused(self, tmp_path, left):
         (tmp_path / left).write_bytes(b"{}\n")
-        with pytest.raises(errors.StorageError, match=rf"with {left} and without manifest.json[\s\S]*restore it, or give another"):
+        with pytest.raises(errors.StorageError, match=rf"with {left} and without manifest.json[\s\S]*restore the manifest, or use another"):
             RunDirectory(tmp_path, {})
         assert [path.name for path in sorted(tmp_path.iterdir())] == [".lock", left]
 
@@ -270,7 +270,9 @@ class TestWhatWasSavedIsWhatIsLoaded:
 
     def test_what_json_cannot_hold_leaves_no_file(self, tmp_path):
         for header in ({"a": torch.ones(1)}, {"a": {1, 2}}, {"a": {(1, 2): 3}}):
-            with pytest.raises(errors.StorageError, match=r"in the header of a file of things.\nExpected what JSON can hold"):
+            with pytest.raises(
+                errors.StorageError, match=r"in the header of a file with things.\nExpected text, numbers, lists and dictionaries"
+            ):
                 save_tensors(tmp_path / "t", "things", {}, header)
         assert not list(tmp_path.iterdir())
 

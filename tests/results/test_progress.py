@@ -96,7 +96,7 @@ def test_a_real_kernel_shows_bars_and_writes_nothing_else():
         "import sys; sys.modules['ipywidgets'] = None  # a kernel without widgets",
         "import guardlens as gl\nmodel, pairs = gl.load('organism'), gl.organism.pairs()",
         "shown = gl.collect(model, pairs)",
-        "silent = gl.collect(model, pairs, progress=False)",
+        "with gl.progress_bars(False):\n    silent = gl.collect(model, pairs)",
     )
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbclient.NotebookClient(book, timeout=120, kernel_name="python3").execute()
