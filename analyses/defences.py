@@ -19,7 +19,7 @@ from guardlens.cli.demo_report import WIDTHS
 from guardlens.cli.guard_selection import RANKS, RULE, Guard, choose, mildest_gated
 from guardlens.data.presentations import text_only
 from guardlens.defences import Defence
-from guardlens.evaluation.table import Evaluation
+from guardlens.evaluation.table import Evaluation, condition_points
 from guardlens.results.intervals import mean_difference
 from guardlens.results.significance import holm
 from guardlens.results.tables import Table
