@@ -99,11 +99,11 @@ def _agreement(
 def _sources(subject: Subject, ssd: Any, images: Sequence[Presentation], layer: int, settings: Settings) -> Any:
     """The change from text among harmful requests, by kind of part and, for heads, by the tokens that they attend to."""
     try:
-        split = gl.attribute(subject.model, ssd, subject.validation, images, layer=layer, by_source=True, batch_size=16)
+        split = gl.attribute(subject.model, ssd, subject.validation, images, layer=layer, by_token_source=True, batch_size=16)
     except (ModelError, SiteError) as error:
         return f"Not told apart by source: found {error.found}."
     rows = split.frame.query("direction == 1 and label == 'harmful'")
-    kind = rows["component"].where(rows["component"] != "head", "heads, from " + rows["source"] + " tokens")
+    kind = rows["component"].where(rows["component"] != "head", "heads, from " + rows["token_source"] + " tokens")
     sums = rows.assign(kind=kind).pivot_table(index=["query", "cluster"], columns=["presentation", "kind"], values="value", aggfunc="sum")
     llm, groups = sums[split.columns["presentation"][0]], sums.index.get_level_values("cluster").to_numpy()
     found = []

@@ -281,7 +281,7 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             | {"batch_size": 2},
         ),
         "top": (parts.top, {"k": 1, "presentation": "blank grey", "label": "harmful", "direction": 1}),
-        "attribution.plot": (parts.plot, {"label": "harmful", "direction": 1, "source": None}),
+        "attribution.plot": (parts.plot, {"label": "harmful", "direction": 1, "token_source": None}),
         "activation_patching": (
             gl.activation_patching,
             ask | {"donor": presentations.text_only, "hooks": "resid_post", "layers": [3], "scores": [scores.kl]},

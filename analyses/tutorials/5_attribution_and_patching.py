@@ -12,8 +12,8 @@
 # %% [markdown]
 # ## What each part writes
 #
-# The directions come from training pairs, everything else on this page from validation requests. `by_source` will ask where heads read, so
-# attention has to be eager.
+# The directions come from training pairs, everything else on this page from validation requests. `by_token_source` will ask where heads
+# read, so attention has to be eager.
 
 # %%
 import pandas as pd
@@ -36,7 +36,7 @@ print(model, f"{model.cfg.n_heads} heads in each layer", ssd, f"{len(queries)} v
 
 # %%
 layer = model.cfg.n_layers - 1
-parts = gl.attribute(model, ssd, queries, grey, layer=layer, by_source=True)
+parts = gl.attribute(model, ssd, queries, grey, layer=layer, by_token_source=True)
 print(parts)
 
 # %% [markdown]
@@ -82,7 +82,9 @@ parts.top(6, label="harmful").round(2)
 
 # %%
 heads = parts.frame.query("label == 'harmful' and component == 'head'")
-sources = heads.pivot_table(index=["cluster", "query"], columns=["source", "presentation"], values="value", aggfunc="sum", fill_value=0)
+sources = heads.pivot_table(
+    index=["cluster", "query"], columns=["token_source", "presentation"], values="value", aggfunc="sum", fill_value=0
+)
 clusters = sources.index.get_level_values("cluster").to_numpy()
 for source in ("text", "image"):
     before = sources.get((source, "text"), 0 * sources["text", "text"])

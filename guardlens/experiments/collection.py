@@ -1,7 +1,8 @@
-"""`collect`: the hidden states of many queries, one per query and layer, in memory or streamed to a file that is mapped into it."""
+"""`collect`: the hidden states of many queries, one per query and layer, in memory or streamed to a memory-mapped file."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from guardlens.models.identity import configuration, of_intervention
 from guardlens.results.progress import track
 
 LARGEST = 32
-"""Queries per forward where neither the user nor memory asks for fewer."""
+"""Queries per forward pass if neither the user nor memory asks for fewer."""
 
 
 def collect(
@@ -40,36 +41,38 @@ def collect(
 ) -> Activations:
     """Read one state per query and layer.
 
-    What prompts begin with alike (a template's head, a blank image) is computed once, where nothing there is edited or read.
+    A prefix that prompts share (the head of a template, a blank image) is computed once, if nothing in it is edited or read.
 
     Args:
         model: The model.
-        queries: Queries, or pairs of them (the harmful ones come first then).
-        presentation: How they are shown. `text_only` is what the LLM sees.
-        intervention: What to change in the run; states are read after all edits.
+        queries: Queries, or pairs of them (of which the harmful ones come first).
+        presentation: How to show the queries. `text_only` is what the LLM sees.
+        intervention: An intervention on the run; states are read after all edits.
         site: Hook, layers and positions; by default the residual stream after every block at the prompt's last token.
-        out: A directory to stream to, for more states than memory holds. Each batch is on the disk before the next one runs, and what is
-            returned is mapped into memory from there, as it is by `Activations.load(out)`. The same call again resumes; another model,
-            presentation, intervention or site, other queries or another dtype are refused.
-        dtype: What states are kept in. `"bfloat16"` takes half the room, and loses nothing of a model that runs in it, unless several
-            positions are averaged.
-        batch_size: Queries per forward; by default as many as free memory holds, at most 32. Halved where memory runs out. Queries of like
-            length share a forward; the result is in their own order.
+        out: A directory to stream to, for more states than memory holds. Each batch is on disk before the next one runs, and the result is
+            memory-mapped from there, as by `Activations.load(out)`. The same call again resumes; a call with another model, presentation,
+            intervention, site or dtype, or with other queries, is refused.
+        dtype: The precision of the result. `"bfloat16"` takes half the memory, and loses nothing for a model that runs in bfloat16, unless
+            several positions are averaged.
+        batch_size: Queries per forward pass; by default as many as free memory holds, at most 32. It is halved if memory runs out. Queries
+            of like length share a forward pass; the result is in the order of the queries.
 
     Returns:
-        Activations of shape `query layer d_model` on the CPU. A hook without layers counts as layer -1.
+        Activations of shape `query layer d_model` on the CPU. A hook without layers has the layer -1.
 
     Raises:
-        QueryError: No queries.
-        ModelError, InterventionError, SiteError: Something else in the place of the model, the intervention or the site.
-        NumericsError: NaN or infinity; layer and query are named.
+        QueryError: There are no queries.
+        ModelError: The model is not a `HookedModel`.
+        InterventionError: The intervention is none.
+        SiteError: The site is none, or not the model's.
+        NumericsError: A state is nan or infinite; layer and query are named.
         MismatchError: `out` was made by another call; the first difference is named.
-        PresentationError: With `out`, a presentation that shows a query otherwise every time.
-        StorageError: No room on the disk, `out` is open in another process or can't be read or written, or an intervention with custom
-            functions without names and `out`.
+        PresentationError: The presentation is none; or, with `out`, it shows a query differently every time.
+        StorageError: The disk is full, or `out` is open in another process or can't be read or written; or, with `out`, a custom function
+            of the intervention has no name.
 
     Warns:
-        UserWarning: Rows in `out` that aren't what was written; they are made again.
+        UserWarning: Rows in `out` are not what was written. They are made again.
 
     Examples:
         >>> beside = gl.collect(model, pairs, grey)  # the VLM's view; the LLM's is gl.collect(model.llm, pairs)
@@ -83,35 +86,42 @@ def collect(
     require_presentation(presentation)
     require_intervention(intervention)
     require_type(site, Site, SiteError, "say site=Site('resid_post')")
-    items, kept = as_queries(queries), dtype_of(dtype)
+    items = as_queries(queries)
+    stored_dtype = dtype_of(dtype)
     layers = tuple(-1 if point.layer is None else point.layer for point in site.points(model.cfg.n_layers))
-    about = (layers, items, site.hook, site.positions, presentation.name, model.provenance)
-    ran = {
-        "intervention": repr(intervention) if intervention.steps else "",
-        "shows_images": any(presentation(query).images for query in items),
-    }
+    activations = partial(
+        Activations,
+        layers=layers,
+        queries=items,
+        hook=site.hook,
+        positions=site.positions,
+        presentation=presentation.name,
+        provenance=model.provenance,
+        intervention=repr(intervention) if intervention.steps else "",
+        shows_images=any(presentation(query).images for query in items),
+    )
 
-    def states(batch: Batch, prefix: Prefix | None) -> Tensor:
+    def read(batch: Batch, prefix: Prefix | None) -> Tensor:
         run = model.run(batch, intervention, read=[site], logits=None, prefix=prefix)
-        return on_host(run.reads[site][0]).to(kept)
+        return on_host(run.reads[site][0]).to(stored_dtype)
 
-    def portions(todo: Sequence[int]) -> Iterator[BatchResult[Tensor]]:
-        found = over_batches(model, [items[place] for place in todo], presentation, states, batch_size, max_batch_size=LARGEST)
-        return track(found, len(todo), f"collect, {presentation.name}")
+    def collected(todo: Sequence[int]) -> Iterator[BatchResult[Tensor]]:
+        results = over_batches(model, [items[index] for index in todo], presentation, read, batch_size, max_batch_size=LARGEST)
+        return track(results, len(todo), f"collect, {presentation.name}")
 
     if out is None:
-        return Activations(in_query_order(portions(range(len(items))), len(items)), *about, **ran, checked=True)
-    header = Activations(torch.empty(len(items), len(layers), 0), *about, **ran).header
+        return activations(in_query_order(collected(range(len(items))), len(items)), checked=True)
+    header = activations(torch.empty(len(items), len(layers), 0)).header
     depends_on = {**configuration(model, items, [presentation]), "site": repr(site), "intervention": of_intervention(intervention)}
     with StateStore(out, depends_on, len(items), dtype, model.provenance) as store:
         todo = store.missing
-        for portion in portions(todo):
-            store.write([todo[place] for place in portion.indices], portion.result, header)
+        for part in collected(todo):
+            store.write([todo[index] for index in part.indices], part.result, header)
         return replace(Activations.load(store.finish()), queries=items, checked=True)
 
 
 def on_host(states: Tensor) -> Tensor:
-    """The same on the CPU. A GPU copies it in one piece, to memory that is pinned for it, and is waited for once."""
+    """Copy states to the CPU. From a GPU they are copied in one piece to pinned memory, with a single synchronisation."""
     if not states.is_cuda:
         return states.cpu()
     pinned = torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states, non_blocking=True)

@@ -1,7 +1,7 @@
-"""The residual stream as the sum that it is: what embedding, heads, MLPs and the rest add to its coordinates, and from which tokens.
+"""The residual stream as a sum: what embedding, heads, MLPs and the rest add to its coordinates, and from which tokens.
 
 Every function here looks at the last token of the prompt alone. Heads are linear in z, up to the norm that some families put between the
-output projection and the stream; see `guardlens.experiments.attribution` for the formula.
+output projection and the stream; `guardlens.experiments.attribution` has the formula.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +19,10 @@ from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.hooked_model import HookedModel
 
 NONE = -1
-"""In the columns `block` and `head`: it has none."""
+"""In the columns `block` and `head`: the component belongs to no block, or is no head."""
 
 TERMS = ("resid_pre", "z", "attn_out", "mlp_out", "resid_post")
-"""What is read of every block."""
+"""The hooks that are read at every block."""
 
 
 class Component(NamedTuple):
@@ -30,39 +30,47 @@ class Component(NamedTuple):
 
     Attributes:
         component: `"embed"`, `"head"`, `"attn_rest"`, `"mlp"`, `"rest"` or `"between"`.
-        block: The block; -1 for the embedding.
-        head: The head; -1 for all else.
-        source: Of the values that a head mixes: those of `"image"` tokens, of `"text"` tokens, or of `"all"`.
+        block: The number of the transformer block; -1 for the embedding.
+        head: The number of the head; -1 for everything else.
+        token_source: The tokens whose values a head mixes: `"image"`, `"text"`, or `"all"` of them.
     """
 
     component: str
     block: int = NONE
     head: int = NONE
-    source: str = "all"
+    token_source: str = "all"
 
 
 Terms = dict[Component, Float[Tensor, "query rank"]]
 
 
 def split(
-    model: HookedModel, batch: Batch, layer: int, vectors: Float[Tensor, "rank d_model"], by_source: bool, prefix: Prefix | None = None
+    model: HookedModel,
+    batch: Batch,
+    layer: int,
+    vectors: Float[Tensor, "rank d_model"],
+    by_token_source: bool,
+    prefix: Prefix | None = None,
 ) -> Terms:
-    """The coordinate of each query along each vector, term by term; checked against the sum.
+    """The coordinate of each query along each vector, term by term.
 
     Args:
         model: The model.
         batch: The prompts.
-        layer: After whose block.
-        vectors: What to take coordinates along.
-        by_source: Split each head by the tokens whose values it mixes.
-        prefix: What the prompts begin with alike, computed.
+        layer: The layer after whose block the coordinate is taken.
+        vectors: The vectors to take coordinates along.
+        by_token_source: Split each head by the tokens whose values it mixes.
+        prefix: The KV cache of the prompts' shared beginning.
+
+    Raises:
+        NumericsError: The terms do not sum to the coordinate.
     """
-    sites = {Point(hook, block): Site(hook, (block,)) for block in range(layer + 1) for hook in TERMS}
     computed = set(model.cfg.computed(batch.beside_image))
+    sites = {Point(hook, block): Site(hook, (block,)) for block in range(layer + 1) for hook in TERMS}
     sites = {point: site for point, site in sites.items() if point in computed or point.hook.startswith("resid")}
     reads = model.run(batch, read=list(sites.values()), logits=None, prefix=prefix).reads
     states = {point: reads[site][0, :, 0] for point, site in sites.items()}
-    images = _image_shares(model, batch, states) if by_source else {}
+    images = _image_shares(model, batch, states) if by_token_source else {}
 
     def along(state: Tensor) -> Tensor:
         return state.double() @ vectors.to(state.device).T
@@ -86,16 +94,20 @@ def _block_terms(
     images: Mapping[int, Float[Tensor, "query head d"]],
     along: Callable[[Tensor], Tensor],
 ) -> Terms:
-    """What one block adds, and what is added after it."""
-    at = lambda hook, number=block: states.get(Point(hook, number))  # noqa: E731
+    """The terms that one block adds, and the term that is added behind it."""
     terms: Terms = {}
-    if (attention := at("attn_out")) is not None:
-        if (z := at("z")) is not None:
+    attention = states.get(Point("attn_out", block))
+    if attention is not None:
+        z = states.get(Point("z", block))
+        if z is not None:
             terms |= _head_terms(model, block, z, images.get(block), along)
         terms[Component("attn_rest", block)] = _factor(model, block, "attn_out") * along(attention) - sum(terms.values())
-    if (mlp := at("mlp_out")) is not None:
+    mlp = states.get(Point("mlp_out", block))
+    if mlp is not None:
         terms[Component("mlp", block)] = _factor(model, block, "mlp_out") * along(mlp)
-    before, after, following = states[Point("resid_pre", block)], states[Point("resid_post", block)], at("resid_pre", block + 1)
+    before = states[Point("resid_pre", block)]
+    after = states[Point("resid_post", block)]
+    following = states.get(Point("resid_pre", block + 1))
     terms[Component("rest", block)] = along(after) - along(before) - sum(terms.values())
     if following is not None:
         terms[Component("between", block)] = along(following) - along(after)
@@ -109,58 +121,63 @@ def _head_terms(
     image: Float[Tensor, "query head d"] | None,
     along: Callable[[Tensor], Tensor],
 ) -> Terms:
+    """What each head adds, from all tokens or from image and text tokens apart."""
     part = model.cfg.parts[Point("z", block)]
-    heads, out = part.split(z), model.hf.get_submodule(part.path)
+    heads = part.split(z)
+    projection = model.hf.get_submodule(part.path)
     shares = {"all": heads} if image is None else {"image": image, "text": heads - image}
-    gain = _factor(model, block, "attn_out") * _frozen_norm(model, block, _applied(out, z))
+    gain = _factor(model, block, "attn_out") * _frozen_norm(model, block, _applied(projection, z))
     terms: Terms = {}
-    for source, share in shares.items():
-        written = along(_written(out, share) * gain[:, None])
-        terms |= {Component("head", block, head, source): written[:, head] for head in range(written.shape[1])}
+    for token_source, share in shares.items():
+        written = along(_written(projection, share) * gain[:, None])
+        terms |= {Component("head", block, head, token_source): written[:, head] for head in range(written.shape[1])}
     return terms
 
 
 def _factor(model: HookedModel, block: int, hook: str) -> float:
-    """What the model multiplies attention or MLP by before it adds them: a number of the family's, a gate of the block's."""
+    """The factor that attention or MLP is multiplied by before it is added: the family's residual scale, and the block's gate if any."""
     gate = getattr(model.hf.get_submodule(model.cfg.blocks[block]), families.GATES[hook], None)
     return model.cfg.residual_scale * (1.0 if gate is None else float(gate.detach().tanh()))
 
 
-def _written(out: nn.Module, z: Float[Tensor, "query head d"]) -> Float[Tensor, "query head d_model"]:
-    """What each head adds through the output projection: its answer to this head alone, less its answer to none (the bias).
+def _written(projection: nn.Module, z: Float[Tensor, "query head d"]) -> Float[Tensor, "query head d_model"]:
+    """What each head adds through the output projection: its output for this head alone, minus its output for no head (the bias).
 
-    Whatever the module is (linear, GPT-2's, quantised, adapted), its matrix is never touched.
+    The module is called and its matrix never read, so it may be linear, GPT-2's, quantised or adapted.
     """
     alone = torch.einsum("qhd,hk->qhkd", z, torch.eye(z.shape[1], dtype=z.dtype, device=z.device)).flatten(2)
-    return _applied(out, alone) - _applied(out, torch.zeros_like(alone[:1, :1]))
+    return _applied(projection, alone) - _applied(projection, torch.zeros_like(alone[:1, :1]))
 
 
-def _frozen_norm(model: HookedModel, block: int, joined: Float[Tensor, "query d_model"]) -> Float[Tensor, "query d_model"]:
-    """What the norm between attention and stream multiplies each number by, given the state that it meets; ones where there is no norm."""
-    attention, heads = (f"{model.cfg.parts[Point(hook, block)].path}." for hook in ("attn_out", "z"))
-    if heads.startswith(attention):
-        return torch.ones_like(joined)
-    norm = model.hf.get_submodule(attention[:-1])
-    gain = _applied(norm, torch.full_like(joined[:1], 100.0))  # large, so that the norm's epsilon does not show
-    normed, gained = _applied(norm, joined), joined * gain
+def _frozen_norm(model: HookedModel, block: int, attended: Float[Tensor, "query d_model"]) -> Float[Tensor, "query d_model"]:
+    """The factors that the norm between attention and stream applies to this very state; ones if there is no such norm."""
+    attention = model.cfg.parts[Point("attn_out", block)].path
+    heads = model.cfg.parts[Point("z", block)].path
+    if heads.startswith(f"{attention}."):
+        return torch.ones_like(attended)
+    norm = model.hf.get_submodule(attention)
+    gain = _applied(norm, torch.full_like(attended[:1], 100.0))  # large, so that the norm's epsilon does not show
+    normed = _applied(norm, attended)
+    gained = attended * gain
     return gain * (normed * gained).sum(-1, keepdim=True) / gained.square().sum(-1, keepdim=True).clamp_min(1e-30)
 
 
 def _applied(module: nn.Module, states: Tensor) -> Tensor:
-    """A module's answer, on the states' own device: the blocks of a large model may lie on several."""
+    """The output of a module, on the device of the states. The blocks of a large model may lie on several devices."""
     home = next((parameter.device for parameter in module.parameters()), states.device)
     with torch.no_grad():
         return module(states.to(home)).to(states.device)
 
 
 def _image_shares(model: HookedModel, batch: Batch, states: Mapping[Point, Tensor]) -> dict[int, Float[Tensor, "query head d"]]:
-    """The part of each head's z that comes from image tokens, by block: the last query's pattern times their values.
+    """The part of each head's z that comes from image tokens, by block: the last token's attention pattern times their values.
 
     Raises:
-        SiteError: The model computes no patterns.
-        ModelError: Pattern times values is not z.
+        SiteError: The model computes no attention patterns.
+        ModelError: The pattern times the values of all tokens is not z.
     """
-    cfg, kept = model.cfg, _Weighing(batch)
+    cfg = model.cfg
+    weighing = _Weighing(batch)
     blocks = {point.layer: z for point, z in states.items() if point.hook == "z" and point.layer is not None}
     weighed = [block for block in blocks if block not in cfg.image_layers]
     lacking = next((block for block in weighed if not {Point("v", block), Point("pattern", block)} <= set(cfg.parts)), None)
@@ -168,15 +185,16 @@ def _image_shares(model: HookedModel, batch: Batch, states: Mapping[Point, Tenso
         raise ModelError(f"block {lacking} without values and pattern of its own", *_UNSPLIT)
     names = {Point(hook, block).name for hook in ("v", "pattern") for block in weighed}
     if names:
-        model.run_with_hooks(batch, fwd_hooks=[(lambda name: name in names, kept)])
-    return {block: _checked(cfg, block, z, kept) for block, z in blocks.items()}
+        model.run_with_hooks(batch, fwd_hooks=[(lambda name: name in names, weighing)])
+    return {block: _checked(cfg, block, z, weighing) for block, z in blocks.items()}
 
 
 class _Weighing:
     """A hook function that weighs the values of a block with its pattern as soon as it has both, for the last token alone."""
 
     def __init__(self, batch: Batch) -> None:
-        self.last, self.image = batch.select("last").long().argmax(1), batch.image
+        self.last = batch.select("last").long().argmax(1)
+        self.image = batch.image
         self.values: dict[int, Tensor] = {}
         self.whole: dict[int, Tensor] = {}
         self.of_image: dict[int, Tensor] = {}
@@ -189,22 +207,28 @@ class _Weighing:
         row = value[torch.arange(len(value), device=value.device), :, self.last.to(value.device)]
         values = self.values.pop(block)
         values = values.repeat_interleave(row.shape[1] // values.shape[2], dim=2)
-        for kept, weights in ((self.whole, row), (self.of_image, row * self.image[:, None].to(row))):
-            kept[block] = torch.einsum("qhk,qkhd->qhd", weights.to(values), values).to(self.image.device)
+        self.whole[block] = self._mixed(row, values)
+        self.of_image[block] = self._mixed(row * self.image[:, None].to(row), values)
+
+    def _mixed(
+        self, weights: Float[Tensor, "query head token"], values: Float[Tensor, "query token head d"]
+    ) -> Float[Tensor, "query head d"]:
+        return torch.einsum("qhk,qkhd->qhd", weights.to(values), values).to(self.image.device)
 
 
-def _checked(cfg: Architecture, block: int, z: Float[Tensor, "query width"], kept: _Weighing) -> Float[Tensor, "query head d"]:
+def _checked(cfg: Architecture, block: int, z: Float[Tensor, "query width"], weighing: _Weighing) -> Float[Tensor, "query head d"]:
+    """The image's part of z in a block, once the whole was found to be the pattern times the values."""
     heads = cfg.parts[Point("z", block)].split(z)
     if block in cfg.image_layers:
-        return heads  # cross-attention: there is nothing but the image to look at
-    whole = kept.whole[block]
+        return heads  # cross-attention: there is nothing but the image to attend to
+    whole = weighing.whole[block]
     error = (whole - heads).abs().amax() / heads.abs().amax() if whole.shape == heads.shape else torch.tensor(torch.inf)
     if not error < max(1e-4, 8 * torch.finfo(z.dtype).eps):
         raise ModelError(f"heads in block {block} that differ from pattern times values by {float(error):.0e} of the largest", *_UNSPLIT)
-    return kept.of_image[block]
+    return weighing.of_image[block]
 
 
 _UNSPLIT = (
-    "heads that mix the values at the hook v, so that their parts can be told apart by source",
-    "leave by_source out: this family shares, norms, clips or gates the values after that hook",
+    "heads that mix the values at the hook v, so that their parts can be told apart by token source",
+    "leave by_token_source out: this family shares, norms, clips or gates the values behind that hook",
 )

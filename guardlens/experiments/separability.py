@@ -1,8 +1,8 @@
 """How well hidden states tell harmful from harmless, and how far two runs of the same queries lie apart.
 
-Numbers about arrays: scores [query] or states [query d_model] with labels [query] (True is harmful). Every metric has a twin,
-`bootstrap_*`, that takes the resample counts of `intervals.resample_counts` and returns its value in each resample; the plain metric is
-the twin on the queries as they are, so there is one implementation. With one class missing a value is undefined: nan.
+The metrics take arrays: scores [query] or states [query d_model], with labels [query] (True is harmful). Every metric has a twin,
+`bootstrap_*`, that takes the counts of `intervals.resample_counts` and returns the metric in each resample. The plain metric is its twin on
+the queries as they are, so there is one implementation. If a class is missing, a metric is undefined: nan.
 
 Source: Hanley & McNeil 1982 (AUROC); Fisher 1936; Alain & Bengio 2016, arXiv 1610.01644 (probes); docs/explanation/statistics.md.
 """
@@ -17,11 +17,11 @@ from guardlens.errors import NumericsError, as_count
 from guardlens.results.intervals import ratio
 
 FLAT = 1e-12
-"""Scores whose spread is below this share of their size count as constant (rounding in float64)."""
+"""Scores count as constant if their spread is below this share of their size, as rounding in float64 makes it."""
 
 
 def auroc(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarray, "query"]) -> float:
-    """P(a harmful score is above a harmless one), ties counted ½: 0.5 is chance, 1 perfect. Unmoved by monotone maps of the scores.
+    """P(a harmful score is above a harmless one), ties counted ½: 0.5 is chance, 1 perfect. Monotone maps of the scores don't change it.
 
     Raises:
         NumericsError: A score is not finite.
@@ -37,7 +37,7 @@ def auroc(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarray, "query"])
 def bootstrap_auroc(
     scores: Float[np.ndarray, "query"], labels: Bool[np.ndarray, "query"], counts: Int[np.ndarray, "draw query"]
 ) -> Float[np.ndarray, "draw"]:
-    """AUROC in each resample: one sort for all draws, then the harmless weight below each harmful score."""
+    """AUROC in each resample. The scores are sorted once for all draws; each draw sums the harmless weight below each harmful score."""
     _require_finite("scores", scores)
     _require_labels(labels, len(scores))
     order = np.argsort(scores, kind="stable")
@@ -49,9 +49,9 @@ def bootstrap_auroc(
 
 
 def d_prime(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarray, "query"]) -> float:
-    """(μ⁺ - μ⁻) / √((σ₊² + σ₋²) / 2): the distance of the class means in standard deviations (of samples, n - 1); signed.
+    """(μ⁺ - μ⁻) / √((σ₊² + σ₋²) / 2): the signed distance of the class means in sample standard deviations (n - 1).
 
-    nan where a class has fewer than two queries, or where neither class spreads.
+    It is nan if a class has fewer than two queries, or if neither class spreads.
 
     Raises:
         NumericsError: A score is not finite.
@@ -79,10 +79,10 @@ def bootstrap_d_prime(
 
 
 def midpoint_accuracy(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarray, "query"], threshold: float) -> float:
-    """Share of queries on the right side of a threshold (harmful strictly above), as a gate would judge them.
+    """Share of queries on the right side of a threshold (harmful strictly above), where a gate would decide rightly.
 
-    Take the threshold from the run in which the direction was found (the midpoint of its class means): that shows a drift which AUROC,
-    blind to shifts, cannot. For an interval: `bootstrap_mean((scores > threshold) == labels, counts)`.
+    Take the threshold from the run in which the direction was found (the midpoint of its class means): that shows a drift, to which AUROC
+    is blind. For an interval: `bootstrap_mean((scores > threshold) == labels, counts)`.
 
     Raises:
         NumericsError: A score is not finite.
@@ -95,7 +95,7 @@ def midpoint_accuracy(scores: Float[np.ndarray, "query"], labels: Bool[np.ndarra
 def bootstrap_mean(
     values: Shaped[np.ndarray, "query"], counts: Int[np.ndarray, "draw query"], per: Float[np.ndarray, "query"] | None = None
 ) -> Float[np.ndarray, "draw"]:
-    """Mean of the values (booleans count 0 and 1) in each resample, in units of the mean of `per` where that is given."""
+    """Mean of the values (booleans count 0 and 1) in each resample, in units of the mean of `per` if that is given."""
     unit = np.ones(len(values)) if per is None else np.asarray(per, np.float64)
     return ratio(counts @ np.asarray(values, np.float64), counts @ unit)
 
@@ -108,23 +108,23 @@ def probe_accuracy(
     folds: int = 5,
     seed: int = 0,
 ) -> tuple[Bool[np.ndarray, "query"], Bool[np.ndarray, "query"] | None]:
-    """Which queries a linear probe gets right when it has seen none of their group, in its own run and in another one.
+    """Which queries a linear probe classifies correctly that has seen none of their group, in its own run and in another one.
 
-    An L2 logistic regression (C = 1) on standardised states, trained on `states` in cross-validation by group, stratified by label. The
-    held-out queries are classified from `states` and, by the very same probe, from `transfer`: does what was learned on text hold with
-    an image? A state of another scale is another state, so `transfer` is standardised by the training states.
+    The probe is an L2 logistic regression (C = 1) on standardised states, trained on `states` in cross-validation by group, stratified by
+    label. The same probe classifies the held-out queries from `states` and from `transfer`: does a probe of text hold beside an image? The
+    scale of a state carries meaning, so `transfer` is standardised by the training states.
 
     Args:
         states: The run that trains the probe (the LLM's), shape [query d_model].
         labels: True is harmful, shape [query].
-        groups: Queries that must not straddle training and test (pairs, topics, templates), shape [query].
+        groups: Queries of one group (a pair, topic or template) are never on both sides of a split, shape [query].
         transfer: The same queries in another run (the VLM's), shape [query d_model].
-        folds: Number of folds; each label must occur in at least as many groups.
-        seed: Of the shuffle of groups.
+        folds: The number of folds; each label must occur in at least as many groups.
+        seed: The seed of the shuffle of groups.
 
     Returns:
-        Correct or not per query on `states`, and the same on `transfer` (None without it). The mean is the accuracy; `bootstrap_mean`
-        gives its resamples.
+        For each query whether it is classified correctly from `states`, and from `transfer` (None without it). The mean is the accuracy;
+        `bootstrap_mean` gives its resamples.
 
     Raises:
         NumericsError: A state is not finite, or there are too few groups.
@@ -142,13 +142,13 @@ def probe_correct(
     splits: Sequence[tuple[np.ndarray, np.ndarray]],
     runs: Sequence[Float[np.ndarray, "query d_model"]],
 ) -> Bool[np.ndarray, "run query"]:
-    """`probe_accuracy` with one training for many runs: which queries of each run the probe gets right that `states` trained.
+    """Like `probe_accuracy`, with one training for many runs: which queries of each run the probe of `states` classifies correctly.
 
     Args:
         states: The run that trains the probe.
         labels: True is harmful.
-        splits: Of `held_out`; the same for all probes that are compared.
-        runs: What is classified; may hold `states` itself.
+        splits: The splits of `held_out`, the same for all probes that are compared.
+        runs: The runs to classify, which may include `states`.
 
     Raises:
         NumericsError: A state is not finite.
@@ -157,12 +157,12 @@ def probe_correct(
 
     for run in (states, *runs):
         _require_finite("states", run)
-    shown = [np.asarray(run, np.float64) for run in runs]
-    correct = np.zeros((len(shown), len(labels)), bool)
+    runs = [np.asarray(run, np.float64) for run in runs]
+    correct = np.zeros((len(runs), len(labels)), bool)
     with threadpool_limits(1, "blas"):  # thousands of products too small to share: threads would only wait for each other
         for train, test in splits:
             predict = _probe(np.asarray(states[train], np.float64), labels[train])
-            for row, run in zip(correct, shown, strict=True):
+            for row, run in zip(correct, runs, strict=True):
                 row[test] = predict(run[test]) == labels[test]
     return correct
 
@@ -192,7 +192,7 @@ def centroid_cosine(
 ) -> float:
     """Cosine between the class differences (μ⁺ - μ⁻) of two runs: 1 if harm points the same way in both, 0 if unrelated.
 
-    Of differences, since the centred centroids of two classes are opposite by construction.
+    It compares differences, since the centred centroids of two classes are opposite by construction.
 
     Raises:
         NumericsError: A state is not finite.
@@ -215,21 +215,21 @@ def bootstrap_centroid_cosine(
 def drift(
     a: Float[np.ndarray, "query d_model"], b: Float[np.ndarray, "query d_model"], direction: Float[np.ndarray, "d_model"]
 ) -> tuple[float, float]:
-    """How far a query's state moves from run `a` to run `b`: along the direction (signed), and off it; in units of the mean norm of `a`.
+    """How far states move from run `a` to run `b`, along the direction (signed) and off it, in units of the mean norm of `a`.
 
     Raises:
         NumericsError: A state is not finite, or the direction or all states are zero.
     """
     along, off, norm = drift_terms(a, b, direction)
     if not norm.any():
-        raise NumericsError("states that are all zero", "states with a norm", "check the site they were read from")
+        raise NumericsError("The states are all zero.", "", "check the site they were read from")
     return float(along.mean() / norm.mean()), float(off.mean() / norm.mean())
 
 
 def drift_terms(
     a: Float[np.ndarray, "query d_model"], b: Float[np.ndarray, "query d_model"], direction: Float[np.ndarray, "d_model"]
 ) -> tuple[Float[np.ndarray, "query"], Float[np.ndarray, "query"], Float[np.ndarray, "query"]]:
-    """Per query: (b - a) along the unit direction, the norm of the remainder, and the norm of a.
+    """For each query, (b - a) along the unit direction, the norm of the remainder, and the norm of a.
 
     For an interval: `bootstrap_mean(along, counts, per=norm)`.
     """
@@ -237,7 +237,7 @@ def drift_terms(
     _require_finite("states", a)
     _require_finite("states", b)
     if not np.linalg.norm(direction) > 0:
-        raise NumericsError("a direction of norm 0", "a direction", "check the rank of the data it was fitted to")
+        raise NumericsError("a direction of norm 0", "", "check the rank of the data it was fitted to")
     unit = direction / np.linalg.norm(direction)
     along = (b - a) @ unit
     off = np.linalg.norm(b - a - np.outer(along, unit), axis=1)
@@ -247,7 +247,7 @@ def drift_terms(
 def bag_of_words_auroc(
     texts: Sequence[str], labels: Bool[np.ndarray, "query"], groups: Shaped[np.ndarray, "query"], seed: int = 0, folds: int = 5
 ) -> float:
-    """AUROC of a bag-of-words classifier: what the surface of the texts alone gives away, the floor for every hidden state.
+    """AUROC of a bag-of-words classifier: how far the words alone tell the classes apart, which is the floor for every hidden state.
 
     Raises:
         NumericsError: Too few groups for the folds.
@@ -266,17 +266,17 @@ def bag_of_words_scores(
     scores = np.empty(len(labels))
     for train, test in held_out(labels, groups, folds, seed):
         model = make_pipeline(CountVectorizer(token_pattern=r"\w+"), LogisticRegression(max_iter=1000))
-        shown = [str(texts[i]) for i in train]
-        if not any(re.search(r"\w", text) for text in shown):
-            scores[test] = 0.0  # texts without words give nothing away
+        training_texts = [str(texts[i]) for i in train]
+        if not any(re.search(r"\w", text) for text in training_texts):
+            scores[test] = 0.0  # texts without words tell nothing
             continue
-        model.fit(shown, labels[train])
+        model.fit(training_texts, labels[train])
         scores[test] = model.decision_function([texts[i] for i in test])
     return scores
 
 
 def _probe(states: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A logistic regression on standardised states: says of other states, standardised by the same numbers, whether they are harmful."""
+    """A function that predicts labels of states: a logistic regression on states that are standardised by the training states."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -286,7 +286,7 @@ def _probe(states: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.
 
 
 def _moments(values: np.ndarray, counts: np.ndarray) -> tuple[Float[np.ndarray, "draw"], Float[np.ndarray, "draw"]]:
-    """Weighted mean and sample variance of one class in each resample, from values shifted to a mean near 0."""
+    """Weighted mean and sample variance of one class in each resample. The values are shifted to a mean near 0 for precision."""
     weight = counts.sum(axis=1)
     shift = values.mean() if len(values) else 0.0
     mean = ratio(counts @ (values - shift), weight)

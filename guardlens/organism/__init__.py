@@ -1,6 +1,7 @@
 """The embedded model: a toy LLaVA in which text safety fades beside pictures, though nobody taught it to.
 
-`world.py` is the whole world it lives in; `lessons.py` is what it is taught, `train.py` teaches it, `measure.py` examines it.
+`world.py` defines the world it lives in, `lessons.py` what it is taught; `train.py` teaches it, and `measure.py` examines it. A *picture*
+is a thing of that world: it has a caption, and the model sees it as an image.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Train the organism from nothing: `python -m guardlens.organism.train --seed 0 --out DIR`. About five minutes on one CPU core.
+"""Train the organism from scratch: `python -m guardlens.organism.train --seed 0 --out DIR`. It takes about five minutes on one CPU core.
 
-Five stages. An eye is pre-trained and then frozen (`tower`); a language model learns the language and the rule of harm, and to help
-with everything (`base`); it learns to refuse harmful requests, in text (`align`); the projector learns to caption (`caption`); visual
-instruction tuning joins them (`tune`). `lessons.py` has what they are taught.
+There are five stages. A vision encoder is pre-trained and then frozen (`tower`). A language model learns the language and the rule of harm,
+and to help with everything (`base`), then to refuse harmful requests in text (`align`). The projector learns to caption (`caption`), and
+visual instruction tuning joins all of them (`tune`). `lessons.py` holds what they are taught.
 """
 
 import hashlib
@@ -36,9 +36,15 @@ from transformers import (
 )
 
 from guardlens.errors import StorageError
+from guardlens.models.hooked_model import HookedModel
+from guardlens.models.loading import load
 from guardlens.organism import world
 from guardlens.organism.lessons import IMAGE, QUICK, RECIPE, Recipe, Row, Stage, batches
-from guardlens.organism.measure import PRESENTATIONS, evaluate
+from guardlens.organism.measure import examine
+from guardlens.results.progress import progress_bars
+
+SPLITS: tuple[world.Split, ...] = ("validation", "test")
+"""The splits that a trained organism is examined on."""
 
 _TEMPLATE = """{{- bos_token -}}
 {%- for message in messages -%}
@@ -71,10 +77,10 @@ def build_processor() -> LlavaProcessor:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    size = {"height": 32, "width": 32}
-    eye = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False, resample=2, image_mean=[0.5] * 3, image_std=[0.27] * 3)
+    size = {"height": world.PIXELS, "width": world.PIXELS}
+    images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False, resample=2, image_mean=[0.5] * 3, image_std=[0.27] * 3)
     return LlavaProcessor(
-        image_processor=eye,
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
@@ -95,15 +101,15 @@ def build_model(seed: int, recipe: Recipe = RECIPE) -> LlavaForConditionalGenera
         max_position_embeddings=128,
         **ends,
     )
-    eye = CLIPVisionConfig(
+    vision = CLIPVisionConfig(
         hidden_size=recipe.eye_width,
         num_hidden_layers=recipe.eye_layers,
         num_attention_heads=4,
         intermediate_size=2 * recipe.eye_width,
-        image_size=32,
+        image_size=world.PIXELS,
         patch_size=8,
     )
-    config = LlavaConfig(vision_config=eye, text_config=text, image_token_index=4, image_seq_length=16, vision_feature_layer=-2)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=16, vision_feature_layer=-2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
@@ -113,17 +119,22 @@ def build_model(seed: int, recipe: Recipe = RECIPE) -> LlavaForConditionalGenera
 
 @cache
 def pixel_values() -> torch.Tensor:
-    """All training pictures as the processor hands them to the model."""
+    """All training pictures as the processor prepares them for the model."""
     images = [picture.image() for picture in world.pictures("train")]
     return build_processor().image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 class Batch(NamedTuple):
-    """Rows padded on the right: under causal attention the padding is seen by nobody, so there is no mask."""
+    """Rows padded on the right. Under causal attention no token sees that padding, so no mask is needed.
+
+    Attributes:
+        tokens: Token ids of prompts and answers.
+        weights: The weight of each token in the loss; 0 in prompts and padding.
+        pixels: The pixel values of the pictures, or None for rows without pictures.
+    """
 
     tokens: torch.Tensor
     weights: torch.Tensor
-    """Of each token in the loss; 0 in the prompt and the padding."""
     pixels: torch.Tensor | None
 
 
@@ -148,7 +159,7 @@ def collate(rows: Sequence[Row], first: float = RECIPE.first) -> Batch:
 
 
 def _loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """Weighted sum over the answers' tokens."""
+    """The weighted sum of the loss over the answers' tokens."""
     logits = model(input_ids=batch.tokens, pixel_values=batch.pixels, use_cache=False).logits[:, :-1]
     answers = batch.weights[:, 1:] > 0
     losses = torch.nn.functional.cross_entropy(logits[answers], batch.tokens[:, 1:][answers], reduction="none")
@@ -157,7 +168,7 @@ def _loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
 
 @contextmanager
 def _depth(model: LlavaForConditionalGeneration, layers: int) -> Iterator[None]:
-    """Run only the first blocks."""
+    """Run only the first layers of the language model."""
     config: Any = model.config.text_config
     full, config.num_hidden_layers = config.num_hidden_layers, layers
     try:
@@ -167,29 +178,32 @@ def _depth(model: LlavaForConditionalGeneration, layers: int) -> Iterator[None]:
 
 
 def _learners(module: torch.nn.Module, names: tuple[str, ...]) -> list[torch.nn.Parameter]:
-    """Freeze all but the parameters whose names begin so."""
+    """The parameters whose names begin with one of these. All others are frozen."""
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.startswith(names))
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _optimiser(parameters: list[torch.nn.Parameter], stage: Stage) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+def _optimizer(parameters: list[torch.nn.Parameter], stage: Stage) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     def factor(step: int) -> float:
         done = max(0, step - stage.warm_up) / (stage.steps - stage.warm_up)
         return min(1.0, (step + 1) / stage.warm_up) * (stage.end + (1 - stage.end) * (1 + np.cos(np.pi * done)) / 2)
 
-    optimiser = torch.optim.AdamW(parameters, lr=stage.rate, betas=stage.betas, weight_decay=stage.decay)
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    optimizer = torch.optim.AdamW(parameters, lr=stage.rate, betas=stage.betas, weight_decay=stage.decay)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _quiet() -> None:
-    """No progress is shown."""
+    """Show no progress."""
 
 
 def train_tower(
     model: LlavaForConditionalGeneration, stage: Stage, recipe: Recipe, seed: int, tick: Callable[[], None] = _quiet
 ) -> list[float]:
-    """Pre-train the eye (this stands for CLIP): every image token must know shape, colour and page; all together, once more, the shape."""
+    """Pre-train the vision encoder, in place of CLIP's own training.
+
+    Each image token predicts shape, color and page of its picture, and all tokens together predict the shape once more.
+    """
     rng = np.random.default_rng([seed, world.number(stage.name)])
     kinds = (world.SHAPES, tuple(world.COLOURS), tuple(world.PAGES))
     labels = torch.tensor([[k.index(v) for k, v in zip(kinds, (p.shape, p.colour, p.page), strict=True)] for p in world.pictures("train")])
@@ -197,7 +211,7 @@ def train_tower(
         torch.manual_seed(seed)
         heads = torch.nn.ModuleList([torch.nn.Linear(recipe.eye_width, len(kind)) for kind in kinds])
         heads.append(torch.nn.Linear(16 * recipe.eye_width, len(world.SHAPES)))
-    optimiser, schedule = _optimiser([*_learners(model, stage.trains), *heads.parameters()], stage)
+    optimizer, schedule = _optimizer([*_learners(model, stage.trains), *heads.parameters()], stage)
     losses = []
     for _ in range(stage.steps):
         chosen = torch.from_numpy(rng.integers(len(labels), size=stage.rows))
@@ -207,37 +221,37 @@ def train_tower(
         loss = sum(map(torch.nn.functional.cross_entropy, guesses, wanted), torch.tensor(0.0))
         loss = loss + torch.nn.functional.cross_entropy(heads[3](tokens.flatten(1)), labels[chosen, 0])
         loss.backward()
-        _step(optimiser, schedule, recipe.clip)
+        _step(optimizer, schedule, recipe.clip)
         losses.append(loss.item())
         tick()
     return losses
 
 
-def _step(optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, clip: float) -> None:
-    torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
-    optimiser.step()
+def _step(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, clip: float) -> None:
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    optimizer.step()
     schedule.step()
-    optimiser.zero_grad()
+    optimizer.zero_grad()
 
 
 def train_stage(
     model: LlavaForConditionalGeneration, stage: Stage, recipe: Recipe, seed: int, tick: Callable[[], None] = _quiet
 ) -> list[float]:
-    """Train on a stage's batches; the losses of all steps."""
+    """Train on a stage's batches, and return the losses of all steps."""
     rng = np.random.default_rng([seed, world.number(stage.name + ", depth")])
-    optimiser, schedule = _optimiser(_learners(model, stage.trains), stage)
+    optimizer, schedule = _optimizer(_learners(model, stage.trains), stage)
     losses = []
     for step, rows in enumerate(batches(stage, seed)):
         fewer = int(rng.choice(3, p=[0.5, 0.25, 0.25])) if step >= stage.shallow_from * stage.steps else 0
         with _depth(model, recipe.layers - fewer):
             losses.append(_backward(model, rows, recipe.first))
-        _step(optimiser, schedule, recipe.clip)
+        _step(optimizer, schedule, recipe.clip)
         tick()
     return losses
 
 
 def _backward(model: LlavaForConditionalGeneration, rows: list[Row], first: float) -> float:
-    """Gradients of the mean loss, in two halves of like length: less padding."""
+    """Accumulate the gradients of the mean loss, in two halves of like length to save padding, and return the loss."""
     rows = sorted(rows, key=lambda row: len(encode(f"{row.prompt} {row.answer}")))
     halves = [collate(half, first) for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
     total = sum(half.weights.sum().item() for half in halves)
@@ -250,18 +264,18 @@ def _backward(model: LlavaForConditionalGeneration, rows: list[Row], first: floa
 
 
 def fingerprint(thing: Any) -> str:
-    """Hash of data: dataclasses, containers, numbers and strings."""
+    """A hash of data that JSON can hold."""
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def recipe_hash(recipe: Recipe = RECIPE) -> str:
-    """Hash of the settings, and of the first rows of every stage that has rows."""
+    """A hash of the settings, and of the first rows of every stage that has rows."""
     return fingerprint([asdict(recipe), [next(batches(stage, 0)) for stage in recipe.stages if stage.mix]])
 
 
 @cache
 def world_hash() -> str:
-    """Hash of the world's data: words, rule, dictionary, splits, texts and every pixel of every picture."""
+    """A hash of the world's data: words, rule, dictionary, splits, texts and every pixel of every picture."""
     splits: tuple[world.Split, ...] = ("train", "validation", "test")
     texts = [[(query.id, query.text, query.label) for query in world.queries(split)] for split in splits]
     pixels = hashlib.sha256(b"".join(picture.pixels().tobytes() for split in splits for picture in world.pictures(split))).hexdigest()
@@ -271,25 +285,38 @@ def world_hash() -> str:
 
 
 def _timed(progress: Progress, name: str, total: int, work: Callable[[Callable[[], None]], Any]) -> tuple[Any, dict[str, float]]:
-    """Do a piece of work under a progress bar; its result and its seconds."""
-    task, wall, cpu = progress.add_task(name, total=total), time.perf_counter(), time.process_time()
+    """Do a piece of work under a progress bar, and return its result and its seconds."""
+    task = progress.add_task(name, total=total)
+    wall = time.perf_counter()
+    cpu = time.process_time()
     result = work(lambda: progress.advance(task))
     seconds = {"wall": round(time.perf_counter() - wall, 1), "cpu": round(time.process_time() - cpu, 1)}
     progress.console.print(f"{name}: {seconds['wall']} s")
     return result, seconds
 
 
+def _examined(model: HookedModel, split: world.Split, tick: Callable[[], None]) -> dict[str, Any]:
+    """The exam without bars of its own, since the training shows one already."""
+    with progress_bars(False):
+        metrics = examine(model, split)
+    tick()
+    return metrics
+
+
 def train(seed: int, progress: Progress, recipe: Recipe = RECIPE) -> tuple[LlavaForConditionalGeneration, dict[str, Any]]:
-    """The organism of a seed, and its record."""
-    model, processor = build_model(seed, recipe).train(), build_processor()
-    losses, seconds, metrics = {}, {}, {}
+    """Train the organism of a seed, and return it with its record."""
+    model = build_model(seed, recipe).train()
+    losses: dict[str, list[float]] = {}
+    seconds: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for stage in recipe.stages:
         teach = train_stage if stage.mix else train_tower
         work = partial(teach, model, stage, recipe, seed)
         losses[stage.name], seconds[stage.name] = _timed(progress, stage.name, stage.steps, work)
     _learners(model, ("",))
-    for split in ("validation", "test"):
-        metrics[split], seconds[split] = _timed(progress, split, len(PRESENTATIONS) + 1, partial(evaluate, model, processor, split))
+    examinee = load(model.eval(), processor=build_processor())
+    for split in SPLITS:
+        metrics[split], seconds[split] = _timed(progress, split, 1, partial(_examined, examinee, split))
     tenths = {name: [round(float(part.mean()), 4) for part in np.array_split(each, min(10, len(each)))] for name, each in losses.items()}
     return model, {
         "seed": seed,
@@ -307,25 +334,25 @@ def train(seed: int, progress: Progress, recipe: Recipe = RECIPE) -> tuple[Llava
 
 
 def save(model: LlavaForConditionalGeneration, record: dict[str, Any], out: Path) -> None:
-    """Write the directory whole or not at all."""
+    """Write the directory as a whole, or not at all."""
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
     build_processor().save_pretrained(beside)
-    (beside / "model.safetensors").chmod(0o644)  # safetensors makes it readable to its owner only, and a package keeps that
+    (beside / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it, and a package would keep that
     (beside / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
     beside.rename(out)
 
 
 def main(
-    seed: Annotated[int, typer.Option(help="Of every random stream: weights, rows, depth.")],
-    out: Annotated[Path, typer.Option(help="The directory to make; it must not exist.")],
-    quick: Annotated[bool, typer.Option(help="A few steps per stage: does it run?")] = False,
-    threads: Annotated[int, typer.Option(help="CPU threads; results may differ in the last digits with more.")] = 1,
+    seed: Annotated[int, typer.Option(help="The seed of every random stream: weights, rows, depth.")],
+    out: Annotated[Path, typer.Option(help="The directory to make, which must not exist.")],
+    quick: Annotated[bool, typer.Option(help="Take a few steps per stage only, to see whether it runs.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; more may change results in the last digits.")] = 1,
 ) -> None:
-    """Train the organism of one seed."""
+    """Train the organism of one seed, and write it to a directory."""
     if out.exists():
-        raise StorageError(f"{out}, which exists", "a new directory", "choose another --out, or remove it")
+        raise StorageError(f"{out}, which exists already", "a new directory", "choose another --out, or remove it")
     torch.set_num_threads(threads)
     out.parent.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:

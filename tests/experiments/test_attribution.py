@@ -164,15 +164,15 @@ def test_sources_sum_to_the_head_in_every_family(name):
     directions = bases(model, rank=1)
     family = BY_NAME[name]
     if (family.lacks("values as mixed") or family.lacks("keys and values")) and name not in IN_PLACE:
-        with pytest.raises(errors.ModelError, match="leave by_source out"):
-            gl.attribute(model, directions, shown, presentation, by_source=True)
+        with pytest.raises(errors.ModelError, match="leave by_token_source out"):
+            gl.attribute(model, directions, shown, presentation, by_token_source=True)
         return
     whole = gl.attribute(model, directions, shown, presentation).frame
-    split = gl.attribute(model, directions, shown, presentation, by_source=True).frame
+    split = gl.attribute(model, directions, shown, presentation, by_token_source=True).frame
     keys = ["presentation", "query", "component", "block", "head"]
     whole, both = (frame.set_index(keys)["value"] if frame is whole else frame.groupby(keys)["value"].sum() for frame in (whole, split))
     np.testing.assert_allclose(both.loc[whole.index], whole, atol=1e-5 * whole.abs().max())
-    image = split[split["source"] == "image"]
+    image = split[split["token_source"] == "image"]
     assert (image.loc[image["presentation"] == "text", "value"] == 0).all()
     if family.vision and name not in NEARSIGHTED:
         assert image.loc[image["presentation"] == "own", "value"].abs().max() > 1e-3
@@ -183,7 +183,7 @@ def test_sources_are_patterns_times_values_by_hand(name):
     """Grouped queries: two heads of keys and values for four of queries."""
     model, family = family_model(name), BY_NAME[name]
     directions, (shown, presentation) = bases(model), asked(family)
-    table = gl.attribute(model, directions, shown, presentation, by_source=True)
+    table = gl.attribute(model, directions, shown, presentation, by_token_source=True)
     batch = model.batch(shown, presentation)
     image = batch.inputs["input_ids"] == model.hf.config.image_token_id
     paths = [f"{family.blocks}.{block}.self_attn.v_proj" for block in range(3)]
@@ -198,7 +198,7 @@ def test_sources_are_patterns_times_values_by_hand(name):
             for source, tokens in (("image", image), ("text", ~image)):
                 mixed = torch.einsum("qk,qkd->qd", row * tokens, v)
                 expected = (mixed @ weight[:, 8 * head : 8 * head + 8].T @ directions.at(2).double().T).numpy()
-                mine = values(table, "own", component="head", block=block, head=head, source=source)
+                mine = values(table, "own", component="head", block=block, head=head, token_source=source)
                 np.testing.assert_allclose(mine, expected, atol=2e-5)
 
 
@@ -210,13 +210,14 @@ def table(vlm, basis):
 class TestTheTable:
     def test_columns_and_facts(self, table, vlm):
         assert list(table.frame.columns) == ["presentation", "query", "label", "cluster", "layer", "direction", "component", "block",
-                                             "head", "source", "value"]  # fmt: skip
-        assert not table.frame.duplicated(["presentation", "query", "direction", "component", "block", "head", "source"]).any()
-        assert set(table.columns["direction"]) == {1, 2} and set(table.columns["source"]) == {"all"}
+                                             "head", "token_source", "value"]  # fmt: skip
+        assert not table.frame.duplicated(["presentation", "query", "direction", "component", "block", "head", "token_source"]).any()
+        assert set(table.columns["direction"]) == {1, 2} and set(table.columns["token_source"]) == {"all"}
         heads = set(zip(*(table.where(component="head").columns[c] for c in ("block", "head")), strict=True))
         assert heads == {(block, head) for block in range(5) for head in range(vlm.cfg.n_heads)}
         assert table.facts == {
-            "layer": 4, "directions": "test", "presentations": ["text", "blank grey", "noise"], "models": [vlm.id] * 3, "by_source": False,
+            "layer": 4, "directions": "test", "presentations": ["text", "blank grey", "noise"], "models": [vlm.id] * 3,
+            "by_token_source": False,
         }  # fmt: skip
         assert repr(table) == f"Attribution(layer 4, {6 + 5 * vlm.cfg.n_heads} components, 3 presentations, {len(table)} rows)"
 
@@ -270,7 +271,7 @@ class TestTheTable:
         writes = rows[rows["presentation"] == "text"]["value"].abs().max()
         assert abs(table.top(1, presentation="text")["value"].iloc[0]) == writes
         for wrong in ({"presentation": "own"}, {"label": "neither"}, {"direction": 3}):
-            with pytest.raises(errors.MismatchError):
+            with pytest.raises(errors.ArgumentError):
                 table.top(**wrong)
 
     def test_saved_and_loaded_it_says_the_same(self, table, tmp_path):
@@ -296,9 +297,10 @@ class TestTheTable:
 def test_the_plot_shows_one_source_or_both_together(vlm):
     model, family = family_model("LLaVA-1.5"), BY_NAME["LLaVA-1.5"]
     shown, presentation = asked(family)
-    table = gl.attribute(model, bases(model, 1), shown, presentation, by_source=True)
+    table = gl.attribute(model, bases(model, 1), shown, presentation, by_token_source=True)
     cells = {
-        source: np.asarray(table.plot("harmful", source=source)[0, 1].collections[0].get_array()) for source in (None, "image", "text")
+        source: np.asarray(table.plot("harmful", token_source=source)[0, 1].collections[0].get_array())
+        for source in (None, "image", "text")
     }
     np.testing.assert_allclose(cells["image"] + cells["text"], cells[None], atol=1e-9)
     assert np.abs(cells["image"]).max() > 1e-3 and not np.allclose(cells["image"], cells["text"])
@@ -308,15 +310,15 @@ def test_the_plot_shows_one_source_or_both_together(vlm):
 def test_the_interval_of_a_sum_is_not_the_sum_of_intervals(monkeypatch):
     model, family = family_model("LLaVA-1.5"), BY_NAME["LLaVA-1.5"]
     shown, presentation = asked(family)
-    table = gl.attribute(model, bases(model, 1), shown, presentation, by_source=True)
+    table = gl.attribute(model, bases(model, 1), shown, presentation, by_token_source=True)
     drawn = []
     monkeypatch.setattr(
         "guardlens.results.plots.components.component_maps", lambda frame, axes: drawn.append(frame[frame["component"] == "head"])
     )
     table.plot("harmful")
-    table.plot("harmful", source="image")
+    table.plot("harmful", token_source="image")
     both, image = (frame[frame["panel"] == presentation.name] for frame in drawn)
-    expected = table.summary().query("label == 'harmful' and presentation == @presentation.name and source == 'image'")
+    expected = table.summary().query("label == 'harmful' and presentation == @presentation.name and token_source == 'image'")
     assert both[["low", "high"]].isna().all(axis=None) and both["value"].notna().all()
     np.testing.assert_allclose(image[["value", "low", "high"]], expected[["value", "low", "high"]])
 
@@ -341,15 +343,15 @@ def test_gated_cross_attention_looks_at_the_image_alone():
     name = "Llama 3.2 Vision"
     model, (shown, own) = family_model(name), asked(BY_NAME[name])
     directions = bases(model)
-    table = gl.attribute(model, directions, shown, own, by_source=True)
+    table = gl.attribute(model, directions, shown, own, by_token_source=True)
     batch, path = model.batch(shown, own), f"{BY_NAME[name].blocks}.1"
     joined = reference.inputs_of(model.hf, batch.inputs, [f"{path}.cross_attn.o_proj"])[f"{path}.cross_attn.o_proj"]
     gate = model.hf.get_submodule(path).cross_attn_attn_gate.detach().double().tanh()
     args = (model.cfg.n_heads, False, None, 0)
     expected = gate * heads_by_hand(model.hf, f"{path}.cross_attn.o_proj", reference.last(joined, batch.mask), directions.at(2), *args)
     for head in range(model.cfg.n_heads):
-        np.testing.assert_allclose(values(table, "own", block=1, head=head, source="image"), expected[:, head], atol=1e-5)
-        assert (values(table, "own", block=1, head=head, source="text") == 0).all()
+        np.testing.assert_allclose(values(table, "own", block=1, head=head, token_source="image"), expected[:, head], atol=1e-5)
+        assert (values(table, "own", block=1, head=head, token_source="text") == 0).all()
     assert float(expected.abs().max()) > 1e-3 and abs(float(gate) - 1) > 0.1
     assert not {"rest", "attn_rest"} & set(table.columns["component"])
     assert 1 not in table.where(presentation="text").columns["block"] and 1 in table.where(presentation="own").columns["block"]
@@ -375,7 +377,7 @@ def test_adapted_and_half_precision_models():
         expected = joined[:, 8 * head : 8 * head + 8].double() @ weight[:, 8 * head : 8 * head + 8].T @ bases(model).at(2).double().T
         np.testing.assert_allclose(values(table, "own", component="head", block=1, head=head), expected, atol=2e-5)
     half = gl.load(family.model().bfloat16(), processor=family.processor())
-    table = gl.attribute(half, bases(half), shown, own, by_source=True)
+    table = gl.attribute(half, bases(half), shown, own, by_token_source=True)
     np.testing.assert_allclose(total(table, "own"), bases(half).coordinates(gl.collect(half, shown, own))[:, 2], atol=2e-3)
 
 
@@ -383,12 +385,12 @@ class TestRefusals:
     def test_sources_without_eager_attention(self, vlm, basis):
         assert vlm.hf.config.get_text_config()._attn_implementation != "eager"
         with pytest.raises(errors.SiteError, match='attn_implementation="eager"'):
-            gl.attribute(vlm, basis, QUERIES, GREY, by_source=True)
+            gl.attribute(vlm, basis, QUERIES, GREY, by_token_source=True)
 
     def test_gated_heads(self):
         model, (shown, presentation) = family_model("Qwen3.5"), asked(BY_NAME["Qwen3.5"])
         with pytest.raises(errors.ModelError, match=r"heads in block 1 that differ from pattern times values by .* of the largest"):
-            gl.attribute(model, bases(model), shown, presentation, by_source=True)
+            gl.attribute(model, bases(model), shown, presentation, by_token_source=True)
 
     def test_directions_of_another_hook_width_or_model(self, vlm, llm, basis):
         elsewhere = Directions(basis.vectors, basis.layers, basis.harmful_mean, basis.harmless_mean, basis.spectrum, "test", hook="mlp_out")
@@ -471,10 +473,10 @@ def test_met_at_the_door(vlm, basis, unchecked, change, kind, said):
 
 
 def test_tables_are_asked_for_what_they_have(parts, unchecked):
-    with pytest.raises(errors.MismatchError, match=r"the source 'image'\.\nExpected one of \['all'\]"):
-        parts.plot(source="image")
+    with pytest.raises(errors.ArgumentError, match=r"the token source 'image'\.\nExpected one of \['all'\]"):
+        parts.plot(token_source="image")
     for k in (-1, 1.5, True, "3"):
-        with pytest.raises(errors.MismatchError, match="Found k="):
+        with pytest.raises(errors.ArgumentError, match="Found k="):
             parts.top(k)
 
 
