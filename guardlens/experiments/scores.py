@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from guardlens.data.queries import as_text
-from guardlens.errors import InterventionError, ModelError, QueryError, as_count, quoted, require_type
+from guardlens.errors import ArgumentError, ModelError, QueryError, as_count, quoted, require_type
 
 
 @runtime_checkable
 class Score(Protocol):
-    """A name, a unit for the axes, and a function of the edited and the unedited logits.
+    """A score of the next token: a name, a unit for the axes, and a function of the edited and the unedited logits.
 
     Examples:
         >>> isinstance(scores.kl, scores.Score), scores.kl.unit
@@ -34,11 +34,11 @@ class Score(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Answers that are put into the model's mouth, to be scored token by token.
+    """Given answers, which are scored token by token as if the model had generated them.
 
     Attributes:
-        tokens: Theirs.
-        real: Which of them count; the others fill up shorter answers.
+        tokens: The token ids.
+        real: Which tokens count; the others pad shorter answers.
 
     Examples:
         >>> answer = scores.AnswerLogProb("sorry , i can not").answer(model, model.prefill(batch))
@@ -52,7 +52,9 @@ class Answer:
 
 @runtime_checkable
 class AnswerScore(Protocol):
-    """A name, a unit, the answer to put behind kept prompts, and a function of the edited and the unedited logits before its tokens.
+    """A score of an answer: a name, a unit, the answer to append to prompts, and a function of the edited and the unedited logits.
+
+    The logits are those that predict the answer's tokens.
 
     Examples:
         >>> isinstance(scores.AnswerKL(), scores.AnswerScore), isinstance(scores.kl, scores.AnswerScore)
@@ -65,7 +67,7 @@ class AnswerScore(Protocol):
     @property
     def unit(self) -> str: ...
 
-    def answer(self, model: Any, kept: Any) -> Answer: ...
+    def answer(self, model: Any, prefill: Any) -> Answer: ...
 
     def __call__(
         self, logits: Float[Tensor, "query token vocab"], base: Float[Tensor, "query token vocab"], answer: Answer
@@ -74,16 +76,16 @@ class AnswerScore(Protocol):
 
 @dataclass(frozen=True)
 class RefusalLogOdds:
-    """log p(R) - log(1 - p(R)), with R the first tokens of refusals. Needs no generation.
+    """log p(R) - log(1 - p(R)), where R is the set of first tokens of refusals. It needs no generation.
 
-    A word that also opens answers ("I") makes it too high for both classes; differences between runs are still comparable.
-    Range: any real number, in nats; positive means that a refusal is the likelier opening.
+    A word that also opens answers ("I") makes it too high for both classes, but differences between runs are still comparable.
+    Range: any real number, in nats. It is positive if a refusal is the likelier opening.
 
     Attributes:
-        starts: Openings of refusals; those whose first token is unknown to the tokenizer are left out.
+        starts: Openings of refusals. Those whose first token the tokenizer does not know are left out.
 
     Raises:
-        InterventionError: Openings that are no texts.
+        ArgumentError: The openings are not texts.
 
     Source: Arditi et al. 2024 (arXiv 2406.11717).
 
@@ -99,13 +101,13 @@ class RefusalLogOdds:
 
     def __post_init__(self) -> None:
         if isinstance(self.starts, str) or not isinstance(self.starts, Sequence) or not self.starts:
-            raise InterventionError(f"the openings {quoted(self.starts)}", "texts in a tuple", "say RefusalLogOdds(('Sorry', 'I cannot'))")
+            raise ArgumentError(f"the openings {quoted(self.starts)}", "texts in a tuple", "say RefusalLogOdds(('Sorry', 'I cannot'))")
         object.__setattr__(self, "starts", tuple(self.starts))
         for start in self.starts:
-            require_type(start, str, InterventionError, "name the openings as texts")
+            require_type(start, str, ArgumentError, "give the openings as texts")
 
     def token_ids(self, tokenizer: Any) -> list[int]:
-        """The first tokens of the openings.
+        """The token ids with which the openings begin.
 
         Raises:
             ModelError: The tokenizer knows none of them.
@@ -128,11 +130,11 @@ class RefusalLogOdds:
 
 @dataclass(frozen=True)
 class KL:
-    """KL(p_base || p_edit) of the next token: how much an edit changes at all. In nats, from 0 (Arditi et al. call 0.1 too much).
+    """KL(p_base || p_edit) of the next token: how much an edit changes at all. Range: 0 and more, in nats (Arditi et al. reject above 0.1).
 
     Examples:
         >>> logits = model.run(batch).logits[0]
-        >>> scores.KL()(logits, logits, model.tokenizer)  # of a run with itself
+        >>> scores.KL()(logits, logits, model.tokenizer)  # a run against itself
         tensor([0., 0., 0.])
     """
 
@@ -140,21 +142,22 @@ class KL:
     unit: str = "KL divergence from unedited (nats)"
 
     def __call__(self, logits: Float[Tensor, "query vocab"], base: Float[Tensor, "query vocab"], tokenizer: Any) -> Float[Tensor, "query"]:
-        log_q, log_p = torch.log_softmax(logits.float(), dim=-1), torch.log_softmax(base.float(), dim=-1)
+        log_q = torch.log_softmax(logits.float(), dim=-1)
+        log_p = torch.log_softmax(base.float(), dim=-1)
         return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
 
 @dataclass(frozen=True)
 class AnswerLogProb:
-    """log p(text | prompt): how likely a whole answer is, such as a refusal. In nats, at most 0; the sum over its tokens.
+    """log p(text | prompt): how likely a whole answer is, such as a refusal. It is the sum over the answer's tokens: at most 0, in nats.
 
-    Edits of the last token act there, those of decode steps at each token of the answer, as if it were generated.
+    Edits of the last token act there, and edits of decode steps at each token of the answer, as if the model generated it.
 
     Attributes:
         text: The answer, as it follows the chat template's generation prompt.
 
     Raises:
-        InterventionError: What is no text.
+        ArgumentError: The answer is no text.
 
     Examples:
         >>> refusal = scores.AnswerLogProb("sorry , i can not")
@@ -167,14 +170,15 @@ class AnswerLogProb:
     name: str = "answer_logprob"
 
     def __post_init__(self) -> None:
-        require_type(self.text, str, InterventionError, "say AnswerLogProb('I am sorry')")
+        require_type(self.text, str, ArgumentError, "say AnswerLogProb('I am sorry')")
 
     @property
     def unit(self) -> str:
-        """With the beginning of the answer."""
-        return f"log p({self.text if len(self.text) < 24 else self.text[:20] + '…'!r}) (nats)"
+        """The unit, which quotes the beginning of the answer."""
+        beginning = self.text if len(self.text) < 24 else f"{self.text[:20]}…"
+        return f"log p({beginning!r}) (nats)"
 
-    def answer(self, model: Any, kept: Any) -> Answer:
+    def answer(self, model: Any, prefill: Any) -> Answer:
         """The text's tokens, the same for every query.
 
         Raises:
@@ -183,8 +187,8 @@ class AnswerLogProb:
         as_text(self.text, "the answer", QueryError)
         ids = model.tokenizer(self.text, add_special_tokens=False)["input_ids"]
         if not ids or model.tokenizer.unk_token_id in ids:
-            raise ModelError(f"an answer {self.text!r} that the tokenizer does not know", "words of the model's language", "choose others")
-        tokens = torch.tensor(ids).expand(len(kept), -1)
+            raise ModelError(f"an answer {self.text!r} that the tokenizer does not know", "words of the model's language")
+        tokens = torch.tensor(ids).expand(len(prefill), -1)
         return Answer(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
     def __call__(
@@ -198,13 +202,13 @@ class AnswerLogProb:
 class AnswerKL:
     """KL(p_base || p_edit) along the unedited model's own greedy answer, averaged over its tokens: how much an edit changes an answer.
 
-    In nats per token, from 0. Of harmless requests it should be small.
+    Range: 0 and more, in nats per token. It should be small for harmless requests.
 
     Attributes:
-        tokens: How long the answers are at most.
+        tokens: The length of the longest answer.
 
     Raises:
-        InterventionError: A length below 1, or no whole number.
+        ArgumentError: The length is no whole number, or is below 1.
 
     Examples:
         >>> effect = gl.sweep(model, guard, queries, grey, scores=[scores.AnswerKL(tokens=4)])
@@ -217,11 +221,11 @@ class AnswerKL:
     unit: str = "KL divergence along the answer (nats/token)"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", as_count(self.tokens, "tokens", InterventionError, "say AnswerKL(tokens=16)"))
+        object.__setattr__(self, "tokens", as_count(self.tokens, "tokens", ArgumentError, "say AnswerKL(tokens=16)"))
 
-    def answer(self, model: Any, kept: Any) -> Answer:
-        """What the unedited model says, its end included; what fills up answers that ended otherwise (by a stop string) is left out."""
-        tokens = model.run(kept, new_tokens=self.tokens).tokens[0]
+    def answer(self, model: Any, prefill: Any) -> Answer:
+        """The unedited model's greedy answers with their end tokens. Padding behind answers that ended by a stop string does not count."""
+        tokens = model.run(prefill, new_tokens=self.tokens).tokens[0]
         ends = model.hf.generation_config.eos_token_id
         ended = torch.isin(tokens, torch.tensor([] if ends is None else ends, dtype=tokens.dtype, device=tokens.device).flatten())
         filled = (tokens == model._pad_token_id).flip(1).cumprod(1).flip(1).bool() & ~ended
@@ -231,14 +235,15 @@ class AnswerKL:
     def __call__(
         self, logits: Float[Tensor, "query token vocab"], base: Float[Tensor, "query token vocab"], answer: Answer
     ) -> Float[Tensor, "query"]:
-        log_q, log_p = torch.log_softmax(logits.float(), dim=-1), torch.log_softmax(base.float(), dim=-1)
+        log_q = torch.log_softmax(logits.float(), dim=-1)
+        log_p = torch.log_softmax(base.float(), dim=-1)
         per_token = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
         real = answer.real.to(per_token)
         return (per_token * real).sum(1) / real.sum(1)
 
 
 refusal_logodds = RefusalLogOdds()
-"""With openings of refusals in English.
+"""The refusal log-odds with openings of refusals in English.
 
 Examples:
     >>> base = model.run(model.batch(queries, presentations.text_only)).logits[0]

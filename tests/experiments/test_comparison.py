@@ -391,7 +391,7 @@ def test_saved_and_loaded(gap, tmp_path):
     for name, values in gap.columns.items():
         np.testing.assert_array_equal(loaded.columns[name], values)
     assert loaded.facts == gap.facts and loaded.provenance == gap.provenance
-    with pytest.raises(errors.StorageError, match=r"Found a table of the kind 'comparison'.\nExpected evaluation"):
+    with pytest.raises(errors.StorageError, match=r"Found a table of the kind 'comparison'.\nExpected the kind 'evaluation'"):
         Evaluation.load(tmp_path / "gap.csv")
 
 

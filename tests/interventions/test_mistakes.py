@@ -153,10 +153,6 @@ PLANS = {
     **{f"swept({{{name}: added}})": "something of type str" for name in ("5", "None")},
     **{f"swept({interventions})": "something of type Intervention" for interventions in ("[added]", "None", "guard", "{'a': guard}")},
     "swept(added.at(hook='embed'))": "a step without layers",
-    **{f"scores.AnswerKL({tokens})": "a whole number, 1 or more" for tokens in ("0", "-1", "1.5", "True", "None")},
-    **{f"scores.AnswerLogProb({text})": "something of type str" for text in ("5", "None", "['sorry']")},
-    **{f"scores.RefusalLogOdds({starts})": "texts in a tuple" for starts in ("'sorry'", "()", "None", "5")},
-    "scores.RefusalLogOdds((5,))": "something of type str",
     "defences.Defence(None)": "something of type str",
     "defences.Defence('guard', guard)": "something of type Intervention",
     "defences.Defence('guard', present='grey')": "a function of a presentation",
@@ -172,6 +168,10 @@ ARGUMENTS = {
     "swept(scores=['kl'])": "something of type Score",
     "swept(scores=[scores.KL(name=None)])": "something of type str",
     "swept({})": "at least one cell",
+    **{f"scores.AnswerKL({tokens})": "a whole number, 1 or more" for tokens in ("0", "-1", "1.5", "True", "None")},
+    **{f"scores.AnswerLogProb({text})": "something of type str" for text in ("5", "None", "['sorry']")},
+    **{f"scores.RefusalLogOdds({starts})": "texts in a tuple" for starts in ("'sorry'", "()", "None", "5")},
+    "scores.RefusalLogOdds((5,))": "something of type str",
 }  # fmt: skip
 
 OTHERS = {
