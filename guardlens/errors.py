@@ -259,7 +259,7 @@ class InterventionError(GuardlensError):
         Traceback (most recent call last):
         guardlens.errors.InterventionError: Found the phase 'later'.
         Expected 'prefill', 'decode' or 'always'.
-        Next: choose one of them.
+        Next: say .during('always') for both.
     """
 
 

@@ -21,7 +21,6 @@ A strength s means the same for every edit: h + s (edit(h) - h).
 
 from guardlens.interventions import gates
 from guardlens.interventions.constructors import (
-    Reference,
     add,
     add_component,
     add_relative,
@@ -46,7 +45,6 @@ __all__ = [
     "Intervention",
     "Phase",
     "Placebo",
-    "Reference",
     "RelativeAdd",
     "State",
     "Step",

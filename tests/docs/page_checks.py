@@ -144,7 +144,7 @@ def family(page: SimpleNamespace) -> None:
 def defence(page: SimpleNamespace) -> None:
     text = page.careful.present(page.grey)(page.queries[0]).text
     assert text == f"{gl.organism.REMINDER} {page.queries[0].text}" and page.both.intervention is page.push
-    assert set(page.rates["defence"]) == set(page.arms) and set(page.table.frame["draw"]) == {0, 1}
+    assert set(page.rates["defence"]) == set(page.conditions) and set(page.table.frame["draw"]) == {0, 1}
 
 
 @check("how-to/export.md")

@@ -60,21 +60,21 @@ def _shown(state: State) -> str:
 
 
 def _thresholds(threshold: Any, directions: Directions) -> tuple[Float[Tensor, "layer"], str | float]:
-    """Return the threshold of each layer, and what they are called."""
+    """Return the threshold of each layer, and the word or number that stands for them in a label."""
     layers = len(directions.vectors)
     next_step = "say 'midpoint' or 0.0, or see gates.threshold_at_fpr"
     if isinstance(threshold, str):
         if threshold != "midpoint":
             raise InterventionError(f"the threshold {quoted(threshold)}", "'midpoint', a number, or one number per layer", next_step)
         if directions.midpoints.isnan().any():
-            raise InterventionError(
-                "directions without class means", "a threshold in numbers", "choose one with gates.threshold_at_fpr, or 0"
-            )
+            raise InterventionError("The directions have no class means, and so no midpoint.", "a threshold in numbers", next_step)
         return directions.midpoints.contiguous(), threshold
-    if isinstance(threshold, Tensor | np.ndarray | list | tuple) and np.ndim(threshold):
+    is_per_layer = isinstance(threshold, Tensor | np.ndarray | list | tuple) and np.ndim(threshold) > 0
+    if is_per_layer:
         if len(threshold) != layers:
             raise InterventionError(f"{len(threshold)} thresholds", f"one number, or one for each of {layers} layers", next_step)
-        return torch.tensor([as_number(each, "threshold", InterventionError, next_step) for each in threshold]), "per layer"
+        numbers = [as_number(each, "threshold", InterventionError, next_step) for each in threshold]
+        return torch.tensor(numbers), "per layer"
     number = as_number(threshold, "threshold", InterventionError, next_step)
     return torch.full((layers,), number), number
 
@@ -110,6 +110,6 @@ def threshold_at_fpr(directions: Directions, activations: Activations, rate: flo
             "say rate=0.05, and label the queries",
         )
     layers = activations.layers[:1] if directions.layers is None else directions.layers
-    states = [activations.at(layer)[harmless].to(directions.vectors) for layer in layers]
-    scores = torch.stack([states_at @ directions.at(layer)[0] for states_at, layer in zip(states, layers, strict=True)], dim=1)
-    return torch.from_numpy(np.quantile(scores.numpy(), 1 - rate, axis=0, method="higher")).float()
+    scores = [activations.at(layer)[harmless].to(directions.vectors) @ directions.at(layer)[0] for layer in layers]
+    thresholds = np.quantile(torch.stack(scores).numpy(), 1 - rate, axis=1, method="higher")
+    return torch.from_numpy(thresholds).float()
