@@ -84,7 +84,7 @@ class TestFromVectors:
 
     def test_a_gate_needs_a_number(self):
         made = directions.from_vectors(torch.tensor([3.0, 4]))
-        with pytest.raises(errors.InterventionError, match=r"without class means\.\nExpected a threshold in numbers"):
+        with pytest.raises(errors.InterventionError, match=r"no class means, and so no midpoint\.\nExpected a threshold in numbers"):
             gates.harmful(made)
         assert gates.harmful(made, 0.5).decide(lambda state: torch.tensor([[1.0, 0], [0, 0.5]]), 0).tolist() == [True, False]
 
