@@ -1,7 +1,7 @@
-"""Hidden states on disk, written query by query while a long run goes on, and mapped into memory when they are read.
+"""Hidden states on disk: written row by row during a long collection, and mapped into memory for reading.
 
-One file of the final size, not one per batch: batches come sorted by length, and so each row lies at its own place in the order of the
-queries, and reading is a single memory map that no second pass over the data has to make. The file is safetensors from its first byte on.
+The store writes one safetensors file of the final size instead of a file per batch. Batches are sorted by length, so their rows are
+scattered over the order of the queries; in a single file each row goes to its final place, and no second pass has to merge batches.
 """
 
 import json
@@ -23,22 +23,22 @@ from guardlens.results.provenance import Provenance
 from guardlens.results.run_directory import MANIFEST, RECORDS, RUN, RunDirectory, records_in, run_of
 
 KIND, TENSOR = "activations", "states"
-"""What a file of states says that it holds, and the name of the tensor in it."""
+"""The kind of a file of states, and the name of the tensor in it."""
 
 WHOLE, PARTIAL = "states.safetensors", "states.partial"
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-"""What states may be stored as -> safetensors' name of it."""
+"""The dtypes of stored states -> their names in safetensors."""
 
 LONGEST = 100_000_000
-"""Bytes of a header that safetensors reads."""
+"""The longest header, in bytes, that safetensors reads."""
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype of a name in `DTYPES`.
+    """Return the torch dtype with a name of `DTYPES`.
 
     Raises:
-        StorageError: Another one.
+        StorageError: The name is not in `DTYPES`.
     """
     if not one_of(name, DTYPES):
         raise StorageError(f"the dtype {quoted(name)}", f"one of {list(DTYPES)}", "keep float32, or bfloat16 for half the size")
@@ -46,22 +46,22 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 class StateStore:
-    """One row of states per query in a directory, written in any order. Opening the directory again resumes.
+    """A directory with one row of states per query, written in any order. Opening the directory again resumes the collection.
 
-    In it are `manifest.json`, how the states are made; `records.jsonl`, which rows are on the disk, with a checksum of each; and the rows,
-    `states.partial` until the last one is there, then `states.safetensors`. A row counts once it and its record are on the disk, and while
-    its bytes are those that were written: what a kill cut off, or what changed since, is written again.
+    The directory holds `manifest.json` with the configuration, `records.jsonl` with the numbers and checksums of the rows on disk, and the
+    rows themselves: in `states.partial` until all are written, then in `states.safetensors`. A row counts as written if it has a record and
+    its bytes have the recorded checksum. All other rows are written again: those that an interruption cut off, and those that changed.
 
     Args:
         path: The directory.
-        configuration: What the states depend on.
-        rows: How many there will be.
-        dtype: What they are stored as, a name of `DTYPES`.
-        provenance: Whose they are, for the manifest.
+        configuration: Everything that determines the states.
+        rows: The final number of rows.
+        dtype: The dtype of the stored states, a name of `DTYPES`.
+        provenance: The model and versions, for the manifest.
 
     Raises:
-        StorageError: Another dtype, or a directory that `RunDirectory` can't open.
-        MismatchError: The directory was made with another configuration; the first difference is named.
+        StorageError: The dtype is unknown, or `RunDirectory` cannot open the directory.
+        MismatchError: The directory was made with another configuration. The first difference is named.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class StateStore:
         self.close()
 
     def close(self) -> None:
-        """Let other processes open the directory."""
+        """Release the directory to other processes."""
         self.run.close()
 
     def _mend(self) -> None:
-        """Bring the rows into the shape that they must have. What was lost on the way no longer matches its checksum.
+        """Restore the size of the file of rows after an interruption. Damaged rows do not match their checksums.
 
         Raises:
-            StorageError: They are of another run, as after copying one directory over another.
+            StorageError: The file belongs to another run, as after copying one directory over another.
         """
         for path in (self._whole, self._partial):
             if path.exists() and _run_in(path) not in ("", run_of(self.run.path)):
@@ -113,10 +113,10 @@ class StateStore:
 
     @property
     def missing(self) -> list[int]:
-        """The rows that are still to be written.
+        """The numbers of the rows that still have to be written.
 
         Warns:
-            UserWarning: Rows that aren't what was written.
+            UserWarning: Some rows do not match their checksums.
         """
         if self._whole.exists():
             return []
@@ -127,15 +127,15 @@ class StateStore:
         return [row for row in range(self.rows) if row not in recorded or row in changed]
 
     def write(self, rows: Sequence[int], states: Float[Tensor, "row layer d_model"], header: Mapping[str, Any]) -> None:
-        """Write some rows and make sure that they are on the disk.
+        """Write some rows, and return when they are on the disk.
 
         Args:
-            rows: Which.
-            states: What is in them, on the CPU.
-            header: What the file says beside them; the first call writes it.
+            rows: The numbers of the rows.
+            states: Their states, on the CPU.
+            header: The metadata of the file, which the first call writes.
 
         Raises:
-            StorageError: The disk has no room for all rows, or the header none for all queries.
+            StorageError: The disk has no room for all rows, or the header has no room for all queries.
         """
         states = states.to(self._dtype).contiguous()
         if not self._partial.exists():
@@ -151,7 +151,7 @@ class StateStore:
         self.run.append([{"rows": [*rows], "sums": [zlib.crc32(state) for state in stored]}])
 
     def _begin(self, states: Tensor, header: Mapping[str, Any]) -> None:
-        """The file with its header and as many zeros as there will be numbers, which take no room on the disk yet."""
+        """Create the file with its header and its final size. The part without rows takes no room on the disk yet."""
         size = self.rows * states[0].nbytes
         if (free := shutil.disk_usage(self.run.path).free) < size:
             raise StorageError(f"{_sized(free)} free for {self.run.path}", _sized(size), "choose another disk, fewer layers, or bfloat16")
@@ -169,10 +169,10 @@ class StateStore:
             file.truncate(8 + len(described) + size)
 
     def finish(self) -> Path:
-        """The file of all rows.
+        """Rename the file of rows to its final name, and return its path.
 
         Raises:
-            StorageError: Some are missing, or aren't what was written.
+            StorageError: Rows are missing, or do not match their checksums.
         """
         if missing := self.missing:
             raise StorageError(
@@ -185,7 +185,7 @@ class StateStore:
 
 
 def _recorded(directory: Path) -> dict[int, set[int]]:
-    """The rows that were written -> the checksums of what was written there."""
+    """The number of each recorded row -> all checksums that were recorded for it."""
     found: dict[int, set[int]] = {}
     for record in records_in(directory, lambda record: tuple(zip(record["rows"], record["sums"], strict=True))):
         for row, checksum in zip(record["rows"], record["sums"], strict=True):
@@ -194,7 +194,7 @@ def _recorded(directory: Path) -> dict[int, set[int]]:
 
 
 def _changed(path: Path, recorded: Mapping[int, set[int]]) -> Iterator[int]:
-    """The rows of a file whose bytes have none of the checksums that were recorded."""
+    """Yield the numbers of the rows whose bytes match none of their recorded checksums."""
     if not recorded:
         return
     layout = _layout(path)
@@ -210,7 +210,7 @@ def _changed(path: Path, recorded: Mapping[int, set[int]]) -> Iterator[int]:
 
 
 def _run_in(path: Path) -> str:
-    """Whose states a file says that it holds; empty if it doesn't say, or its header is broken."""
+    """The run that a file names in its header; empty if it names none, or if the header is broken."""
     with reading(path, "states"), path.open("rb") as file:
         header = file.read(min(int.from_bytes(file.read(8), "little"), LONGEST))
     with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -219,7 +219,7 @@ def _run_in(path: Path) -> str:
 
 
 def _layout(path: Path) -> tuple[int, int, int] | None:
-    """Where the first row begins, how many bytes a row takes, and how many rows there are; None if the header is broken."""
+    """The offset of the first row, the bytes per row, and the number of rows; None if the header is broken."""
     with reading(path, "states"), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, LONGEST))
@@ -233,20 +233,20 @@ def _layout(path: Path) -> tuple[int, int, int] | None:
 
 
 def _sized(count: int) -> str:
-    """A number of bytes in a unit that fits."""
+    """A number of bytes in a suitable unit."""
     power = min(max(count.bit_length() - 1, 0) // 10, 4)
     return f"{count / 2 ** (10 * power):.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def states_in(directory: Path, *, verify: bool = False) -> Path:
-    """The file of a finished store.
+    """Return the path of the states of a finished store.
 
     Args:
-        directory: The store.
-        verify: Read all states and compare them with the checksums in its records.
+        directory: The directory of the store.
+        verify: Read all states, and compare them with the recorded checksums.
 
     Raises:
-        StorageError: The directory holds none, or other states than were written.
+        StorageError: The directory holds no states, the collection is unfinished, or (with `verify`) a row does not match its checksum.
     """
     whole = directory / WHOLE
     if not whole.exists() and (directory / PARTIAL).exists():

@@ -1,4 +1,4 @@
-"""Pictures beside a query: what is taken for one, and how it is read, so that a model sees what a viewer shows."""
+"""The images of queries: which types are accepted, and how they are opened, so that a model receives what an image viewer shows."""
 
 import os
 import struct
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def as_images(images: Any, whose: str) -> tuple[Any, ...]:
-    """Pictures and paths as a tuple: of none, of one, or of a list or tuple of them. Arrays `height width 3` of bytes become pictures.
+    """Return one image, or a list or tuple of images, as a tuple of PIL images and paths. Uint8 arrays `height width 3` become PIL images.
 
     Args:
-        images: What a user gave.
-        whose: The query, for errors.
+        images: The image or images.
+        whose: The owner of the images in error messages, such as "query 'q7'".
 
     Raises:
-        PresentationError: Something else, a URL, an empty path or one that no file can have, or a picture without a pixel.
+        PresentationError: An image is of another type, has no pixels, is a URL, or is a path that no file can have.
     """
     several = images if isinstance(images, list | tuple) else (images,)
     return tuple(_image(image, whose) for image in several)
@@ -34,28 +34,32 @@ def _image(image: Any, whose: str) -> Any:
         return Image.fromarray(image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise _no_picture(f"an image of {image.size[0]} x {image.size[1]} pixels", whose)
+            raise _not_an_image(f"an image of {image.size[0]} x {image.size[1]} pixels", whose)
         return image
     path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
     if not isinstance(path, str):
-        raise _no_picture(f"something of type {type(image).__name__} as an image", whose)
+        raise _not_an_image(f"something of type {type(image).__name__} as an image", whose)
     if "://" in path or path.startswith("data:"):
-        raise _no_picture(f"the address {path[:80]!r} as an image", whose, "download it, and give the path of the file")
+        raise _not_an_image(f"the address {path[:80]!r} as an image", whose, "download it, and give the path of the file")
     if not path.strip() or any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in path):
-        raise _no_picture(f"the path {path!r} of an image", whose, "give the path of a file")
+        raise _not_an_image(f"the path {path!r} of an image", whose, "give the path of a file")
     return image if isinstance(image, Path) else path
 
 
 def opened(image: Any, whose: str) -> "Image.Image":
-    """A picture in RGB, as viewers and transformers' `load_image` show it: turned as its EXIF data say, transparency on white, 16 bits
-    scaled to 8.
+    """Open an image in RGB, as image viewers and `load_image` of transformers do.
+
+    The image is rotated as its EXIF data say, transparent parts become white, and 16 bits are scaled to 8.
 
     Args:
-        image: A PIL image, or a path.
-        whose: The query, for errors.
+        image: A PIL image or a path.
+        whose: The owner of the image in error messages, such as "query 'q7'".
+
+    Warns:
+        UserWarning: The image has several frames, of which one is shown.
 
     Raises:
-        PresentationError: Pillow can't read it, or it holds numbers whose black and white nobody knows.
+        PresentationError: Pillow cannot read the image, or its mode does not say which values are black and white.
     """
     from PIL import Image
 
@@ -76,7 +80,7 @@ def _in_rgb(image: "Image.Image", whose: str) -> "Image.Image":
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo of many phones, which viewers show as one picture
         warn(f"an image of {whose} has {image.n_frames} frames, of which one is shown")  # type: ignore[attr-defined]
     if image.mode in ("I", "F"):
-        raise _no_picture(f"an image of mode {image.mode!r}, whose black and white are not known", whose, "scale it to 0..255 as uint8")
+        raise _not_an_image(f"an image of mode {image.mode!r}, whose black and white are not known", whose, "scale it to 0..255 as uint8")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -88,5 +92,5 @@ def _in_rgb(image: "Image.Image", whose: str) -> "Image.Image":
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _no_picture(found: str, whose: str, next_step: str = "open it: PIL.Image.open(...), or Image.fromarray(pixels)") -> PresentationError:
+def _not_an_image(found: str, whose: str, next_step: str = "open it: PIL.Image.open(...), or Image.fromarray(pixels)") -> PresentationError:
     return PresentationError(f"{found} of {whose}", "a PIL image, a path, or an array `height width 3` of uint8", next_step)

@@ -7,7 +7,7 @@ from numbers import Real
 import numpy as np
 
 from guardlens.data.queries import Query, QueryPairs, as_queries
-from guardlens.errors import QueryError, as_count
+from guardlens.errors import ArgumentError, QueryError, as_count
 
 
 def split(queries: Iterable[str | Query] | QueryPairs, shares: Sequence[float], seed: int = 0) -> tuple[tuple[Query, ...], ...]:
@@ -19,7 +19,8 @@ def split(queries: Iterable[str | Query] | QueryPairs, shares: Sequence[float], 
         seed: The seed of the shuffle.
 
     Raises:
-        QueryError: A part would be empty, a share is not a positive number, or the seed is not a whole number from 0 up.
+        ArgumentError: A share is not a positive number, or the seed is not a whole number from 0 up.
+        QueryError: A part would be empty.
 
     Examples:
         >>> from guardlens.data.splits import split
@@ -30,8 +31,8 @@ def split(queries: Iterable[str | Query] | QueryPairs, shares: Sequence[float], 
     queries = as_queries(queries)
     valid = [isinstance(share, Real) and 0 < share < math.inf for share in shares] if isinstance(shares, Iterable) else []
     if not valid or not all(valid):
-        raise QueryError(f"the shares {shares!r}", "one positive number for each part", "split(queries, (2, 1))")
-    seed = as_count(seed, "seed", QueryError, "split(queries, shares, seed=0)", least=0)
+        raise ArgumentError(f"the shares {shares!r}", "one positive number for each part", "split(queries, (2, 1))")
+    seed = as_count(seed, "seed", ArgumentError, "split(queries, shares, seed=0)", least=0)
     groups = _connected_components(queries)
     part_of = _part_of_each_group(sorted(set(groups)), shares, seed)
     parts = tuple(

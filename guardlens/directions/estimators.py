@@ -11,7 +11,7 @@ from torch import Tensor
 from guardlens.data.activations import Activations
 from guardlens.data.queries import Query, require_labels
 from guardlens.directions.basis import Directions
-from guardlens.errors import MismatchError, NumericsError, as_count, require_type, warn
+from guardlens.errors import ArgumentError, MismatchError, NumericsError, as_count, require_type, warn
 from guardlens.hooks import axis_layers
 from guardlens.results.files import digest
 from guardlens.results.provenance import Provenance
@@ -108,13 +108,16 @@ def random(like: Directions, seed: int = 0) -> Directions:
 
     Rows that are zero in the other directions are zero here, too.
 
+    Raises:
+        ArgumentError: The seed is not a whole number from 0 up.
+
     Examples:
         >>> control = directions.random(ssd, seed=1)
         >>> control.vectors.shape == ssd.vectors.shape, bool(abs(control.at(5)[0] @ ssd.at(5)[0]) < 0.5)
         (True, True)
     """
     require_type(like, Directions, MismatchError, "pass the directions whose shape to take, as in directions.random(ssd)")
-    generator = torch.Generator().manual_seed(as_count(seed, "seed", NumericsError, "give a whole number", least=0))
+    generator = torch.Generator().manual_seed(as_count(seed, "seed", ArgumentError, "leave it out, or say seed=1", least=0))
     gaussian = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64).transpose(1, 2)
     vectors = torch.linalg.qr(gaussian).Q.transpose(1, 2).to(like.vectors) * like.vectors.any(-1, keepdim=True)
     return replace(like, vectors=vectors, spectrum=like.spectrum[:, :0], method=f"random(seed={seed})", made_from=())

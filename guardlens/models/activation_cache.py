@@ -1,4 +1,4 @@
-"""The whole tensors of one forward pass by hook name: what `model.run_with_cache` returns."""
+"""`ActivationCache`: the tensors of one forward pass by hook name, which `model.run_with_cache` returns."""
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -18,23 +18,23 @@ Components = Float[Tensor, "component batch seq d"]
 
 
 class ActivationCache(Mapping[str, Tensor]):
-    """Hook name -> tensor, as in TransformerLens.
+    """A mapping from hook names to tensors, as in TransformerLens.
 
-    Shapes, padding included: the residual stream and what is added to it `batch seq d_model`; queries, keys, values and z
-    `batch seq head d_head`; the neurons of MLPs `batch seq d_mlp`; patterns `batch head query key`; the eye and the projector as the
-    family has them.
+    Shapes, padding included: `batch seq d_model` for the residual stream and everything added to it, `batch seq head d_head` for queries,
+    keys, values and z, `batch seq d_mlp` for the neurons of MLPs, and `batch head query key` for attention patterns. The shapes in the
+    vision encoder and the projector depend on the family.
 
     Args:
         tensors: The values.
-        n_layers: Blocks of the model.
-        to_logits: Final norm and unembedding, for the logit lens.
-        residual_scale: What the model multiplies attention and MLP by before it adds them.
+        n_layers: The number of layers of the model.
+        to_logits: The final norm and the unembedding, for the logit lens.
+        residual_scale: The factor of the outputs of attention and MLP when the model adds them to the residual stream.
 
     Examples:
         >>> logits, cache = model.run_with_cache("how to mend the hat ?", grey)
         >>> cache["blocks.5.hook_resid_post"].shape  # batch, token, d_model; the same as cache["resid_post", 5]
         torch.Size([1, 27, 128])
-        >>> cache["z", -1].shape  # of the last layer: batch, token, head, d_head
+        >>> cache["z", -1].shape  # the last layer: batch, token, head, d_head
         torch.Size([1, 27, 4, 32])
         >>> cache.logit_lens().shape  # layer, batch, vocabulary
         torch.Size([8, 1, 251])
@@ -47,17 +47,19 @@ class ActivationCache(Mapping[str, Tensor]):
         to_logits: Callable[[Tensor], Tensor] | None = None,
         residual_scale: float = 1.0,
     ) -> None:
-        self._tensors, self._n_layers = dict(tensors), n_layers
-        self._to_logits, self._residual_scale = to_logits, residual_scale
+        self._tensors = dict(tensors)
+        self._n_layers = n_layers
+        self._to_logits = to_logits
+        self._residual_scale = residual_scale
 
     def __getitem__(self, key: Any) -> Tensor:
-        name, layer = _asked(key)
+        name, layer = _hook_and_layer(key)
         point = parse(name, self._n_layers)
         if layer is not None:
             point = replace(point, layer=layer + self._n_layers if layer < 0 else layer)
         if point.layer is None and HOOKS[point.hook].layered:
-            short = point.hook
-            raise SiteError(f"{key!r} without a layer", f"one, as in ({short!r}, 3)", f"name it, or take cache.stack({short!r})")
+            hook = point.hook
+            raise SiteError(f"{key!r} without a layer", f"one, as in ({hook!r}, 3)", f"name it, or take cache.stack({hook!r})")
         if point not in self._tensors:
             raise self._lacks(point.hook, repr(key))
         return self._tensors[point]
@@ -76,7 +78,7 @@ class ActivationCache(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def stack(self, hook: str) -> Float[Tensor, "layer batch ..."]:
-        """One hook of every layer that the cache holds.
+        """Stack the values of one hook over all layers in the cache.
 
         Examples:
             >>> _, cache = model.run_with_cache("how to mend the hat ?")
@@ -92,14 +94,14 @@ class ActivationCache(Mapping[str, Tensor]):
     def accumulated_resid(
         self, layer: int | None = None, incl_mid: bool = False
     ) -> tuple[Float[Tensor, "component batch seq d"], list[str]]:
-        """The residual stream as it grows: before each block, and at the end of the last one.
+        """Return the residual stream before each layer, and after the last one.
 
         Args:
-            layer: Up to the input of this block; all blocks if None.
-            incl_mid: Also between attention and MLP.
+            layer: Stop at the input of this layer; None for all layers.
+            incl_mid: Include the states between attention and MLP.
 
         Returns:
-            The states, and their names: `0_pre`, `0_mid`, ..., `final_post`.
+            The states and their names: `0_pre`, `0_mid`, ..., `final_post`.
 
         Examples:
             >>> _, cache = model.run_with_cache("how to mend the hat ?")
@@ -113,11 +115,12 @@ class ActivationCache(Mapping[str, Tensor]):
         return torch.stack([self[hook, i] for _, hook, i in wanted]), [name for name, _, _ in wanted]
 
     def decompose_resid(self, layer: int | None = None) -> tuple[Components, list[str]]:
-        """What the residual stream is the sum of, before a block (after the last if None).
+        """Decompose the residual stream before a layer (after the last one if None) into the terms that sum up to it.
 
         Returns:
-            The terms, and their names: `embed` (all that enters the first block: tokens, images, learned positions), `0_attn_out`,
-            `0_mlp_out`, ...; `0_between` is what a family adds between two blocks (DeepStack), and `0_rest` what a block does besides.
+            The terms and their names: `embed` (everything that enters the first layer: tokens, images, learned positions), `0_attn_out`,
+            `0_mlp_out`, ..., `0_rest` (everything else that a layer adds) and `0_between` (what a family adds between two layers, as
+            DeepStack does). Terms of `rest` and `between` that are rounding errors are left out.
 
         Examples:
             >>> _, cache = model.run_with_cache("how to mend the hat ?")
@@ -130,20 +133,28 @@ class ActivationCache(Mapping[str, Tensor]):
         stop = self._stop(layer)
         terms = {"embed": self["resid_pre", 0]}
         for i in range(stop):
-            added = [(f"{i}_{hook}", self[hook, i] * self._residual_scale) for hook in ("attn_out", "mlp_out") if (hook, i) in self]
-            rest = self["resid_post", i] - self["resid_pre", i] - sum(term for _, term in added)
-            between = self["resid_pre", i + 1] - self["resid_post", i] if i + 1 < self._n_layers else rest[:0]
-            terms |= dict(added) | {name: term for name, term in ((f"{i}_rest", rest), (f"{i}_between", between)) if self._matters(term, i)}
+            terms |= self._terms_of_layer(i)
         return torch.stack(list(terms.values())), list(terms)
 
+    def _terms_of_layer(self, i: int) -> dict[str, Tensor]:
+        terms = {f"{i}_{hook}": self[hook, i] * self._residual_scale for hook in ("attn_out", "mlp_out") if (hook, i) in self}
+        rest = self["resid_post", i] - self["resid_pre", i] - sum(terms.values())
+        if self._matters(rest, i):
+            terms[f"{i}_rest"] = rest
+        if i + 1 < self._n_layers:
+            between = self["resid_pre", i + 1] - self["resid_post", i]
+            if self._matters(between, i):
+                terms[f"{i}_between"] = between
+        return terms
+
     def logit_lens(self, pos_slice: int | slice = -1) -> Float[Tensor, "layer ..."]:
-        """The logits that each block's residual stream would give if the model ended there.
+        """Return the logits that the residual stream after each layer would give if the model ended there.
 
         Args:
-            pos_slice: Columns to look at; the last one by default. (All of them are `layer batch seq vocab` numbers: often gigabytes.)
+            pos_slice: The columns to use; the last one by default. (All columns make `layer batch seq vocab` numbers, often gigabytes.)
 
         Raises:
-            SiteError: A column that there is not.
+            SiteError: The cache was loaded from a file, which has no model, or the column does not exist.
         """
         if self._to_logits is None:
             raise SiteError("a cache without its model", "one from model.run_with_cache", "call model.to_logits(states) yourself")
@@ -155,8 +166,8 @@ class ActivationCache(Mapping[str, Tensor]):
         return torch.stack([self._to_logits(self["resid_post", layer][:, pos_slice]) for layer in range(self._n_layers)])
 
     def _stop(self, layer: int | None) -> int:
-        """How many blocks come before one; all of them if None."""
-        return self._n_layers if layer is None else as_count(layer, "layer", SiteError, "name a block, or leave it out for all", least=0)
+        """The number of layers before a layer; all of them if None."""
+        return self._n_layers if layer is None else as_count(layer, "layer", SiteError, "name a layer, or leave it out for all", least=0)
 
     def _lacks(self, hook: str, what: str) -> SiteError:
         if hook == "pattern":
@@ -169,21 +180,21 @@ class ActivationCache(Mapping[str, Tensor]):
         return SiteError(f"no {what} in this cache", held, next_step)
 
     def _matters(self, term: Tensor, layer: int) -> bool:
-        """Whether a term is more than rounding."""
+        """Whether a term is larger than rounding errors."""
         scale = self["resid_post", layer].abs().amax()
-        return term.numel() > 0 and bool(term.abs().amax() > 50 * torch.finfo(term.dtype).eps * scale)
+        return bool(term.abs().amax() > 50 * torch.finfo(term.dtype).eps * scale)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, without what `logit_lens` needs of the model."""
+        """Write the tensors to a safetensors file. A loaded cache has no model, so it has no `logit_lens`."""
         tensors = {point.name: tensor for point, tensor in self._tensors.items()}
         save_tensors(path, "cache", tensors, {"n_layers": self._n_layers, "residual_scale": self._residual_scale})
 
     @classmethod
     def load(cls, path: str | Path) -> "ActivationCache":
-        """Read what `save` wrote.
+        """Load a cache from a file of `save`.
 
         Raises:
-            StorageError: Not such a file.
+            StorageError: The file holds no cache.
         """
         tensors, header = load_tensors(path, "cache", verify=False)
         with reading(Path(path), "a cache that this version saved"):
@@ -195,8 +206,7 @@ class ActivationCache(Mapping[str, Tensor]):
         return f"ActivationCache({len(self)} hooks{f', {names[0]} to {names[-1]}' if names else ''})"
 
 
-def _asked(key: object) -> tuple[str, int | None]:
-    """The hook and the layer of a key."""
+def _hook_and_layer(key: object) -> tuple[str, int | None]:
     match key:
         case str():
             return key, None

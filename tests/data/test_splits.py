@@ -31,10 +31,10 @@ def test_split_shares_seeds_and_errors(unchecked):
     assert split(items, (1.0, 1.0), 0) != split(items, (1.0, 1.0), 1)
     assert split(QueryPairs(("a", "b"), ("c", "d")), (1, 1)) and split(["a", "b"], np.array([1, 1]))
     for shares in (5, (), "ab", (1, 0), (1, -1), (1, float("nan")), (1, float("inf")), (1, "a"), None):
-        with pytest.raises(errors.QueryError, match="Expected one positive number for each part"):
+        with pytest.raises(errors.ArgumentError, match="Expected one positive number for each part"):
             split(items, shares)
     for seed in (-1, 1.5, "a", None):
-        with pytest.raises(errors.QueryError, match="seed="):
+        with pytest.raises(errors.ArgumentError, match="seed="):
             split(items, (1, 1), seed)
     with pytest.raises(errors.QueryError, match=r"1 independent groups of queries for 2 parts"):
         split([Query("a", pair="x"), Query("b", pair="x", cluster="c"), Query("c", cluster="c")], (1.0, 1.0))
