@@ -215,6 +215,16 @@ def test_a_loaded_intervention_equals_the_saved_one(name, tmp_path):
     assert [step.site for step in loaded.steps] == [step.site for step in intervention.steps]
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_all_tensors_move_to_a_device(name):
+    """Those of edits and of gates, combined gates and placebos included; what lies there already is not copied."""
+    tensors = {}
+    files._encode(PLANS[name].to(torch.device("meta")), tensors, "")
+    assert {tensor.device.type for tensor in tensors.values()} == ({"meta"} if PLANS[name].steps else set())
+    stayed = PLANS[name].to(torch.device("cpu"))
+    assert all(type(step.edit) is edits.Placebo or step.edit is old.edit for step, old in zip(stayed.steps, PLANS[name].steps, strict=True))
+
+
 def test_fingerprints_tell_interventions_apart():
     assert len({intervention.fingerprint for intervention in PLANS.values()}) == len(PLANS)
     other = make_directions(5, dtype=torch.float32, model="mine@1")
