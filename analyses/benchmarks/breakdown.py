@@ -41,22 +41,22 @@ def _parts(of: str, ways: Mapping[str, Way], repeats: int, unit: str) -> Iterato
 
 
 def _compiled(subject: gl.HookedModel, kept: Prefill, cells: list[Intervention]) -> object:
-    assert kept.stem is not None
-    layout = kept.stem.tails(kept.batch.select("last"), len(cells))
+    assert kept.cache is not None
+    layout = kept.cache.continuations(kept.batch.select("last"), len(cells))
     return compile_taps(cells, (), layout, kept.batch, subject.cfg.n_layers, {})
 
 
 def _inputs(subject: gl.HookedModel, kept: Prefill, lanes: int) -> dict[str, Any]:
-    assert kept.stem is not None
-    layout = kept.stem.tails(kept.batch.select("last"), lanes)
+    assert kept.cache is not None
+    layout = kept.cache.continuations(kept.batch.select("last"), lanes)
     config = subject.hf.config.get_text_config(decoder=True)
-    return kept.stem.inputs(layout, config, subject.hf.dtype)
+    return kept.cache.inputs(layout, config, subject.hf.dtype)
 
 
 def _alone(subject: gl.HookedModel, inputs: Mapping[str, Any], kept: Prefill) -> object:
     """The decoder on the branches' tokens, behind the same keys: no plan, no check, no logits."""
-    assert kept.stem is not None
-    with torch.no_grad(), kept.stem.unchanged():
+    assert kept.cache is not None
+    with torch.no_grad(), kept.cache.unchanged():
         return subject.hf.get_submodule(subject.cfg.decoder)(**inputs)
 
 

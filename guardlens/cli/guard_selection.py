@@ -147,7 +147,7 @@ def _opens_with_refusal(
 
     def work(prefill: Prefill) -> Bool[Tensor, "intervention query"]:
         refused = []
-        for part in model.together(prefill, interventions):
+        for part in model.groups(prefill, interventions):
             logits = model.run(prefill, part).logits
             assert logits is not None
             refused += [(refusal_logodds(lane, lane, model.tokenizer) > 0).cpu() for lane in logits]

@@ -125,7 +125,7 @@ class Scorer:
 
     def _edited(self, prefill: Prefill) -> Iterator[Float[Tensor, "query ..."]]:
         """The logits of each intervention; as many interventions share a forward pass as fit."""
-        for part in self.model.together(prefill, self.interventions):
+        for part in self.model.groups(prefill, self.interventions):
             run = self.model.run(prefill, part, logits="answer" if prefill.batch.answered else "last")
             assert run.logits is not None
             self.layouts.add(f"{run.layout}: {run.why}" if run.why else run.layout)

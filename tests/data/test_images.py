@@ -146,7 +146,7 @@ def test_palettes_are_told_apart(vlm, unchecked):
     """Prompts beside equal indices and unlike palettes shared the first one's states."""
     red, blue = (_palette(colour) for colour in ((255, 0, 0), (0, 0, 255)))
     batches = [vlm.batch("how to mend the hat ?", _Mine((image,))) for image in (red, blue, red.convert("RGB"))]
-    assert batches[0].pictures == batches[2].pictures != batches[1].pictures
+    assert batches[0].image_digests == batches[2].image_digests != batches[1].image_digests
     assert (batches[0].inputs["pixel_values"] == batches[2].inputs["pixel_values"]).all()
     assert (batches[0].inputs["pixel_values"] != batches[1].inputs["pixel_values"]).any()
 
@@ -156,6 +156,6 @@ def test_presentations_of_ones_own_show_the_same(vlm, tmp_path, unchecked):
     expected = vlm.batch(gl_query := Query("how to mend the hat ?", images=path), presentations.own_images)
     for images in ([path], (str(path),), path, _page("RGBA"), np.asarray(opened(path, "it"))):
         found = vlm.batch(gl_query, _Mine(images))
-        assert found.pictures == expected.pictures and (found.inputs["pixel_values"] == expected.inputs["pixel_values"]).all()
+        assert found.image_digests == expected.image_digests and (found.inputs["pixel_values"] == expected.inputs["pixel_values"]).all()
     with pytest.raises(errors.PresentationError, match="something of type bytes as an image of query"):
         vlm.batch(gl_query, _Mine(b"GIF"))

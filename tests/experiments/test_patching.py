@@ -131,7 +131,7 @@ class TestLaws:
 
     def test_batches_and_lanes_do_not_matter(self, vlm, monkeypatch):
         whole = gl.activation_patching(vlm, QUERIES, GREY, hooks=["z", "mlp_out"], layers=[2])
-        monkeypatch.setattr("guardlens.models.engine.request.TOKENS", 6)
+        monkeypatch.setattr("guardlens.models.engine.limits.BRANCH_TOKENS_PER_FORWARD", 6)
         parts = gl.activation_patching(vlm, gl.keep(vlm, QUERIES, GREY, batch_size=2), hooks=["z", "mlp_out"], layers=[2])
         assert parts.frame.drop(columns=["value", "base", "donor"]).equals(whole.frame.drop(columns=["value", "base", "donor"]))
         for column in ("value", "base", "donor"):

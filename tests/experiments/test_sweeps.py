@@ -117,7 +117,7 @@ def test_columns_name_every_cell(swept):
 
 
 def test_batch_size_lanes_and_progress_do_not_matter(vlm, intervention, swept, capsys, monkeypatch):
-    monkeypatch.setattr("guardlens.models.engine.request.TOKENS", 12)
+    monkeypatch.setattr("guardlens.models.engine.limits.BRANCH_TOKENS_PER_FORWARD", 12)
     with gl.progress_bars(True):
         again = gl.sweep(vlm, intervention, gl.keep(vlm, QUERIES, GREY, batch_size=5), layers=[2, 6], strengths=STRENGTHS)
     assert "sweep, 8 cells, blank grey" in capsys.readouterr().err

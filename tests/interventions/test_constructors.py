@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from guardlens import errors
 from guardlens import interventions as iv
-from guardlens.models.engine.batch import Layout
 from guardlens.models.engine.compiler import compile_taps
+from guardlens.models.engine.layout import Layout
 from tests.strategies import apply, context, gaussian, make_batch, make_directions, seeds
 
 ranks, numbers = st.integers(1, 4), st.floats(-3, 3)

@@ -190,7 +190,7 @@ class TestProcessors:
 def test_the_own_llm_says_so(directory):
     model = gl.load(directory)
     text = gl.collect(model, TEXTS, text_only)
-    assert text.provenance.model == model.id and model.llm is model
+    assert text.provenance.model == model.id and model.llm.hf is model.hf
 
 
 def test_patterns_need_eager_attention(directory):

@@ -31,7 +31,7 @@ def interventions(ssd, middle):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lanes_are_what_raw_hooks_give(model, hf, batch, middle, interventions, layout):
-    if layout == "branch" and model.prefill(batch).stem is None:
+    if layout == "branch" and model.prefill(batch).cache is None:
         pytest.skip(model.prefill(batch).flaw)
     run = model.run(batch, [intervention for intervention, _ in interventions.values()], layout=layout)
     for logits, (_, edit) in zip(run.logits, interventions.values(), strict=True):

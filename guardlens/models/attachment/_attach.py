@@ -14,7 +14,7 @@ from guardlens.models.architectures import KNOWN, Architecture, find, fingerprin
 from guardlens.models.attachment._attachment import Attachment, require_uncompiled
 from guardlens.models.attachment._guarded_run import RunStarter
 from guardlens.models.attachment._inputs import Inputs
-from guardlens.models.engine.compiler import required_runs
+from guardlens.models.engine.other_runs import wanted_states
 from guardlens.models.processing.chat_template import tokenizer_of
 from guardlens.models.processing.text_twin import ImageRemover
 
@@ -74,7 +74,7 @@ def _twin_maker(
 ) -> Callable[[Inputs], Inputs] | None:
     """The function that makes the text twin: the user's own, or one learned from the processor; None if the intervention needs none."""
     token = cfg.image_token_id
-    needed = token is not None and bool(required_runs([intervention], cfg.n_layers))
+    needed = token is not None and bool(wanted_states([intervention], cfg.n_layers))
     if needed and processor is None and twin is None:
         raise ModelError(
             "an intervention that asks for the text twin, without a processor",

@@ -1,21 +1,25 @@
 """Which forward passes belong together: one over new prompts begins a run, and each later one is the next decode step of its answers."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from guardlens.errors import ModelError
+from guardlens.hooks import Site
 from guardlens.interventions.intervention import Intervention, nothing
 from guardlens.models.architectures import Architecture, unwrapped
 from guardlens.models.attachment._inputs import Inputs, batch_of, text_twin_of, token_ids
-from guardlens.models.engine.batch import Batch, Layout
-from guardlens.models.engine.compiler import Held, Record, Tap, compile_taps, required_runs, site_of
+from guardlens.models.engine.batch import Batch
+from guardlens.models.engine.compiler import Held, Record, Tap, compile_taps
 from guardlens.models.engine.drivers.torch_hooks import placed
+from guardlens.models.engine.layout import Layout
+from guardlens.models.engine.other_runs import held_states, read_states, wanted_states
+from guardlens.models.engine.run import reads_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,25 +72,26 @@ class RunStarter:
 
     def _held_states(self, batch: Batch, inputs: Inputs) -> Held:
         """The text twin's states that the intervention needs, from one unedited forward pass without gradients."""
-        wanted = required_runs([self.intervention], self.cfg.n_layers)
-        if not wanted:
-            return {}
-        other = batch
-        if batch.beside_image:
-            assert self.twin is not None
-            other = text_twin_of(batch, inputs, self.twin, self.cfg)
-        sites = {state: site_of(state, layers) for state, layers in wanted.items()}
-        taps, record = self._compile(nothing, other, tuple(dict.fromkeys(sites.values())), {})
-        with torch.no_grad(), placed(self.hf, self.cfg, taps, 0, other):
-            unwrapped(self.hf).base_model.forward(**other.inputs, use_cache=False)
-        return {
-            (state, point.layer): record.reads[site, point][0] for state, site in sites.items() for point in site.points(self.cfg.n_layers)
-        }
+        n_layers = self.cfg.n_layers
+
+        def run(sites: tuple[Site, ...]) -> Mapping[Site, Float[Tensor, "lane query layer d_model"]]:
+            other = self._text_twin(batch, inputs)
+            taps, record = self._compile(nothing, other, sites, {})
+            with torch.no_grad(), placed(self.hf, self.cfg, taps, 0, other):
+                unwrapped(self.hf).base_model.forward(**other.inputs, use_cache=False)
+            return reads_of(record, sites, other, n_layers)
+
+        wanted = wanted_states([self.intervention], n_layers)
+        return held_states(wanted, lambda _, states: read_states(states, n_layers, run))
+
+    def _text_twin(self, batch: Batch, inputs: Inputs) -> Batch:
+        if not batch.beside_image:
+            return batch
+        assert self.twin is not None
+        return text_twin_of(batch, inputs, self.twin, self.cfg)
 
     def _compile(self, intervention: Intervention, batch: Batch, reads: Sequence[Any], held: Held) -> tuple[list[Tap], Record]:
-        rows, width = batch.mask.shape
-        layout = Layout.tile(rows, width, 1, batch.mask.device)
-        return compile_taps([intervention], reads, layout, batch, self.cfg.n_layers, held)
+        return compile_taps([intervention], reads, Layout.plain(batch.mask), batch, self.cfg.n_layers, held)
 
 
 class DecodeStep(NamedTuple):

@@ -1,34 +1,34 @@
-"""A batch of prompts as tensors, and how lanes (variants of a run) lie on its rows. Index algebra only: no model, no edits."""
+"""A batch of prompts as tensors. It knows neither the model nor lanes."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from guardlens.data.presentations import Presentation
 from guardlens.data.queries import Query
-from guardlens.errors import InterventionError, SiteError, require_type
+from guardlens.errors import ArgumentError, InterventionError, SiteError, require_type
 from guardlens.hooks import Positions
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Prompts of one presentation, ready for the model. It knows no lanes.
+    """Prompts of one presentation, ready for the model.
 
     Attributes:
         queries: The queries, in the order of the rows.
         presentation: How they are shown.
-        inputs: What the Hugging Face model takes (input ids, mask, pixel values, ...).
-        mask: Real tokens (not padding).
+        inputs: The inputs of the Hugging Face model (input ids, attention mask, pixel values, ...).
+        mask: Real tokens, in contrast to padding.
         image: Tokens whose embedding comes from an image.
         instruction: Tokens of what the user says: the query's text, with the words that a presentation puts around it.
-        pictures: Digest of each prompt's images, by which prompts beside the same picture are known; empty where nobody asked.
-        answered: How many of the last columns are an answer that is put into the model's mouth, behind the prompts.
-        words: The tokenizer that made them; None where it is not known.
+        image_digests: A digest of each prompt's images, by which prompts with the same images are recognized; empty if nobody needs them.
+        answered: How many of the last columns are tokens of an answer after the prompts.
+        tokenizer: The tokenizer that made the tokens; None if it is not known.
     """
 
     queries: tuple[Query, ...]
@@ -37,9 +37,9 @@ class Batch:
     mask: Bool[Tensor, "query seq"]
     image: Bool[Tensor, "query seq"]
     instruction: Bool[Tensor, "query seq"]
-    pictures: tuple[str, ...] = ()
+    image_digests: tuple[str, ...] = ()
     answered: int = 0
-    words: Any = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False)
 
     @cached_property
     def prompt(self) -> Bool[Tensor, "query seq"]:
@@ -65,38 +65,45 @@ class Batch:
 
     @cached_property
     def common_start(self) -> int:
-        """How many first tokens all prompts share, images included; one token of each is left at least.
+        """How many first tokens all prompts share, images included. At least one token of each prompt is not among them.
 
-        It never ends inside an image, nor behind images that differ.
+        The common start never ends inside an image, nor after images that differ.
         """
-        width, shortest = self.mask.shape[1], int(self.mask.sum(1).min())
-        columns = width - self.mask.sum(1, keepdim=True) + torch.arange(width, device=self.mask.device)
-        columns = (
-            columns.clamp_max(width - 1) if not self.padded_right else torch.arange(width, device=self.mask.device).expand_as(self.mask)
-        )
-        ids, image = (values.gather(1, columns) for values in (self.inputs["input_ids"], self.image))
+        shortest = int(self.mask.sum(1).min())
+        columns = self._columns_without_padding()
+        ids = self.inputs["input_ids"].gather(1, columns)
+        image = self.image.gather(1, columns)
         shared = int((ids == ids[:1]).all(0)[: shortest - 1].long().cumprod(0).sum())
-        alike = len(set(self.pictures)) == 1 and not image[:, shared:].any()
-        return shared if alike or not image.any() else min(shared, int(image.any(0).long().argmax()))
+        same_images = len(set(self.image_digests)) == 1 and not image[:, shared:].any()
+        if same_images or not image.any():
+            return shared
+        first_image_token = int(image.any(0).long().argmax())
+        return min(shared, first_image_token)
+
+    def _columns_without_padding(self) -> Int[Tensor, "query seq"]:
+        """For each prompt, the columns of its tokens from the first on; the last column is repeated at the end."""
+        width = self.mask.shape[1]
+        columns = torch.arange(width, device=self.mask.device).expand_as(self.mask)
+        if self.padded_right:
+            return columns
+        padding = width - self.mask.sum(1, keepdim=True)
+        return (padding + columns).clamp_max(width - 1)
 
     def __repr__(self) -> str:
         answers = f", answers of {self.answered} tokens" if self.answered else ""
         return f"Batch({len(self.queries)} prompts, {self.presentation.name!r}, {self.mask.shape[1]} tokens wide{answers})"
 
     def answering(self, tokens: Int[Tensor, "query new"]) -> "Batch":
-        """The same prompts with an answer behind each, as if the model had given it. Rows of unlike length may end in any token.
+        """The prompts with an answer after each, as if the model had given it. Rows of unlike length may end in any token.
 
         Raises:
-            InterventionError: A batch padded on the right.
+            InterventionError: The batch is padded on the right.
+            ArgumentError: The tokens are not one row of token ids per prompt.
         """
         if self.padded_right:
             raise InterventionError("a batch padded on the right", "padding on the left for answers", "make it with padding_side='left'")
-        (rows, width), told = self.mask.shape, "hand in one row of ids per prompt, as run.tokens[lane]"
-        require_type(tokens, Tensor, InterventionError, told)
-        if tokens.ndim != 2 or len(tokens) != rows or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise InterventionError(f"answers of shape {tuple(tokens.shape)} in {tokens.dtype}", f"whole numbers in {rows} rows", told)
-        if (tokens < 0).any():
-            raise InterventionError(f"the token {int(tokens.min())} in an answer", "ids from 0 up", told)
+        rows, width = self.mask.shape
+        _require_ids(tokens, rows)
         new = tokens.shape[1]
         blank = self.mask.new_zeros(rows, new)
         added = {"input_ids": tokens.to(self.mask.device), "attention_mask": blank.long() + 1}
@@ -111,7 +118,7 @@ class Batch:
         return replace(self, inputs=inputs, mask=torch.cat([self.mask, ~blank], dim=1), answered=self.answered + new, **masks)
 
     def select(self, positions: Positions) -> Bool[Tensor, "query seq"]:
-        """The tokens that `positions` names, padding never among them.
+        """The tokens at these positions; padding is never among them.
 
         Raises:
             SiteError: A query has no token there.
@@ -129,7 +136,7 @@ class Batch:
     def _chosen(self, positions: Positions) -> Bool[Tensor, "query seq"]:
         match positions:
             case "last":
-                return self.prompt.flip(1).cumsum(1).flip(1) == 1
+                return _suffix_count(self.prompt) == 1
             case "all":
                 return self.prompt
             case "image":
@@ -137,113 +144,37 @@ class Batch:
             case "instruction":
                 return self.instruction
             case "post_instruction":
-                return ~self.instruction.flip(1).cumsum(1).flip(1).bool() & self.instruction.cumsum(1).bool()
+                after_last = _suffix_count(self.instruction) == 0
+                after_first = self.instruction.cumsum(1) > 0
+                return after_last & after_first
             case (start, stop):
-                index, length = self.prompt.cumsum(1) - 1, self.prompt.sum(1, keepdim=True)
-                low = 0 if start is None else start if start >= 0 else length + start
-                high = length if stop is None else stop if stop >= 0 else length + stop
-                return (index >= low) & (index < high)
+                index = self.prompt.cumsum(1) - 1
+                length = self.prompt.sum(1, keepdim=True)
+                return (index >= _from_start(start, length, 0)) & (index < _from_start(stop, length, length))
         raise SiteError(f"the positions {positions!r}", "names or a range", "see guardlens.hooks.POSITIONS")
 
 
-HOLE = -1
-"""The lane of a physical token that belongs to none, and the place of a token that is nowhere."""
+def _suffix_count(chosen: Bool[Tensor, "query seq"]) -> Int[Tensor, "query seq"]:
+    """How many chosen tokens there are from each column to the end."""
+    return chosen.flip(1).cumsum(1).flip(1)
 
 
-class Placement(NamedTuple):
-    """Places in a tensor `row width d_model`, and whose they are."""
-
-    rows: Int[Tensor, "state"]
-    columns: Int[Tensor, "state"]
-    queries: Int[Tensor, "state"]
-
-    def to(self, device: torch.device) -> "Placement":
-        """On another device: the blocks of a large model may lie on several."""
-        return Placement(*(index.to(device) for index in self))
+def _from_start(end: int | None, length: Int[Tensor, "query 1"], default: Any) -> Any:
+    """One end of a Python range, counted from the start of each prompt."""
+    if end is None:
+        return default
+    return end if end >= 0 else length + end
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Which query, column and lane each physical token is: how several interventions share one forward.
+def _require_ids(tokens: Any, rows: int) -> None:
+    """Refuse anything that is not one row of token ids per prompt.
 
-    A lane is one intervention. A plain run has one lane; a tile repeats the batch, lane by lane; branches repeat the ends of the prompts
-    alone, behind what is cached of the prompts.
-
-    Attributes:
-        name: `"plain"`, `"tile"` or `"branch"`: what a result says about how it was computed.
-        lanes: How many interventions ride.
-        query: The query of each physical token.
-        column: The column of the batch that it is a copy of.
-        lane: The lane that it belongs to.
+    Raises:
+        ArgumentError: It is no tensor, has another shape, or holds numbers that are no ids.
     """
-
-    name: str
-    lanes: int
-    query: Int[Tensor, "row width"]
-    column: Int[Tensor, "row width"]
-    lane: Int[Tensor, "row width"]
-
-    @classmethod
-    def tile(cls, queries: int, width: int, lanes: int, device: torch.device | str = "cpu", start: int = 0) -> "Layout":
-        """`lanes` copies of the batch, from a column on, below each other; a single lane is the plain layout."""
-        rows, columns = torch.arange(queries * lanes, device=device)[:, None], torch.arange(start, width, device=device)
-        shape = len(rows), len(columns)
-        name = "plain" if lanes == 1 else "tile"
-        return cls(name, lanes, (rows % queries).expand(shape), columns.expand(shape), (rows // queries).expand(shape))
-
-    @classmethod
-    def tails(cls, tail: Bool[Tensor, "query seq"], row: Int[Tensor, "query"], lanes: int) -> "Layout":
-        """`lanes` copies of the prompts' ends, beside each other; what comes before them is cached.
-
-        Args:
-            tail: The tokens of the ends.
-            row: The row of the cache in which each query's beginning is, and so its end.
-            lanes: How many copies.
-        """
-        (query, column), device = tail.nonzero(as_tuple=True), tail.device
-        lane = torch.arange(lanes, device=device).repeat_interleave(len(query))
-        query, column = query.repeat(lanes), column.repeat(lanes)
-        order = row[query].argsort(stable=True)
-        rows, sizes = row[query][order], torch.bincount(row[query], minlength=int(row.max()) + 1)
-        places = torch.arange(len(order), device=device) - (sizes.cumsum(0) - sizes)[rows]
-
-        def placed(values: Int[Tensor, "token"], elsewhere: int) -> Int[Tensor, "row width"]:
-            blank = torch.full((len(sizes), int(sizes.max())), elsewhere, device=device)
-            return blank.index_put((rows, places), values[order])
-
-        last = tail.shape[1] - 1
-        return cls("plain" if lanes == 1 else "branch", lanes, placed(query, 0), placed(column, last), placed(lane, HOLE))
-
-    def gather(self, values: Shaped[Tensor, "query seq"]) -> Shaped[Tensor, "row width"]:
-        """The batch's values at the physical tokens."""
-        return values[self.query, self.column]
-
-    def spread(self, inputs: Mapping[str, Tensor], packed: Collection[str] = ()) -> dict[str, Tensor]:
-        """The batch's inputs for all rows; those that are `packed` lie side by side in their last axis. One lane leaves them untouched."""
-        if self.lanes == 1:
-            return dict(inputs)
-        return {name: torch.cat([value] * self.lanes, dim=-1 if name in packed else 0) for name, value in inputs.items()}
-
-    def find(self, chosen: Bool[Tensor, "query seq"]) -> tuple[Placement, ...]:
-        """Where each lane has the tokens chosen in the batch, ordered by query, then column.
-
-        Raises:
-            InterventionError: Not all of them are there: some are cached.
-        """
-        rows, columns = (self.gather(chosen) & (self.lane != HOLE)).nonzero(as_tuple=True)
-        number = int(chosen.sum())
-        if len(rows) != self.lanes * number:
-            raise InterventionError(
-                f"{number} chosen tokens of which {len(rows) // self.lanes} are computed in the layout {self.name!r}",
-                "tokens that are all computed",
-                'choose layout="tile"',
-            )
-        order = self.lane[rows, columns].argsort(stable=True)
-        by_lane = (index[order].unflatten(0, (self.lanes, number)) for index in (rows, columns, self.query[rows, columns]))
-        return tuple(Placement(*places) for places in zip(*by_lane, strict=True))
-
-    def decoding(self, lane: int, new: int = 1) -> Placement:
-        """Where lane `lane` has its `new` newest tokens during decoding: the last columns, ordered by query, then column."""
-        rows = (self.lane[:, 0] == lane).nonzero().flatten().repeat_interleave(new)
-        columns = torch.arange(-new, 0, device=rows.device).repeat(len(rows) // new)
-        return Placement(rows, columns, self.query[rows, 0])
+    next_step = "hand in one row of ids per prompt, as run.tokens[lane]"
+    require_type(tokens, Tensor, ArgumentError, next_step)
+    if tokens.ndim != 2 or len(tokens) != rows or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ArgumentError(f"answers of shape {tuple(tokens.shape)} in {tokens.dtype}", f"whole numbers in {rows} rows", next_step)
+    if (tokens < 0).any():
+        raise ArgumentError(f"the token {int(tokens.min())} in an answer", "ids from 0 up", next_step)

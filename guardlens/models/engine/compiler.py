@@ -19,7 +19,8 @@ from guardlens.hooks import Point, Positions, Site
 from guardlens.interventions.held_states import Context, State, resolved, source_of
 from guardlens.interventions.intervention import Intervention
 from guardlens.interventions.step import Step
-from guardlens.models.engine.batch import Batch, Layout, Placement
+from guardlens.models.engine.batch import Batch
+from guardlens.models.engine.layout import Layout, Placement
 from guardlens.models.engine.out_of_memory import at_work
 
 Held = Mapping[tuple[State, int | None], Float[Tensor, "query d_model"]]
@@ -241,19 +242,3 @@ def compile_taps(
                 early.append(Tap(point, Apply(record, lane, number, step, point, n_layers, layout, prompt), decode))
     last = [Tap(point, Read(record, site, point, places(site.positions), queries)) for site in reads for point in site.points(n_layers)]
     return sorted([*early, *late.values(), *last], key=lambda tap: tap.point.order), record
-
-
-def site_of(state: State, layers: set[int | None]) -> Site:
-    """The site at which a held state whose hook is known is read, at all the layers that are asked for."""
-    assert state.hook is not None
-    return Site(state.hook, tuple(layer for layer in layers if layer is not None) or None, state.positions)
-
-
-def required_runs(interventions: Sequence[Intervention], n_layers: int) -> dict[State, set[int | None]]:
-    """The states of other presentations' runs that the interventions need, with their layers, united over all lanes."""
-    wanted: dict[State, set[int | None]] = {}
-    for intervention in interventions:
-        for state, layers in intervention.requires(n_layers).items():
-            if state.presentation is not None:
-                wanted.setdefault(state, set()).update(layers)
-    return wanted

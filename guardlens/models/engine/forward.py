@@ -1,4 +1,4 @@
-"""The ways to call a Hugging Face model with taps in place: a forward, generation, and the decoder alone behind what is cached."""
+"""Calls of a Hugging Face model with taps in place: a forward pass, generation, and the decoder alone."""
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,27 +22,27 @@ from guardlens.models.engine.generation_options import OUTPUTS, REFUSALS, merged
 from guardlens.models.engine.model_lock import nested, running
 
 Places = tuple[Int[Tensor, "state"], Int[Tensor, "state"]]
-"""Rows and columns."""
+"""Rows and columns of tokens."""
 
 Watch = Callable[[Float[Tensor, "row vocab"], int], None]
-"""Is shown the newest logits and the step."""
+"""A function that sees the newest logits, and the decode step."""
 
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """A Hugging Face model, and where its parts are."""
+    """A Hugging Face model, where its parts are, and how it is called."""
 
     hf: Any
     cfg: Architecture
 
     @cached_property
     def inner(self) -> Any:
-        """The model itself, where an adapter (PEFT) is around it."""
+        """The model itself, without a PEFT adapter around it."""
         return unwrapped(self.hf)
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: of a model whose weights are offloaded, where they are brought to run."""
+        """The device of the inputs. If weights are offloaded, it is the one that they are brought to in order to run."""
         if self.hf.device.type != "meta":
             return self.hf.device
         hooks = (getattr(module, "_hf_hook", None) for module in self.hf.modules())
@@ -51,48 +51,48 @@ class Engine:
 
     @property
     def config(self) -> Any:
-        """The language model's."""
+        """The language model's config."""
         return self.inner.config.get_text_config(decoder=True)
 
     @property
     def decoder(self) -> Any:
-        """The language model's stack of blocks."""
+        """The language model's stack of layers."""
         return self.hf.get_submodule(self.cfg.decoder)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Its blocks."""
+        """The layers as modules."""
         return [self.hf.get_submodule(path) for path in self.cfg.blocks]
 
     @property
     def eager(self) -> bool:
-        """Whether its attention computes patterns."""
+        """Whether attention patterns are computed."""
         return self.config._attn_implementation == "eager"
 
     @property
     def stretches(self) -> bool:
-        """Whether what a token's position means depends on how long its prompt is, so that prompts of other lengths can't share keys."""
+        """Whether RoPE scaling depends on the length of the prompt, in which case prompts of different lengths can't share cached keys."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
         return not {"dynamic", "longrope"}.isdisjoint(kind.get("rope_type") for kind in kinds)
 
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """What the model's forward takes."""
+        """The parameters of the model's `forward`."""
         return inspect.signature(self.inner.forward).parameters
 
     @cached_property
     def required(self) -> set[str]:
-        """The inputs that it can't do without."""
+        """The inputs that `forward` requires."""
         named = {name for name, p in self.parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
         return named - {"self"}  # shown by modules that were copied after nnsight had wrapped them
 
     def forward(self, batch: Batch, taps: Sequence[Tap], keep: int | None = 0) -> Any:
-        """Logits of a forward: at all tokens (`keep` 0), at the last (1), or none (None; the unembedding is then skipped)."""
-        trunk = self.inner.base_model
+        """Logits of a forward pass: at the last `keep` tokens, at all for 0, at none for None, which skips the unembedding."""
+        body = self.inner.base_model
         inputs = {**batch.inputs, "use_cache": False}
-        if keep is None and trunk is not self.inner and not any(tap.point.hook == "unembed" for tap in taps):
-            self._drive(trunk, inputs, taps, batch)
+        if keep is None and body is not self.inner and not any(tap.point.hook == "unembed" for tap in taps):
+            self._drive(body, inputs, taps, batch)
             return None
         if "logits_to_keep" in self.parameters:
             inputs["logits_to_keep"] = 0 if self._need_all_tokens(taps) else keep or 0
@@ -100,41 +100,42 @@ class Engine:
         return None if keep is None else logits[:, -keep:]
 
     def last_logits(self, inputs: Mapping[str, Any]) -> Float[Tensor, "query vocab"]:
-        """Logits at the last column, no tap in place; for inputs with a cache, which is then filled."""
+        """Logits at the last column, without taps, for inputs with a KV cache, which the call fills."""
         only = {"logits_to_keep": 0 if self.cfg.narrows else 1} if "logits_to_keep" in self.parameters else {}
         with running(self.hf), torch.no_grad():
             return self.inner(**inputs, **only).logits[:, -1]
 
     def continued(self, inputs: Mapping[str, Any], taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
-        """The decoder alone, on tokens behind a cache: the logits of those `at` rows and columns; none without any."""
+        """Run the decoder alone on tokens that continue from a KV cache. Returns the logits `at` some rows and columns, or None."""
         return self._drive(lambda **inputs: self._logits(self.decoder(**inputs)[0], taps, at), dict(inputs), taps, batch)
 
-    def trunk(self, batch: Batch, layers: Collection[int]) -> "Trunk":
-        """An unedited run, of which it is kept what goes into the decoder, and into these blocks."""
-        trunk = Trunk({}, {}, {})
-        taps = [Tap(Point("resid_pre", layer), partial(trunk.note, layer)) for layer in sorted(layers)]
-        handles = [self.decoder.register_forward_pre_hook(trunk.enter, with_kwargs=True)]
-        handles += [block.register_forward_hook(trunk.leave) for block in self.blocks]
+    def unedited(self, batch: Batch, layers: Collection[int]) -> "UneditedRun":
+        """Run the model unedited, recording the inputs of the decoder and of the given layers."""
+        run = UneditedRun({}, {}, {})
+        taps = [Tap(Point("resid_pre", layer), partial(run.record_states, layer)) for layer in sorted(layers)]
+        handles = [self.decoder.register_forward_pre_hook(run.record_inputs, with_kwargs=True)]
+        handles += [block.register_forward_hook(run.record_form) for block in self.blocks]
         try:
             self.forward(batch, taps, None)
         finally:
             for handle in handles:
                 handle.remove()
-        return trunk
+        return run
 
-    def forked(self, trunk: "Trunk", start: int, taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
-        """The decoder from a block on, as it went on in the `trunk`: the logits of those `at` rows and columns; none without any."""
+    def forked(self, unedited: "UneditedRun", first: int, taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
+        """Run the decoder from the layer `first` on, from the states of an unedited run. Returns the logits `at` some places, or None."""
 
         def call(input_ids: Tensor) -> Any:
-            return self._logits(self.decoder(**trunk.inputs)[0], taps, at)
+            return self._logits(self.decoder(**unedited.inputs)[0], taps, at)
 
-        begin = Tap(Point("resid_pre", start), lambda states, step: trunk.states[start])
-        with trunk.skipping(self.blocks[:start]):
+        begin = Tap(Point("resid_pre", first), lambda states, step: unedited.states[first])
+        with unedited.skipping(self.blocks[:first]):
             return self._drive(call, {"input_ids": batch.inputs["input_ids"]}, [begin, *taps], batch)
 
     def _logits(self, states: Float[Tensor, "row width d"], taps: Sequence[Tap], at: Places | None) -> Any:
-        whole, unembed = any(tap.point.hook == "unembed" for tap in taps), self.hf.get_submodule(self.cfg.unembed)
-        logits = self.cfg.finish(unembed(states)) if whole else None  # taps count on all tokens
+        unembed = self.hf.get_submodule(self.cfg.unembed)
+        is_tapped = any(tap.point.hook == "unembed" for tap in taps)  # taps there count on all tokens
+        logits = self.cfg.finish(unembed(states)) if is_tapped else None
         if at is None:
             return None
         places = tuple(index.to(states.device) for index in at)
@@ -143,15 +144,15 @@ class Engine:
     def generate(
         self, batch: Batch, taps: Sequence[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any], watch: Watch
     ) -> Int[Tensor, "row new"]:
-        """New tokens of every row; greedy without options.
+        """Generate new tokens for every row, greedily unless the options say otherwise.
 
         Args:
             batch: The prompts.
-            taps: What to run, and where.
-            new_tokens: At most so many.
-            seed: Of the draws.
-            options: Of transformers' `generate`.
-            watch: Is shown the logits of each new token, as the model itself gives them, and the step.
+            taps: The taps.
+            new_tokens: The largest number of tokens.
+            seed: The seed of the draws.
+            options: Options of transformers' `generate`.
+            watch: Sees the logits of each new token, as the model itself gives them, and the decode step.
 
         Raises:
             InterventionError: A batch padded on the right, or options that transformers refuses.
@@ -178,7 +179,7 @@ class Engine:
 
     @contextmanager
     def _watched(self, watch: Watch) -> Iterator[None]:
-        """Shows the logits of each step, before `generate` works on them."""
+        """Call `watch` with the logits of each step, before `generate` changes them."""
         steps = count()
 
         def show(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
@@ -191,7 +192,7 @@ class Engine:
             handle.remove()
 
     def _need_all_tokens(self, taps: Sequence[Tap]) -> bool:
-        """Whether a tap looks where the model would leave out tokens whose logits are not asked for."""
+        """Whether a tap sits where the model would leave out tokens whose logits nobody wants."""
         return self.cfg.narrows or any(tap.point.hook == "unembed" for tap in taps)
 
     def _drive(self, call: Callable[..., Any], inputs: dict[str, Any], taps: Sequence[Tap], batch: Batch, steps: int = 1) -> Any:
@@ -206,10 +207,10 @@ class Engine:
 
 @contextmanager
 def alone(*modules: nn.Module) -> Iterator[list[nn.Module]]:
-    """Refuses to run any of the modules inside of itself, as an edit that calls the model would; gives those that have been run.
+    """Refuse to run any of the modules inside of itself, as an edit that calls the model would. Yields the module that ran last.
 
     Raises:
-        InterventionError: As said.
+        InterventionError: A module is called while it is running.
     """
     inside: set[nn.Module] = set()
     begun: list[nn.Module] = []
@@ -232,40 +233,43 @@ def alone(*modules: nn.Module) -> Iterator[list[nn.Module]]:
             handle.remove()
 
 
-@dataclass(frozen=True, eq=False)
-class Trunk:
-    """What an unedited run leaves for runs that fork from it.
+@dataclass(eq=False)
+class UneditedRun:
+    """What an unedited run leaves for forks to continue from.
 
     Attributes:
-        inputs: What the decoder was called with.
-        states: What went into some blocks, by layer.
-        whole: For each block that ran, whether it gives a tuple.
+        inputs: The arguments of the decoder.
+        states: The inputs of some layers, by layer.
+        gives_tuple: Whether each layer that ran returns a tuple.
     """
 
     inputs: dict[str, Any]
     states: dict[int, Float[Tensor, "row width d"]]
-    whole: dict[nn.Module, bool]
+    gives_tuple: dict[nn.Module, bool]
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what the decoder is called with."""
+    def record_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the arguments of the decoder (a forward pre-hook)."""
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         self.inputs.update(dict(zip(names, args, strict=False)) | kwargs)
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note what a block gives."""
-        self.whole[module] = isinstance(output, tuple)
+    def record_form(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Record whether a layer returns a tuple (a forward hook)."""
+        self.gives_tuple[module] = isinstance(output, tuple)
 
-    def note(self, layer: int, states: Float[Tensor, "row width d"], step: int) -> None:
-        """Note what goes into a block."""
+    def record_states(self, layer: int, states: Float[Tensor, "row width d"], step: int) -> None:
+        """Record the input of a layer (a tap)."""
         self.states[layer] = states.clone()
 
     @contextmanager
     def skipping(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        """Inside, these blocks hand on what they get."""
+        """Make these layers return their input, and restore them at the end.
+
+        A forward hook could only change what a layer returns after it has run, so the bound `forward` is replaced meanwhile.
+        """
         before = [block.__dict__.get("forward") for block in blocks]
         try:
             for block in blocks:
-                block.forward = partial(_handed_on, self.whole.get(block, False))
+                block.forward = partial(_identity, self.gives_tuple.get(block, False))
             yield
         finally:
             for block, forward in zip(blocks, before, strict=True):
@@ -275,6 +279,6 @@ class Trunk:
                     block.forward = forward
 
 
-def _handed_on(whole: bool, *args: Any, **kwargs: Any) -> Any:
+def _identity(gives_tuple: bool, *args: Any, **kwargs: Any) -> Any:
     states = args[0] if args else kwargs["hidden_states"]
-    return (states,) if whole else states
+    return (states,) if gives_tuple else states

@@ -1,9 +1,9 @@
-"""Keys and values that are computed once, and what goes on behind them: the one idea of every cheap run.
+"""KV caches of prompts, and how tokens continue from them: the one idea behind every cheap run.
 
-Nothing that is done to a later token changes what came before it. So a `Stem` keeps the keys and values of prompts' tokens, and *tails*
-go on behind it: copies of the prompts' ends, one per intervention, of which each sees what the model itself would let it see of its own
-prompt and of its own copy, and nothing of the others. Copies of the last token alone are *branches*. What many prompts begin with alike is
-a `Prefix`: there, the tails are all that differs. `Prefill` is prompts of which everything is kept.
+In a causal model nothing that is done to a later token changes an earlier one. So a `KVCache` keeps the keys and values of prompts'
+tokens, and *continuations* run after it: copies of the prompts' ends, one per lane, each of which attends to what the model would let
+it attend to in its own prompt and lane, and to nothing of the others. A `Prefix` is the KV cache of what many prompts begin with; there, a
+continuation is the rest of a prompt. A `Prefill` is a batch whose prompts are cached to the end.
 """
 
 import copy
@@ -16,123 +16,143 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from guardlens.models.engine.batch import HOLE, Batch, Layout
+from guardlens.models.engine import limits
+from guardlens.models.engine.batch import Batch
+from guardlens.models.engine.layout import HOLE, Layout
 
-Rule = dict[str, Bool[Tensor, "query new seq"]]
-"""Which tokens of its own prompt each of the newest tokens sees; by type of layer where a family has several, else under an empty name."""
+Visibility = dict[str, Bool[Tensor, "query new seq"]]
+"""Which tokens of its own prompt each of the newest tokens attends to, by layer type if a family has several, else under an empty name."""
 
 
 @dataclass(frozen=True, eq=False)
-class Stem:
-    """Tokens of a batch's prompts whose keys and values are kept.
+class KVCache:
+    """The keys and values of tokens of a batch's prompts.
 
     Attributes:
         batch: The prompts.
-        cache: Keys and values.
-        row: The row of the cache that each prompt is in: one for all, or one each.
-        keys: The column of the cache that each token's keys are in; `HOLE` where there are none.
-        positions: What the decoder is told of each token's position, in as many dimensions as the family counts.
-        shared: Whether the prompts go on behind a common beginning.
+        past: The keys and values, as a cache of transformers (`past_key_values`).
+        row: The row of `past` that each prompt is in: rows of their own, or one that they share.
+        column: The column of `past` that each token's keys are in; `HOLE` if they are not there.
+        position_ids: The position of each token as the decoder is told, in as many dimensions as the family counts.
+        shares_prefix: Whether the prompts continue from a common prefix.
     """
 
     batch: Batch
-    cache: Any
+    past: Any
     row: Int[Tensor, "query"]
-    keys: Int[Tensor, "query seq"]
-    positions: Num[Tensor, "*dimension query seq"]
-    shared: bool = False
+    column: Int[Tensor, "query seq"]
+    position_ids: Num[Tensor, "*dimension query seq"]
+    shares_prefix: bool = False
 
     @property
     def bytes(self) -> int:
-        """What the keys and values take."""
-        tensors = [tensor for layer in getattr(self.cache, "layers", ()) for tensor in (layer.keys, layer.values) if tensor is not None]
+        """The size of the keys and values."""
+        layers = getattr(self.past, "layers", ())
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def answering(self, tokens: Int[Tensor, "query new"]) -> "Stem":
-        """The same tokens, of prompts with an answer behind each."""
+    def answering(self, tokens: Int[Tensor, "query new"]) -> "KVCache":
+        """The same keys and values, for prompts with an answer after each."""
         batch = self.batch.answering(tokens)
-        new = torch.arange(1, tokens.shape[1] + 1, device=self.positions.device)
-        keys = torch.cat([self.keys, self.keys.new_full((len(self.keys), len(new)), HOLE)], dim=1)
-        positions = torch.cat([self.positions, self.positions[..., -1:] + new], dim=-1)
-        return replace(self, batch=batch, keys=keys, positions=positions)
+        new = torch.arange(1, tokens.shape[1] + 1, device=self.position_ids.device)
+        uncached = self.column.new_full((len(self.column), len(new)), HOLE)
+        column = torch.cat([self.column, uncached], dim=1)
+        position_ids = torch.cat([self.position_ids, self.position_ids[..., -1:] + new], dim=-1)
+        return replace(self, batch=batch, column=column, position_ids=position_ids)
 
-    def tails(self, tail: Bool[Tensor, "query seq"], lanes: int) -> Layout:
-        """Copies of these ends of the prompts, in the rows that their beginnings are in."""
-        return Layout.tails(tail, self.row, lanes)
+    def continuations(self, ends: Bool[Tensor, "query seq"], lanes: int) -> Layout:
+        """Copies of the prompts' ends, one per lane, in the rows of their cached beginnings."""
+        return Layout.continuations(ends, self.row, lanes)
 
     def inputs(self, layout: Layout, config: Any, dtype: torch.dtype) -> dict[str, Any]:
-        """What the decoder takes for tails."""
+        """The decoder's inputs for continuations."""
         first = int(layout.column[layout.lane != HOLE].min())
-        rule = rule_of(config, self.batch.mask, self.batch.mask.shape[1] - first, dtype)
-        masks = {kind: _written(self._visible(layout, rows, first), dtype) for kind, rows in rule.items()}
+        visibility = visibility_of(config, self.batch.mask, self.batch.mask.shape[1] - first, dtype)
+        masks = {kind: _additive(self._visible(layout, seen, first), dtype) for kind, seen in visibility.items()}
         return {
             "input_ids": layout.gather(self.batch.inputs["input_ids"]),
             "attention_mask": masks.get("", masks),
-            "position_ids": self.positions[..., layout.query, layout.column],
-            "past_key_values": self.cache,
+            "position_ids": self.position_ids[..., layout.query, layout.column],
+            "past_key_values": self.past,
             "use_cache": True,
         }
 
-    def _visible(self, layout: Layout, rule: Bool[Tensor, "query new seq"], first: int) -> Bool[Tensor, "row width key"]:
-        """What each physical token sees of the cache and, behind that, of those beside it: what its original sees of its own prompt.
+    def _visible(self, layout: Layout, own: Bool[Tensor, "query new seq"], first: int) -> Bool[Tensor, "row width key"]:
+        """Which keys each physical token attends to: first the cached ones, then those computed beside it.
 
-        Of the cached tokens only those before the tails: the tails bring their own copies of the rest.
+                        cached columns 0 ... width-1   |   tokens of this row
+            a5, lane 0  x x x x .                      |   x .      a1 to a4 of its prompt, and itself
+            a5, lane 1  x x x x .                      |   . x      not the copy in another lane
+
+        Of the cached tokens of its prompt, it attends only to those before the continuation, which brings its own copies of the others.
+
+        Args:
+            layout: The continuations.
+            own: What each token attends to in its own prompt, from the column `first` on.
+            first: The first column of any continuation.
         """
-        width = max(layer.get_seq_length() for layer in self.cache.layers)
-        seen = rule[layout.query, layout.column - first]
+        width = max(layer.get_seq_length() for layer in self.past.layers)
+        seen = own[layout.query, layout.column - first]
         real = layout.lane != HOLE
-        begins = torch.full_like(self.row, self.keys.shape[1])
-        begins = begins.scatter_reduce(0, layout.query[real], layout.column[real], "amin")
-        columns = torch.arange(self.keys.shape[1], device=self.keys.device)
-        kept = torch.where(columns < begins[:, None], self.keys, HOLE)[layout.query] % (width + 1)  # holes go to a column more
-        cached = torch.zeros(*layout.lane.shape, width + 1, dtype=torch.bool, device=seen.device).scatter(2, kept, seen)[..., :width]
-        alike = (layout.query[:, :, None] == layout.query[:, None]) & (layout.lane[:, :, None] == layout.lane[:, None])
-        beside = seen.gather(2, layout.column[:, None].expand(-1, seen.shape[1], -1)) & alike & real[:, None]
+
+        prompt_width = self.column.shape[1]
+        starts = torch.full_like(self.row, prompt_width).scatter_reduce(0, layout.query[real], layout.column[real], "amin")
+        is_before = torch.arange(prompt_width, device=self.column.device) < starts[:, None]
+        column = torch.where(is_before, self.column, HOLE)[layout.query]
+        column = column % (width + 1)  # tokens that are not cached go to one column more, which is then cut off
+        blank = torch.zeros(*layout.lane.shape, width + 1, dtype=torch.bool, device=seen.device)
+        cached = blank.scatter(2, column, seen)[..., :width]
+
+        same_query = layout.query[:, :, None] == layout.query[:, None]
+        same_lane = layout.lane[:, :, None] == layout.lane[:, None]
+        of_its_prompt = seen.gather(2, layout.column[:, None].expand(-1, seen.shape[1], -1))
+        beside = of_its_prompt & same_query & same_lane & real[:, None]
         return torch.cat([cached, beside], dim=2)
 
-    def grown(self, layout: Layout) -> "Stem":
-        """After a run of single tails, whose keys and values are in the cache now."""
-        behind = max(layer.get_seq_length() for layer in self.cache.layers) - layout.lane.shape[1]
+    def grown(self, layout: Layout) -> "KVCache":
+        """The cache after a run of continuations in one lane, whose keys and values it then holds too."""
+        before = max(layer.get_seq_length() for layer in self.past.layers) - layout.lane.shape[1]
         rows, places = (layout.lane == 0).nonzero(as_tuple=True)
-        keys = self.keys.index_put((layout.query[rows, places], layout.column[rows, places]), behind + places)
-        return replace(self, keys=keys)
+        column = self.column.index_put((layout.query[rows, places], layout.column[rows, places]), before + places)
+        return replace(self, column=column)
 
     def unpacked(self, queries: Int[Tensor, "row"]) -> Any:
-        """A cache of the model's own form, with a row for each of these queries and its keys in the prompt's columns but the last."""
-        kept = rows_of(self.cache)
-        rows, columns = self.row[queries][:, None], self.keys[queries, :-1].clamp_min(0)
-        for layer in kept.layers:
-            if layer.is_initialized:  # those that share another layer's keys never are
+        """A cache of transformers with a row for each of these queries, which holds the keys of the prompt's tokens but the last."""
+        past = view_of(self.past)
+        rows = self.row[queries][:, None]
+        columns = self.column[queries, :-1].clamp_min(0)
+        for layer in past.layers:
+            if layer.is_initialized:  # layers that share another layer's keys never are
                 layer.keys, layer.values = (tensor.transpose(1, 2)[rows, columns].transpose(1, 2) for tensor in (layer.keys, layer.values))
-        return kept
+        return past
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Leaves the keys and values as they were, whatever a run adds to them, also one that fails half way."""
-        lengths = [layer.get_seq_length() for layer in self.cache.layers]
+        """Remove at the end what runs inside have added to the keys and values, also if one of them fails."""
+        lengths = [layer.get_seq_length() for layer in self.past.layers]
         try:
             yield
         finally:
-            for layer, length in zip(self.cache.layers, lengths, strict=True):
+            for layer, length in zip(self.past.layers, lengths, strict=True):
                 if layer.get_seq_length() > length:
                     layer.crop(length - layer.get_seq_length())
 
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """Prompts whose keys and values are kept, so that what is asked of their last tokens costs those tokens alone.
+    """A batch whose prompts were computed once, so that a question about their last tokens costs those tokens alone.
 
     Attributes:
         batch: The prompts.
-        stem: Their keys and values; None where nothing can go on behind them.
-        logits: The unedited run's, at the last token.
-        held: States of other presentations' runs that have been asked for.
-        flaw: Why nothing can go on behind them; empty if it can.
-        models: The model that computed them, and the LLM beside it; then how their modules stood, and the hooks on them.
+        cache: Their KV cache; None if nothing can continue from it in this model.
+        logits: The logits of the unedited run at the last token.
+        held: Held states of other presentations' runs that interventions have asked for so far.
+        flaw: Why nothing can continue from the KV cache; empty if it can.
+        models: The model that computed them and the LLM beside it, the constants of their modules, and the hooks on them.
     """
 
     batch: Batch
-    stem: Stem | None
+    cache: KVCache | None
     logits: Float[Tensor, "query vocab"]
     held: dict[Any, Tensor] = field(default_factory=dict)
     flaw: str = ""
@@ -146,32 +166,32 @@ class Prefill:
 
     @property
     def bytes(self) -> int:
-        """What the keys and values take."""
-        return 0 if self.stem is None else self.stem.bytes
+        """The size of the keys and values."""
+        return 0 if self.cache is None else self.cache.bytes
 
     def answering(self, tokens: Int[Tensor, "query new"]) -> "Prefill":
-        """The same prompts with an answer behind each, as if the model had given it; see `Batch.answering`."""
-        stem = None if self.stem is None else self.stem.answering(tokens)
-        batch = self.batch.answering(tokens) if stem is None else stem.batch
-        return replace(self, batch=batch, stem=stem)
+        """The prompts with an answer after each, as if the model had given it; see `Batch.answering`."""
+        cache = None if self.cache is None else self.cache.answering(tokens)
+        batch = self.batch.answering(tokens) if cache is None else cache.batch
+        return replace(self, batch=batch, cache=cache)
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What prompts of one presentation have in common from their first token on.
+    """The KV cache of the tokens that prompts of one presentation begin with.
 
     Attributes:
-        ids: Its tokens.
-        picture: Digest of the images in it.
-        cache: Keys and values, in one row.
-        positions: Of its tokens and of the one that follows.
+        ids: The tokens.
+        image_digest: The digest of the images among them.
+        past: The keys and values, in one row.
+        position_ids: The positions of its tokens and of the one that follows.
         model: The model that computed it.
     """
 
     ids: Int[Tensor, "column"]
-    picture: str
-    cache: Any
-    positions: Num[Tensor, "*dimension 1 column+1"]
+    image_digest: str
+    past: Any
+    position_ids: Num[Tensor, "*dimension 1 column+1"]
     model: str = ""
 
     def __len__(self) -> int:
@@ -181,70 +201,66 @@ class Prefix:
         return f"Prefix({len(self)} tokens)"
 
     def begins(self, batch: Batch) -> "Prefix | None":
-        """As much of it as all prompts of a batch begin with; None if that is nothing, or less than its images."""
+        """The longest part of this prefix that every prompt of a batch shares.
+
+        None if they share nothing, or diverge before its images end.
+        """
         length = min(len(self), batch.common_start)
         first = batch.inputs["input_ids"][0][batch.mask[0]][:length]
         same = int((first == self.ids[:length]).long().cumprod(0).sum())
-        beyond = bool((batch.image & (batch.mask.cumsum(1) > same)).any())
-        if not same or beyond or batch.pictures[:1] != (self.picture,):
+        has_image_after = bool((batch.image & (batch.mask.cumsum(1) > same)).any())
+        if not same or has_image_after or batch.image_digests[:1] != (self.image_digest,):
             return None
         return self if same == len(self) else self.cut(same)
 
     def cut(self, length: int) -> "Prefix":
-        """Its first tokens."""
-        cache = rows_of(self.cache, 1)
-        cache.crop(length - len(self))
-        return replace(self, ids=self.ids[:length], cache=cache, positions=self.positions[..., : length + 1])
+        """The first `length` tokens of it."""
+        past = view_of(self.past, 1)
+        past.crop(length - len(self))
+        return replace(self, ids=self.ids[:length], past=past, position_ids=self.position_ids[..., : length + 1])
 
-    def stem(self, batch: Batch) -> Stem:
-        """As the beginning of a batch's prompts, padded on the left. The prefix itself stays as it is.
+    def cache(self, batch: Batch) -> KVCache:
+        """The KV cache of a batch's prompts, padded on the left, of which only this prefix is computed. The prefix itself stays as it is.
 
-        What follows lies beside each other in as few rows as hold no more of it than of the prefix: in a row, each token's attention is
-        worked out for all others, so that longer rows would cost more than they save.
+        Continuations are packed into rows so that no row holds more continuation tokens than prefix tokens (or `PREFIX_ROW_TOKENS`).
+        Attention is quadratic in a row, so packing more would cost more than it saves.
         """
         index = batch.mask.cumsum(1) - 1
         longest = max(1, int((index[:, -1] + 1 - len(self)).max()))
-        row = torch.arange(len(index), device=index.device) // max(1, max(len(self), SHORT) // longest)
-        keys = torch.where(batch.mask & (index < len(self)), index, HOLE)
-        known, beyond = index.clamp(0, len(self)), (index - len(self)).clamp_min(0)
-        positions = self.positions[..., 0, :][..., known] + beyond
-        return Stem(batch, rows_of(self.cache, int(row[-1]) + 1), row, keys, positions, shared=True)
+        prompts_per_row = max(1, max(len(self), limits.PREFIX_ROW_TOKENS) // longest)
+        row = torch.arange(len(index), device=index.device) // prompts_per_row
+        column = torch.where(batch.mask & (index < len(self)), index, HOLE)
+        known = index.clamp(0, len(self))
+        beyond = (index - len(self)).clamp_min(0)
+        position_ids = self.position_ids[..., 0, :][..., known] + beyond
+        return KVCache(batch, view_of(self.past, int(row[-1]) + 1), row, column, position_ids, shares_prefix=True)
 
     def rest(self, batch: Batch) -> Bool[Tensor, "query seq"]:
-        """What follows it in a batch's prompts."""
+        """The tokens that follow it in a batch's prompts."""
         return batch.mask & (batch.mask.cumsum(1) > len(self))
 
 
-def answers_kind(batch: Batch, shared: bool) -> str:
-    """What decides how answers count positions: whether prompts share a beginning, and whether they are padded."""
-    return f"answers{' behind a prefix' if shared else ''}{'' if bool(batch.mask.all()) else ', padded'}"
+def view_of(past: Any, rows: int | None = None) -> Any:
+    """A cache of transformers with the same keys and values, repeated along `rows` rows if a number is given.
 
-
-SHORT = 256
-"""Tokens that a row behind a prefix may always hold."""
-
-
-def rows_of(cache: Any, rows: int | None = None) -> Any:
-    """A cache with the same keys and values, in so many rows if it has one. What is added to it later leaves the given one as it is.
-
-    The rows are views: what follows is joined to them in new tensors anyway.
+    The keys and values are views. What is added later is concatenated in new tensors, so the original stays as it is.
     """
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
+    found = copy.copy(past)
+    found.layers = [copy.copy(layer) for layer in past.layers]
     for layer in found.layers:
-        if rows is not None and layer.is_initialized:  # those that share another layer's keys never are
+        if rows is not None and layer.is_initialized:  # layers that share another layer's keys never are
             layer.keys, layer.values = (tensor.expand(rows, *tensor.shape[1:]) for tensor in (layer.keys, layer.values))
     return found
 
 
-def rule_of(config: Any, mask: Bool[Tensor, "query seq"], new: int, dtype: torch.dtype) -> Rule:
-    """What the newest tokens of prompts see of them, by the model's own rules (windows, chunks).
+def visibility_of(config: Any, mask: Bool[Tensor, "query seq"], new: int, dtype: torch.dtype) -> Visibility:
+    """What the newest tokens of prompts attend to, by the model's own rules (sliding windows, chunks).
 
     Args:
-        config: Of the language model.
+        config: The language model's config.
         mask: Real tokens.
-        new: How many last columns are asked about.
-        dtype: Of the model.
+        new: How many last columns count as new.
+        dtype: The model's dtype.
     """
     from transformers import DynamicCache
     from transformers.masking_utils import create_masks_for_generate
@@ -256,18 +272,19 @@ def rule_of(config: Any, mask: Bool[Tensor, "query seq"], new: int, dtype: torch
         blank = torch.zeros(1, 1, mask.shape[1] - new, 1, device=mask.device)  # only its length counts
         before.update(blank, blank, 0)
     inputs = torch.zeros(len(mask), new, 1, dtype=dtype, device=mask.device)
-    whole: Any = create_masks_for_generate(eager, inputs, mask.long(), before)
-    return {kind: written[:, 0] == 0 for kind, written in (whole.items() if isinstance(whole, dict) else [("", whole)])}
+    masks: Any = create_masks_for_generate(eager, inputs, mask.long(), before)
+    by_kind = masks if isinstance(masks, dict) else {"": masks}
+    return {kind: additive[:, 0] == 0 for kind, additive in by_kind.items()}
 
 
-def _written(visible: Bool[Tensor, "row width key"], dtype: torch.dtype) -> Float[Tensor, "row 1 width key"]:
-    """A mask in the form that every attention adds: 0 where a token is seen."""
+def _additive(visible: Bool[Tensor, "row width key"], dtype: torch.dtype) -> Float[Tensor, "row 1 width key"]:
+    """A mask in the form that every attention adds to its scores: 0 for a visible key."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 @contextmanager
-def positions(decoder: nn.Module) -> Iterator[dict[str, Any]]:
-    """The positions that the decoder is given in the forwards inside."""
+def _position_ids(decoder: nn.Module) -> Iterator[dict[str, Any]]:
+    """Record the positions that the decoder is given in the forward passes inside."""
     found: dict[str, Any] = {}
     handle = decoder.register_forward_pre_hook(
         lambda module, args, kwargs: found.update(given=kwargs.get("position_ids")), with_kwargs=True
@@ -278,27 +295,28 @@ def positions(decoder: nn.Module) -> Iterator[dict[str, Any]]:
         handle.remove()
 
 
-def stem_of(decoder: Any, batch: Batch, call: Callable[[dict[str, Any]], Tensor]) -> tuple[Stem, Float[Tensor, "query vocab"]]:
-    """Run prompts, padded on the left, as they are, and keep their keys and values; also gives the logits at their last tokens.
+def cache_prompts(decoder: Any, batch: Batch, call: Callable[[dict[str, Any]], Tensor]) -> tuple[KVCache, Float[Tensor, "query vocab"]]:
+    """Run prompts, padded on the left, and return their KV cache and the logits at their last tokens.
 
     Args:
-        decoder: The language model's stack of blocks.
+        decoder: The language model's stack of layers.
         batch: The prompts.
-        call: Runs the model on inputs and gives its logits at the last token.
+        call: Runs the model on inputs and returns its logits at the last token.
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache()  # without a config, so that layers with a window forget nothing
-    with positions(decoder) as found:
-        logits = call({**batch.inputs, "past_key_values": cache, "use_cache": True})
+    past = DynamicCache()  # without a config, so that layers with a window forget nothing
+    with _position_ids(decoder) as found:
+        logits = call({**batch.inputs, "past_key_values": past, "use_cache": True})
     columns = torch.arange(batch.mask.shape[1], device=batch.mask.device).expand_as(batch.mask)
     given = columns if found["given"] is None else found["given"]
-    at = given.expand(*given.shape[:-2], *batch.mask.shape)
-    return Stem(batch, cache, torch.arange(len(columns), device=columns.device), torch.where(batch.mask, columns, HOLE), at), logits
+    position_ids = given.expand(*given.shape[:-2], *batch.mask.shape)
+    row = torch.arange(len(columns), device=columns.device)
+    return KVCache(batch, past, row, torch.where(batch.mask, columns, HOLE), position_ids), logits
 
 
-def prefix_of(decoder: Any, batch: Batch, length: int, call: Callable[[dict[str, Any]], Tensor]) -> Prefix:
-    """The first tokens of one prompt, computed; arguments as those of `stem_of`."""
-    stem, _ = stem_of(decoder, batch, call)
-    stem.cache.crop(length - batch.mask.shape[1])
-    return Prefix(batch.inputs["input_ids"][0, :length], batch.pictures[0], stem.cache, stem.positions[..., :1, : length + 1])
+def cache_prefix(decoder: Any, batch: Batch, length: int, call: Callable[[dict[str, Any]], Tensor]) -> Prefix:
+    """Compute the first `length` tokens of one prompt; the arguments are those of `cache_prompts`."""
+    cache, _ = cache_prompts(decoder, batch, call)
+    cache.past.crop(length - batch.mask.shape[1])
+    return Prefix(batch.inputs["input_ids"][0, :length], batch.image_digests[0], cache.past, cache.position_ids[..., :1, : length + 1])

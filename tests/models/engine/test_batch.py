@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guardlens import errors
-from guardlens.models.engine.batch import Layout
+from guardlens.models.engine.layout import Layout
 from tests.strategies import make_batch
 
 bounds = st.none() | st.integers(-6, 6)

@@ -11,9 +11,10 @@ from guardlens import interventions as iv
 from guardlens.data.presentations import text_only
 from guardlens.experiments.scores import kl, refusal_logodds
 from guardlens.hooks import Site
-from guardlens.models import hooked_model as engine
-from guardlens.models.engine.batch import Layout
-from guardlens.models.engine.kv_cache import answers_kind
+from guardlens.models.engine.layout import Layout
+from guardlens.models.engine.strategies import FORKS
+from guardlens.models.engine.strategies.answers import answers_case
+from guardlens.models.engine.strategies.tiles import Tiles
 from tests.models.architectures.test_families import BY_NAME, a_push, asked, batch_of, close, loaded, pushing
 from tests.strategies import make_batch
 
@@ -46,7 +47,7 @@ class TestEveryFamily:
         if family.lacks("branches"):
             fallen_back = model.run(batch, interventions, read=[site])
             assert fallen_back.layout == "tile" and fallen_back.why
-            with pytest.raises(errors.InterventionError, match="interventions that can't run as branches: "):
+            with pytest.raises(errors.InterventionError, match="Interventions can't run as branches: "):
                 model.run(batch, interventions, layout="branch")
             close(fallen_back.logits, tiles.logits)
             return
@@ -74,7 +75,7 @@ class TestEveryFamily:
         batch, site = batch_of(family, model), Site(layers=(model.cfg.n_layers - 1,))
         interventions = [intervention.at(positions="all") for intervention in interventions_of(model)]
         if family.lacks("forks"):
-            assert not model._trials.forks(batch)
+            assert model._tests.flaw_of(FORKS, "forks", batch)
             return
         forks, tiles = (model.run(batch, interventions, read=[site], layout=layout) for layout in ("fork", "tile"))
         assert (forks.layout, forks.why) == ("fork", "forks were asked for")
@@ -92,7 +93,7 @@ class TestEveryFamily:
         behind, whole = (model.run(prompts, interventions, new_tokens=6, read=[site]) for prompts in (kept, batch))
         assert kept.bytes == size and torch.equal(behind.tokens, whole.tokens)
         close(behind.reads[site], whole.reads[site])
-        assert bool(model._trials.flaws[answers_kind(batch, shared=False), batch.beside_image]) == bool(family.lacks("answers"))
+        assert bool(model._tests.flaws[answers_case(batch, shares_prefix=False), batch.beside_image]) == bool(family.lacks("answers"))
 
     def test_answers_put_into_the_models_mouth(self, name):
         """Behind what is kept, and as longer prompts, edited while it reads the answer too; forced answers are those it would give."""
@@ -238,7 +239,7 @@ def test_an_error_in_an_edit_leaves_what_is_kept_whole(vlm, batch, basis):
 def test_tails_lie_beside_each_other_in_the_rows_of_their_beginnings(rows):
     batch = make_batch((3, 5, 4))
     tail = batch.mask & (batch.mask.cumsum(1) > torch.tensor([2, 1, 3])[:, None])
-    layout = Layout.tails(tail, torch.tensor([*rows, 0]), 2)
+    layout = Layout.continuations(tail, torch.tensor([*rows, 0]), 2)
     assert (layout.name, layout.lanes, int((layout.lane >= 0).sum())) == ("branch", 2, 2 * (1 + 4 + 1))
     ids = batch.inputs["input_ids"]
     for lane in range(2):
@@ -295,13 +296,13 @@ def organism():
 
 class TestKept:
     def test_the_text_twin_runs_once_however_many_interventions_ask(self, vlm, batch, gated, basis, monkeypatch):
-        runs, real = [], engine.run_tiles
+        runs, real = [], Tiles.run
 
-        def note(of, asked, held):
-            runs.append(asked.batch.presentation.name)
-            return real(of, asked, held)
+        def note(self, engine, request, held, prefill=None):
+            runs.append(request.batch.presentation.name)
+            return real(self, engine, request, held, prefill)
 
-        monkeypatch.setattr(engine, "run_tiles", note)
+        monkeypatch.setattr(Tiles, "run", note)
         kept = vlm.prefill(batch)
         runs.clear()
         for layer in range(8):

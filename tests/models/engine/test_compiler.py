@@ -7,8 +7,9 @@ from guardlens import errors, gates, presentations
 from guardlens import interventions as iv
 from guardlens.data.presentations import text_only
 from guardlens.hooks import Point, Site
-from guardlens.models.engine.batch import Layout
-from guardlens.models.engine.compiler import compile_taps, required_runs
+from guardlens.models.engine.compiler import compile_taps
+from guardlens.models.engine.layout import Layout
+from guardlens.models.engine.other_runs import wanted_states
 from tests.strategies import gaussian, make_batch, make_directions
 
 POST = [Point("resid_post", layer) for layer in (0, 1)]
@@ -151,14 +152,14 @@ def test_taps_come_in_order_of_execution():
     assert [tap.point.name for tap in taps] == names
 
 
-def test_required_runs_are_united_and_leave_out_the_own_run():
+def test_wanted_states_are_united_and_leave_out_the_own_run():
     V, twin, white = make_directions(), iv.State(text_only, "resid_post"), iv.State(presentations.blank("white"), "resid_post")
     interventions = [
         iv.patch(V, iv.text_twin).at(layers=[0]),
         iv.patch(V, iv.text_twin).at(layers=[1]) >> iv.patch(V, white).at(layers=[1]),
         iv.patch(V, iv.own_state),
     ]
-    assert required_runs(interventions, 2) == {twin: {0, 1}, white: {1}}
+    assert wanted_states(interventions, 2) == {twin: {0, 1}, white: {1}}
 
 
 def test_a_layer_that_is_not_there():

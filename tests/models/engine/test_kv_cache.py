@@ -9,9 +9,10 @@ from guardlens import presentations
 from guardlens.data.presentations import text_only
 from guardlens.data.queries import Query
 from guardlens.hooks import Site
-from guardlens.models import hooked_model as engine
-from guardlens.models.engine import selftests as trials
+from guardlens.models.engine import limits
 from guardlens.models.engine.batch import Batch
+from guardlens.models.engine.selftests import SelfTests
+from guardlens.models.engine.strategies import strategy
 from tests.models.architectures.test_families import BY_NAME, close, loaded
 from tests.models.engine.test_branches import interventions_of
 from tests.strategies import make_batch
@@ -28,7 +29,7 @@ def name(request):
 
 @pytest.fixture
 def eager_to_share(monkeypatch):
-    monkeypatch.setattr(engine, "WORTH", 1)
+    monkeypatch.setattr(limits, "PREFIX_WORTH_TOKENS", 1)
 
 
 def shown(family, model):
@@ -43,7 +44,7 @@ class TestEveryFamily:
         batch = model.batch(TEXTS, presentation)
         prefix = model.share(batch)
         if prefix is None:
-            assert family.lacks("branches") or model._trials.flaws.get(("prefixes", batch.beside_image)) or batch.common_start == 0
+            assert family.lacks("branches") or model._tests.flaws.get(("prefixes", batch.beside_image)) or batch.common_start == 0
             return
         assert 0 < len(prefix) <= batch.common_start
         push = iv.custom(lambda states, context: states + 1.0).at(layers=[1], positions="instruction")
@@ -180,9 +181,9 @@ class TestWhenItIsUsed:
 
     def test_never_where_the_self_check_fails(self, vlm, eager_to_share, monkeypatch):
         batch = vlm.batch(WORDS, GREY)
-        monkeypatch.setitem(vlm.__dict__, "_trials", trials.Trials(vlm._engine))
-        monkeypatch.setattr(trials, "agree", lambda mine, expected: False)
+        monkeypatch.setitem(vlm.__dict__, "_tests", SelfTests(vlm._engine))
+        monkeypatch.setattr(strategy, "agree", lambda mine, expected: False)
         assert vlm.share(batch) is None
-        assert vlm._trials.flaws["prefixes", True] == "prompts that continue from a common beginning have other states than on their own"
+        assert vlm._tests.flaws["prefixes", True] == "prompts that continue from a common beginning have other states than on their own"
         run = vlm.run(batch, [iv.nothing, iv.nothing])
         assert (run.layout, run.why) == ("tile", "branches without an edit differ from the plain run")

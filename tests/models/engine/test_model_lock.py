@@ -48,7 +48,7 @@ def test_threads_give_what_one_alone_gives(vlm, batch):
     for thread in threads:
         thread.join()
     assert all(torch.equal(each, alone[number]) for number, several in found.items() for each in several) and len(found) == len(jobs)
-    assert not any(vlm._trials.flaws.values())
+    assert not any(vlm._tests.flaws.values())
 
 
 CALLS = {
@@ -80,7 +80,7 @@ class TestInsideOfARun:
                 vlm.run(batch, **{"interventions": intervention, **asked})
         with pytest.raises(errors.InterventionError, match="a run of a model inside of a run"):
             vlm.run_with_hooks(batch, fwd_hooks=[("vision.blocks.1.hook_resid_post", lambda value, hook: call(vlm, batch) and None)])
-        assert torch.equal(vlm.run(batch).logits, before) and not any(vlm._trials.flaws.values())
+        assert torch.equal(vlm.run(batch).logits, before) and not any(vlm._tests.flaws.values())
 
     def test_prompts_can_be_made_and_another_model_can_run(self, vlm, llm, batch):
         def edit(states, context):

@@ -14,11 +14,10 @@ from guardlens.data.presentations import Prompt
 from guardlens.data.queries import Query
 from guardlens.experiments.scores import AnswerLogProb, kl, refusal_logodds
 from guardlens.hooks import Site
-from guardlens.models import hooked_model as engine
-from guardlens.models.engine import kv_cache as prefixes
-from guardlens.models.engine import request as ways
-from guardlens.models.engine import selftests as trials
-from guardlens.models.engine.request import Asked
+from guardlens.models.engine import limits, scheduler
+from guardlens.models.engine.request import RunRequest
+from guardlens.models.engine.selftests import SelfTests
+from guardlens.models.engine.strategies import BRANCHES, branches
 from tests.models.architectures.test_families import BY_NAME, a_push, batch_of, close, loaded, picture, pushing
 from tests.models.engine.test_branches import interventions_of
 from tests.zoo.family import TEXTS, tokenizer
@@ -43,7 +42,7 @@ def test_branches_that_hold_in_text_are_checked_again_beside_an_image(name):
 @pytest.mark.filterwarnings("ignore:.* and 60 positions in")
 @pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 4.0}, {"rope_type": "default"}])
 def test_no_prefix_where_positions_depend_on_the_length_of_the_prompt(rope, monkeypatch):
-    monkeypatch.setattr(engine, "WORTH", 1)
+    monkeypatch.setattr(limits, "PREFIX_WORTH_TOKENS", 1)
     config = LlamaConfig(**SMALL, max_position_embeddings=60, rope_parameters={"rope_theta": 10000.0, **rope})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -151,7 +150,7 @@ class Mixed:
 
 @pytest.fixture
 def eager_to_share(monkeypatch):
-    monkeypatch.setattr(engine, "WORTH", 1)
+    monkeypatch.setattr(limits, "PREFIX_WORTH_TOKENS", 1)
 
 
 class TestFoundByTheSecondReader:
@@ -183,7 +182,7 @@ class TestFoundByTheSecondReader:
         left, right = (vlm.batch(WORDS, GREY, padding_side=side) for side in ("left", "right"))
         close(vlm.prefill(left).logits, vlm.run(left).logits[0])
         kept = vlm.prefill(right)
-        assert (kept.flaw, kept.stem) == ("the batch is padded on the right", None)
+        assert (kept.flaw, kept.cache) == ("the batch is padded on the right", None)
         close(kept.logits, vlm.run(left).logits[0])
         assert vlm.run(kept, [iv.nothing, iv.amplify(basis)]).layout == "tile" and not vlm.prefill(left).flaw
 
@@ -226,7 +225,7 @@ class TestFoundByTheSecondReader:
         model = gl.load(gemma4(num_hidden_layers=8, layer_types=kinds, num_kv_shared_layers=2), processor=gemma4_processor())
         batch, push = batch_of(BY_NAME["Gemma 4"], model), pushing(a_push(model)).at(positions="all")
         run = model.run(batch, [push.at(layers=[layer]) for layer in range(8)])
-        assert run.layout == "tile" and "KeyError" in model._trials.flaws["forks", True]
+        assert run.layout == "tile" and "KeyError" in model._tests.flaws["forks", True]
 
     def test_forks_over_blocks_that_run_only_beside_an_image(self):
         model = fresh("Llama 3.2 Vision")
@@ -264,11 +263,11 @@ class TestFoundByTheSecondReader:
         def full(*rest, **options):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-        monkeypatch.setitem(vlm.__dict__, "_trials", trials.Trials(vlm._engine))
-        monkeypatch.setattr(trials, "stem_of", full)
+        monkeypatch.setitem(vlm.__dict__, "_tests", SelfTests(vlm._engine))
+        monkeypatch.setattr(scheduler, "cache_prompts", full)
         with pytest.raises(RuntimeError, match="can't allocate memory"):
             vlm.prefill(vlm.batch(WORDS, GREY))
-        assert not vlm._trials.flaws
+        assert not vlm._tests.flaws
 
     def test_prompts_of_one_token(self, vlm):
         batch = vlm.batch("how")
@@ -289,12 +288,13 @@ class TestFoundByTheSecondReader:
 
     def test_a_row_holds_no_more_than_the_prefix_is_long(self, eager_to_share, monkeypatch):
         model = loaded("Llama")
-        monkeypatch.setattr(prefixes, "SHORT", 1)
+        monkeypatch.setattr(limits, "PREFIX_ROW_TOKENS", 1)
         batch = model.batch([f"{text} {text}" for text in TEXTS] * 3)
         prefix = model.share(batch)
-        stem = prefix.stem(batch)
+        cache = prefix.cache(batch)
         longest = int(batch.mask.sum(1).max()) - len(prefix)
-        assert stem.row.bincount().max() == max(1, len(prefix) // longest) and 1 < int(stem.row.max()) + 1 == len(stem.cache.layers[0].keys)
+        assert cache.row.bincount().max() == max(1, len(prefix) // longest)
+        assert 1 < int(cache.row.max()) + 1 == len(cache.past.layers[0].keys)
         expected = model.run(batch, interventions_of(model), layout="tile").logits
         close(model.run(model.prefill(batch, prefix), interventions_of(model)).logits, expected)
 
@@ -303,7 +303,7 @@ class TestFoundByTheSecondReader:
         model = gl.load("organism")
         half = gl.load(copy.deepcopy(model.hf).to(torch.bfloat16), processor=model.processor)
         half.run(half.prefill(half.batch(WORDS, GREY)), new_tokens=3)
-        assert half._trials.flaws["answers, padded", True] == ""
+        assert half._tests.flaws["answers, padded", True] == ""
 
 
 class TestWhatTheThirdReadersMissed:
@@ -328,8 +328,8 @@ class TestWhatTheThirdReadersMissed:
         late[:, -3] = True
         moved = replace(batch, image=late)
         interventions = [iv.amplify(basis).at(positions=(-3, None), layers=[layer]) for layer in (2, 3)]
-        assert Asked(vlm.cfg, batch, interventions).unbranchable == ""
-        assert Asked(vlm.cfg, moved, interventions).unbranchable == "the positions (-3, None) are edited or read"
+        assert BRANCHES.unsuited(RunRequest(vlm.cfg, batch, interventions)) == ""
+        assert BRANCHES.unsuited(RunRequest(vlm.cfg, moved, interventions)) == "the positions (-3, None) are edited or read"
 
     def test_a_prefix_never_ends_before_an_image_of_another_prompt(self, vlm, eager_to_share):
         batch = vlm.batch(WORDS, GREY)
@@ -342,33 +342,33 @@ class TestWhatTheThirdReadersMissed:
         def refused(*rest, **options):
             raise errors.SiteError("this", "that", "mend it")
 
-        monkeypatch.setitem(vlm.__dict__, "_trials", trials.Trials(vlm._engine))
-        monkeypatch.setattr(trials, "run_tails", refused)
+        monkeypatch.setitem(vlm.__dict__, "_tests", SelfTests(vlm._engine))
+        monkeypatch.setattr(scheduler, "check_unedited", refused)
         with pytest.raises(errors.SiteError):
             vlm.prefill(vlm.batch(WORDS, GREY))
-        assert not vlm._trials.flaws
+        assert not vlm._tests.flaws
 
     def test_a_branch_that_leaks_into_the_next_is_found(self, vlm, monkeypatch):
         """A mask that lets branches see each other, which shows only beside an edited one."""
-        monkeypatch.setitem(vlm.__dict__, "_trials", trials.Trials(vlm._engine))
-        real = trials.Trials._branches
+        monkeypatch.setitem(vlm.__dict__, "_tests", SelfTests(vlm._engine))
+        real = branches._logits
 
-        def leaking(self, stem, interventions):
-            found = real(self, stem, interventions)
+        def leaking(engine, cache, interventions):
+            found = real(engine, cache, interventions)
             return (
                 found + 0.1 * found.abs().max() * torch.tensor([0.0, float(len(interventions) == 3), 0.0])[: len(interventions), None, None]
             )
 
-        monkeypatch.setattr(trials.Trials, "_branches", leaking)
+        monkeypatch.setattr(branches, "_logits", leaking)
         assert vlm.prefill(vlm.batch(WORDS, GREY)).flaw == "an edited branch changes the one beside it"
 
     def test_a_row_of_branches_is_bounded(self, vlm, basis):
         kept = vlm.prefill(vlm.batch(WORDS, GREY))
         interventions = [iv.amplify(basis).at(layers=[0])] * 5000
-        sizes = [len(part) for part in vlm.together(kept, interventions)]
-        assert max(sizes) == ways.BESIDE and sum(sizes) == 5000
+        sizes = [len(part) for part in vlm.groups(kept, interventions)]
+        assert max(sizes) == limits.BRANCH_TOKENS_PER_ROW and sum(sizes) == 5000
         everywhere = [intervention.at(positions="all") for intervention in interventions[:9]]
-        assert [len(part) for part in vlm.together(kept, everywhere)] == [ways.COPIES, ways.COPIES, 1]
+        assert [len(part) for part in vlm.groups(kept, everywhere)] == [limits.TILES_PER_FORWARD, limits.TILES_PER_FORWARD, 1]
 
 
 class TestWhatIsTakenForSomethingElse:

@@ -321,7 +321,7 @@ def test_the_text_twin_is_the_prompt_without_its_images(name):
         llm, twin = model.source(batch, presentations.text_only)
         rendered = [prompts.render(model.processor, Prompt(p.text, (), p.system, p.prefill), True) for p in map(shown, queries)]
         expected = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
-        assert llm is model and not twin.beside_image
+        assert llm.hf is model.hf and not twin.beside_image
         assert [ids[mask].tolist() for ids, mask in zip(twin.inputs["input_ids"], twin.mask, strict=True)] == expected
         # What the image's own tokens stand between is the same on both sides.
         for ids, mask, without in zip(batch.inputs["input_ids"], batch.mask, expected, strict=True):

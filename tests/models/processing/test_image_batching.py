@@ -36,7 +36,7 @@ def test_batches_are_the_same(name, monkeypatch):
     monkeypatch.setattr(image_batching, "_share_one_image", lambda images: False)
     whole = model.batch([*TEXTS, *TEXTS], shown)
     for batch in (first, again):
-        assert batch.inputs.keys() == whole.inputs.keys() and batch.pictures == whole.pictures
+        assert batch.inputs.keys() == whole.inputs.keys() and batch.image_digests == whole.image_digests
         for key, value in whole.inputs.items():
             assert torch.equal(batch.inputs[key], value), key
 
@@ -54,9 +54,9 @@ def test_different_images_are_all_seen(vlm, monkeypatch):
     seen = counted(monkeypatch, vlm)
     own = [Query(text, images=(Image.new("RGB", (32, 32), (row, 0, 0)),)) for row, text in enumerate(TEXTS)]
     found = vlm.batch(own, presentations.own_images)
-    assert seen == [len(TEXTS)] and len(set(found.pictures)) == len(TEXTS)
+    assert seen == [len(TEXTS)] and len(set(found.image_digests)) == len(TEXTS)
     equal = [Query(text, images=(Image.new("RGB", (32, 32), "red"),)) for text in TEXTS]
-    assert len(set(vlm.batch(equal, presentations.own_images).pictures)) == 1 and seen[-1] == 1
+    assert len(set(vlm.batch(equal, presentations.own_images).image_digests)) == 1 and seen[-1] == 1
 
 
 def test_a_processor_that_joins_its_images_is_left_alone(vlm, monkeypatch):

@@ -1,0 +1,204 @@
+"""Which strategy runs a request. The choice is made here alone, so a sweep that groups interventions and the run of a group agree.
+
+The rule: branches, if the ends of the prompts that they copy are at most half of the prompts; else forks, if the layers that they skip
+add up to more than the one run that they begin with; else tiles. `docs/explanation/sweeps.md` has the reasons.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+
+from jaxtyping import Float
+from torch import Tensor
+
+from guardlens.errors import InterventionError, ModelError
+from guardlens.interventions import Intervention, nothing
+from guardlens.models.engine.batch import Batch
+from guardlens.models.engine.compiler import Held
+from guardlens.models.engine.kv_cache import KVCache, Prefill, Prefix, cache_prefix, cache_prompts
+from guardlens.models.engine.request import RunRequest
+from guardlens.models.engine.run import Run, checked
+from guardlens.models.engine.selftests import SelfTests
+from guardlens.models.engine.strategies import ANSWERS, BRANCHES, FORKS, TILES, Strategy
+from guardlens.models.engine.strategies.answers import answers_case
+from guardlens.models.engine.strategies.branches import check_prefix, check_unedited, continued, grown
+
+LAYOUTS = ("auto", "branch", "fork", "tile")
+"""What `HookedModel.run` takes as `layout`."""
+
+Hold = Callable[[RunRequest, Prefill | None], Held]
+"""Computes the held states of other presentations' runs that a request requires; a prefill remembers them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy, and why it is not branches; empty if it is."""
+
+    strategy: Strategy
+    why: str = ""
+
+
+def run(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | None, prefix: Prefix | None, layout: str) -> Run:
+    """Run a request with the strategy that suits it, or with the one that was asked for.
+
+    Args:
+        tests: The model, and what is known of it.
+        request: The interventions, and what to return.
+        hold: Computes held states.
+        prefill: The prompts, if they were computed before.
+        prefix: What prompts begin with, if it was computed before.
+        layout: One of `LAYOUTS`.
+
+    Raises:
+        InterventionError: The strategy that was asked for can't run the request.
+    """
+    prefix = None if prefix is None else prefix.begins(request.batch)
+    if request.new_tokens:
+        return _generate(tests, request, hold, prefill, prefix)
+    if prefill is None and request.lanes == 1 and layout == "auto":
+        return _run_alone(tests, request, hold, prefix)
+    known = prefill
+    if known is None and layout in ("auto", "branch") and not _unsuited_for_branches(tests, request):
+        known = fill(tests, request.batch, prefix)
+    choice = choose(tests, request, known, layout)
+    made = choice.strategy.run(tests.engine, request, hold(request, known), known)
+    return replace(made, layout=choice.strategy.name, why=choice.why)
+
+
+def choose(tests: SelfTests, request: RunRequest, prefill: Prefill | None, layout: str = "auto") -> Choice:
+    """The strategy for a request.
+
+    Raises:
+        InterventionError: The strategy that was asked for can't run the request.
+    """
+    why = f"{layout}s were asked for"
+    if layout in ("auto", "branch"):
+        why = _unsuited_for_branches(tests, request) or ("" if prefill is None else prefill.flaw)
+        if not why:
+            return Choice(BRANCHES)
+    if layout == "branch":
+        raise InterventionError(f"Interventions can't run as branches: {why}.", next_step='choose layout="auto"')
+    is_cheap = FORKS.cost(request) < TILES.cost(request)
+    if layout == "fork" or (layout == "auto" and is_cheap and not FORKS.unsuited(request)):
+        flaw = FORKS.unsuited(request) or tests.flaw_of(FORKS, "forks", request.batch)
+        if not flaw:
+            return Choice(FORKS, why)
+        if layout == "fork":
+            raise InterventionError(f"Interventions can't run as forks: {flaw}.", next_step='choose layout="auto"')
+    return Choice(TILES, why)
+
+
+def groups(tests: SelfTests, prefill: Prefill, interventions: Iterable[Intervention]) -> Iterator[list[Intervention]]:
+    """The interventions in their order, as many at a time as fit in one run on these prompts."""
+    logits = "answer" if prefill.batch.answered else "last"
+
+    def request(lanes: Sequence[Intervention]) -> RunRequest:
+        return RunRequest(tests.engine.cfg, prefill.batch, lanes, logits=logits)
+
+    def against_branches(lane: Intervention) -> str:
+        return _unsuited_for_branches(tests, request([lane])) or prefill.flaw
+
+    for _, alike in groupby(interventions, against_branches):
+        lanes = list(alike)
+        strategy = choose(tests, request(lanes), prefill).strategy
+        size = strategy.lanes_per_forward(request(lanes), prefill)
+        rest = iter(lanes)
+        while group := list(islice(rest, size)):
+            yield group
+
+
+def fill(tests: SelfTests, batch: Batch, prefix: Prefix | None) -> Prefill:
+    """Compute prompts. If branches from them fail their self-test, `Prefill.flaw` says why, and its KV cache is None."""
+    beside_image = batch.beside_image
+    flaw = "the batch is padded on the right"
+    if not batch.padded_right:
+        made = tests.attempt("branches", beside_image, lambda: _tested_cache(tests, batch, prefix))
+        if made is not None:
+            cache, logits = made
+            return Prefill(batch, cache, checked(logits[None], batch)[0])
+        flaw = tests.flaw("branches", beside_image)
+    plain = TILES.run(tests.engine, RunRequest(tests.engine.cfg, batch, [nothing]), {}).logits
+    assert plain is not None
+    return Prefill(batch, None, plain[0], flaw=flaw)
+
+
+def share(tests: SelfTests, first: Batch, length: int, pair: Callable[[], Batch]) -> Prefix | None:
+    """Compute the first `length` tokens of one prompt; None if prompts can't continue from them in this model.
+
+    Args:
+        tests: The model, and what is known of it.
+        first: The prompt.
+        length: How many of its tokens.
+        pair: Makes two prompts that begin with them, for the self-test.
+    """
+
+    def make() -> Prefix:
+        engine = tests.engine
+        prefix = cache_prefix(engine.decoder, first, length, engine.last_logits)
+        if not tests.is_tested("prefixes", first.beside_image):
+            check_prefix(engine, prefix, pair())
+        return prefix
+
+    return tests.attempt("prefixes", first.beside_image, make)
+
+
+def require_scorable(tests: SelfTests, prefill: Prefill) -> None:
+    """Refuse to score answers in a model whose prompts see the answers after them. Branches rule that out; tiles do not.
+
+    Raises:
+        ModelError: The logits at the prompt's last token depend on the answer.
+    """
+    if not prefill.batch.answered or prefill.cache is not None:
+        return
+    flaw = tests.flaw_of(TILES, "prompts before answers", prefill.batch, prefill)
+    if flaw:
+        raise ModelError(
+            f"a model whose prompts see the answers behind them ({flaw})",
+            "one that reads from left to right",
+            "score the prompt's last token, or generated answers",
+        )
+
+
+def _unsuited_for_branches(tests: SelfTests, request: RunRequest) -> str:
+    if unsuited := BRANCHES.unsuited(request):
+        return unsuited
+    if request.batch.answered and tests.engine.stretches:
+        return "an answer may stretch what positions mean"
+    return tests.flaw("branches", request.batch.beside_image)
+
+
+def _run_alone(tests: SelfTests, request: RunRequest, hold: Hold, prefix: Prefix | None) -> Run:
+    """A plain run, which continues from a prefix if it can."""
+    held = hold(request, None)
+    if prefix is not None and request.continues_from(prefix.rest(request.batch)):
+        return continued(tests.engine, request, held, prefix.cache(request.batch), prefix.rest(request.batch))
+    return TILES.run(tests.engine, request, held)
+
+
+def _generate(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | None, prefix: Prefix | None) -> Run:
+    """Answers, which continue from the prompts' KV cache if they can."""
+    batch = request.batch
+    is_hopeless = prefill is None and tests.flaw(answers_case(batch, shares_prefix=True), batch.beside_image)
+    if (prefill or prefix) and not ANSWERS.unsuited(request) and not is_hopeless:
+        known = prefill or fill(tests, batch, prefix)
+        if known.cache is not None:
+            case = answers_case(batch, known.cache.shares_prefix)
+            if not tests.flaw_of(ANSWERS, case, batch, known):
+                made = ANSWERS.run(tests.engine, request, hold(request, known), known)
+                return replace(made, layout=ANSWERS.name)
+    made = TILES.run(tests.engine, request, hold(request, prefill))
+    return replace(made, why="answers are generated" if request.lanes > 1 else "")
+
+
+def _tested_cache(tests: SelfTests, batch: Batch, prefix: Prefix | None) -> tuple[KVCache, Float[Tensor, "query vocab"]]:
+    """The KV cache of prompts and their logits, after the self-tests that these prompts call for."""
+    engine = tests.engine
+    cache, logits = cache_prompts(engine.decoder, batch, engine.last_logits) if prefix is None else grown(engine, batch, prefix)
+    prefill = Prefill(batch, cache, logits)
+    width = batch.mask.shape[1]
+    if width > tests.widest.get(batch.beside_image, 0):
+        check_unedited(engine, prefill)
+        tests.widest[batch.beside_image] = width
+    if not tests.is_tested("branches", batch.beside_image):
+        BRANCHES.self_test(engine, batch, prefill)
+    return cache, logits
