@@ -135,4 +135,4 @@ def _position_tables(engine: Engine) -> list[int]:
 def _longest_factor(rope: dict[str, Any]) -> float:
     """By how much RoPE scaling stretches the positions."""
     factors = [scaling.get("factor") or 1 for scaling in (rope, *rope.values()) if isinstance(scaling, dict)]
-    return max(factors, default=1)
+    return float(max(factors, default=1))

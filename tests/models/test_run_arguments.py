@@ -26,8 +26,8 @@ def kept(vlm, batch):
 
 
 WRONG = {
-    "logits, a typo": ({"logits": "first"}, errors.InterventionError, "logits='first'"),
-    "logits, a number": ({"logits": 5}, errors.InterventionError, "logits=5"),
+    "logits, a typo": ({"logits": "first"}, errors.ArgumentError, "logits='first'"),
+    "logits, a number": ({"logits": 5}, errors.ArgumentError, "logits=5"),
     "no reads": ({"read": None}, errors.SiteError, "read="),
     "reads that are no sites": ({"read": ["resid_post"]}, errors.SiteError, "Site"),
     "a negative count": ({"new_tokens": -1}, errors.ArgumentError, "new_tokens=-1"),
@@ -36,9 +36,9 @@ WRONG = {
     "a count that is true": ({"new_tokens": True}, errors.ArgumentError, "new_tokens=True"),
     "a seed of text": ({"new_tokens": 2, "seed": "a"}, errors.ArgumentError, "seed='a'"),
     "a broken seed": ({"new_tokens": 2, "seed": 1.5}, errors.ArgumentError, "seed=1.5"),
-    "options without tokens": ({"generation": {"do_sample": True}}, errors.InterventionError, "generates nothing"),
-    "a prefix of a number": ({"prefix": 5}, errors.InterventionError, "Prefix"),
-    "a layout of a number": ({"layout": 5}, errors.InterventionError, "layout 5"),
+    "options without tokens": ({"generation": {"do_sample": True}}, errors.ArgumentError, "generates nothing"),
+    "a prefix of a number": ({"prefix": 5}, errors.ArgumentError, "Prefix"),
+    "a layout of a number": ({"layout": 5}, errors.ArgumentError, "layout 5"),
 }
 
 
@@ -74,7 +74,7 @@ def test_a_batch_of_another_tokenizer(vlm, batch, hf_vlm, processor):
     ids=["rows", "one axis", "floats", "negative", "beyond the vocabulary", "lists", "bools"],
 )  # fmt: skip
 def test_answers_that_are_none(unchecked, vlm, kept, tokens):
-    with pytest.raises(errors.InterventionError, match=r"answer|Tensor"):
+    with pytest.raises(errors.ArgumentError, match=r"answer|Tensor"):
         vlm.run(kept.answering(tokens), logits="answer")
 
 
@@ -111,7 +111,7 @@ def test_states_of_another_width(unchecked, vlm):
 
 @pytest.mark.parametrize("tokens", [torch.ones(2, 3), [[1.5]], torch.tensor([[-1]]), 2.5])
 def test_tokens_that_are_none(unchecked, vlm, tokens):
-    with pytest.raises(errors.InterventionError, match="token ids that are none"):
+    with pytest.raises(errors.ArgumentError, match="token ids that are none"):
         vlm.decode(tokens)
 
 

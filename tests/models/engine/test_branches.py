@@ -15,6 +15,7 @@ from guardlens.models.engine.layout import Layout
 from guardlens.models.engine.strategies import FORKS
 from guardlens.models.engine.strategies.answers import answers_case
 from guardlens.models.engine.strategies.tiles import Tiles
+from guardlens.models.run_arguments import pad_token_id
 from tests.models.architectures.test_families import BY_NAME, a_push, asked, batch_of, close, loaded, pushing
 from tests.strategies import make_batch
 
@@ -110,7 +111,7 @@ class TestEveryFamily:
         assert mine.logits.shape[:3] == (len(interventions), len(kept), 5)
         close(mine.logits, tiles.logits)
         close(mine.logits[:, :, 0], model.run(batch, interventions, layout="tile").logits)
-        special = torch.tensor([model._pad_token_id, -1 if model.cfg.image_token_id is None else model.cfg.image_token_id])
+        special = torch.tensor([pad_token_id(model.tokenizer), -1 if model.cfg.image_token_id is None else model.cfg.image_token_id])
         for intervention, tokens in zip(interventions[1:3], model.run(batch, interventions[1:3], new_tokens=4).tokens, strict=True):
             ended = torch.isin(tokens, special).cumsum(1) > 0
             forced = model.run(kept.answering(tokens.masked_fill(ended, 0)), intervention, logits="answer").logits[0].argmax(-1)
@@ -281,7 +282,7 @@ def test_answers_need_prompts_that_are_kept(vlm, batch):
         (vlm.prefill(batch), {"logits": "answer"}),
         (vlm.prefill(batch).answering(tokens), {"new_tokens": 2}),
     ):
-        with pytest.raises(errors.InterventionError, match="an answer behind no kept prompts"):
+        with pytest.raises(errors.ArgumentError, match="an answer behind no prefilled prompts"):
             vlm.run(prompts, **options)
     with pytest.raises(errors.InterventionError, match="prompts with answers"):
         vlm.prefill(batch.answering(tokens))
@@ -327,5 +328,5 @@ class TestKept:
         prompts = gl.keep(vlm, TEXTS, GREY)
         with pytest.raises(errors.MismatchError, match="prompts kept by"):
             gl.sweep(organism, iv.custom(lambda states, context: states), prompts)
-        with pytest.raises(errors.MismatchError, match="those of 'noise'"):
+        with pytest.raises(errors.MismatchError, match="one of 'noise'"):
             gl.sweep(vlm, iv.custom(lambda states, context: states), prompts, presentations.noise())

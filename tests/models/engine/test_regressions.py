@@ -18,6 +18,7 @@ from guardlens.models.engine import limits, scheduler
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.selftests import SelfTests
 from guardlens.models.engine.strategies import BRANCHES, branches
+from guardlens.models.run_arguments import pad_token_id
 from tests.models.architectures.test_families import BY_NAME, a_push, batch_of, close, loaded, picture, pushing
 from tests.models.engine.test_branches import interventions_of
 from tests.zoo.family import TEXTS, tokenizer
@@ -160,7 +161,7 @@ class TestFoundByTheSecondReader:
         model = fresh(name)
         for texts in ([TEXTS[0]] * 4, TEXTS):
             batch = model.batch(texts)
-            whole = model.hf.generate(**batch.inputs, max_new_tokens=6, do_sample=False, pad_token_id=model._pad_token_id)
+            whole = model.hf.generate(**batch.inputs, max_new_tokens=6, do_sample=False, pad_token_id=pad_token_id(model.tokenizer))
             assert model.generate(batch, max_new_tokens=6) == model.decode(whole[:, batch.mask.shape[1] :])
 
     def test_logits_of_a_prompt_with_a_forced_answer_are_its_own(self, vlm, basis):
@@ -204,7 +205,7 @@ class TestFoundByTheSecondReader:
         embedding = iv.custom(lambda states, context: states + 1).at(hook="embed", positions="all")
         everywhere = [embedding, *(intervention.at(layers=[layer]) for layer in (6, 7))]
         for interventions, options in ((everywhere, {}), ([intervention] * 2, {"logits": "all"})):
-            with pytest.raises(errors.InterventionError, match="interventions that can't run as forks"):
+            with pytest.raises(errors.InterventionError, match="Interventions can't run as forks"):
                 vlm.run(batch, interventions, layout="fork", **options)
         run = vlm.run(batch, everywhere)
         assert run.layout == "tile"
@@ -383,16 +384,16 @@ class TestWhatIsTakenForSomethingElse:
             vlm.run(vlm.batch(WORDS), [])
 
     def test_a_layout_of_answers(self, vlm):
-        with pytest.raises(errors.InterventionError, match="the layout 'fork' of generated answers"):
+        with pytest.raises(errors.ArgumentError, match="the layout 'fork' of generated answers"):
             vlm.run(vlm.batch(WORDS), [iv.nothing] * 2, layout="fork", new_tokens=2)
 
     def test_scores_and_queries_that_a_table_would_take_for_one(self, vlm, basis):
         intervention, options = iv.amplify(basis), {"layers": 4, "placebos": 0}
-        with pytest.raises(errors.InterventionError, match="two scores of one name"):
+        with pytest.raises(errors.ArgumentError, match="two scores of one name"):
             gl.sweep(vlm, intervention, WORDS, scores=[AnswerLogProb("sorry"), AnswerLogProb("sure")], **options)
         with pytest.raises(errors.QueryError, match="two queries with one id"):
             gl.sweep(vlm, intervention, [Query("how ?", id="a"), Query("why ?", id="a")], **options)
-        with pytest.raises(errors.InterventionError, match="0 layers"):
+        with pytest.raises(errors.ArgumentError, match="0 layers"):
             gl.sweep(vlm, intervention, WORDS, layers=[])
         with pytest.raises(errors.InterventionError, match="strength 0 is none"):
             gl.sweep(vlm, intervention, WORDS, strengths=[0.0])
