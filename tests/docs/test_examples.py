@@ -129,7 +129,7 @@ def test_no_example_is_prose():
 
 def test_every_public_name_is_on_a_page():
     shown = re.findall(r"^::: (\S+)", "\n".join(page.read_text(encoding="utf-8") for page in API.glob("*.md")), flags=re.MULTILINE)
-    assert not [path for path in required() if not any(path.startswith(f"{module}.") for module in shown)]
+    assert not [path for path in required() if not any(f"{path}.".startswith(f"{entry}.") for entry in shown)]
 
 
 if __name__ == "__main__":

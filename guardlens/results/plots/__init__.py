@@ -4,9 +4,10 @@ The functions know no type of guardlens, so they draw any frame with the right c
 figure; notebooks show and close figures by themselves.
 """
 
-from guardlens.results.plots.defences import RATES, arms
+from guardlens.results.plots.defences import arms
 from guardlens.results.plots.directions import basis, coordinates, cosines, spectrum
-from guardlens.results.plots.layers import TITLES, effect_maps, layer_curves
+from guardlens.results.plots.layers import TITLES as TITLES
+from guardlens.results.plots.layers import effect_maps, layer_curves
 from guardlens.results.plots.saving import save
 
-__all__ = ["RATES", "TITLES", "arms", "basis", "coordinates", "cosines", "effect_maps", "layer_curves", "save", "spectrum"]
+__all__ = ["arms", "basis", "coordinates", "cosines", "effect_maps", "layer_curves", "save", "spectrum"]
