@@ -328,9 +328,7 @@ def parse(name: str, n_layers: int | None = None) -> Point:
     if short in HOOKS:
         return Point(short)
     if re.search(r"\bblocks\.-\d+\.", name):
-        raise SiteError(
-            f"a negative layer in {name!r}", "layers counted from 0", 'to count from the end, ask the cache for ("resid_post", -1)'
-        )
+        raise SiteError(f"a negative layer in {name!r}", "layers counted from 0", 'or ask the cache for ("resid_post", -1)')
     layer = re.search(r"(?<=\bblocks\.)\d+(?=\.)", name)
     generic = name if layer is None else f"{name[: layer.start()]}{{layer}}{name[layer.end() :]}"
     for hook in HOOKS.values():

@@ -69,8 +69,10 @@ class StateStore:
     ) -> None:
         self._dtype = dtype_of(dtype)
         self.run = RunDirectory(path, {**configuration, "rows": rows, "dtype": dtype}, provenance)
-        self.rows, self.dtype = rows, dtype
-        self._whole, self._partial = self.run.path / WHOLE, self.run.path / PARTIAL
+        self.rows = rows
+        self.dtype = dtype
+        self._whole = self.run.path / WHOLE
+        self._partial = self.run.path / PARTIAL
         try:
             with writing(self._partial):
                 self._mend()

@@ -77,7 +77,7 @@ def _in_rgb(image: "Image.Image", whose: str) -> "Image.Image":
     from PIL import ExifTags, Image, ImageOps
 
     image.load()
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo of many phones, which viewers show as one picture
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo of many phones, which viewers show as one image
         warn(f"an image of {whose} has {image.n_frames} frames, of which one is shown")  # type: ignore[attr-defined]
     if image.mode in ("I", "F"):
         raise _not_an_image(f"an image of mode {image.mode!r}, whose black and white are not known", whose, "scale it to 0..255 as uint8")
