@@ -177,10 +177,10 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "run": (
             model.run,
             {"batch": batch, "interventions": [placed], "read": [gl.Site()], "logits": "last", "new_tokens": 0, "seed": 1, "generation": {}}
-            | {"layout": "auto", "prefix": None},
+            | {"layout": "auto"},
         ),
         "run, new tokens": (model.run, {"batch": kept, "interventions": placed, "new_tokens": 1, "seed": 1, "generation": {}}),
-        "prefill": (model.prefill, {"batch": batch, "prefix": None}),
+        "prefill": (model.prefill, {"batch": batch}),
         "answering": (
             lambda tokens: model.run(kept.answering(tokens), logits="answer"),
             {"tokens": torch.ones(2, 3, dtype=torch.int64)},

@@ -89,13 +89,13 @@ def _prefix(plan: Plan) -> Iterator[Row]:
     ssd, batch = subjects.directions(subject), subject.batch(subjects.queries(plan.queries), grey)
     one, cells = subject.batch(batch.queries[:1], grey), ways.cells(subject, iv.add(ssd, 2.0))
     words, prefix = subject.batch(batch.queries, text_only), subject.share(batch)
-    kept = subject.prefill(batch, prefix)
+    kept = subject.prefill(batch.after(prefix))
     parts: dict[str, Way] = {
         UNIT: lambda: ways.plain(subject, batch),
         "floor: a plain forward of one prompt": lambda: ways.plain(subject, one),
         "floor: a plain forward of the texts alone": lambda: ways.plain(subject, words),
         "the prefix, once": lambda: subject.share(batch),
-        "the prompts behind it": lambda: subject.prefill(batch, prefix),
+        "the prompts behind it": lambda: subject.prefill(batch.after(prefix)),
         f"{len(cells)} branches of each, edited": lambda: subject.run(kept, cells),
         f"{len(cells)} branches of each, no edits and no trace": lambda: subject.run(kept, [nothing] * len(cells)),
     }
@@ -113,7 +113,7 @@ def _pool(plan: Plan) -> Iterator[Row]:
         "prompts to tensors, text alone": lambda: _batches(subject, pool, text_only),
         "prompts to tensors, beside the blank image": lambda: _batches(subject, pool, grey),
         "runs, text alone": lambda: [subject.run(batch, read=[Site()], logits=None) for batch in texts],
-        "runs behind the shared prefix": lambda: [subject.run(batch, read=[Site()], logits=None, prefix=prefix) for batch in beside],
+        "runs behind the shared prefix": lambda: [subject.run(batch.after(prefix), read=[Site()], logits=None) for batch in beside],
     }
     yield from _parts("collect_blank", parts, plan.few, "text-only collections")
 

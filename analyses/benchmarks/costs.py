@@ -49,7 +49,7 @@ def memory(plan: Plan) -> Iterator[Row]:
     yield row("memory_sweep", said, timing.peak_ratio(peaks, "grid", "plain"), unit="a plain forward's peak")
     yield row("memory_sweep", said, timing.summary([peak / MIB for peak in peaks["grid"]]), unit="MiB")
     several = subject.batch(subjects.queries(plan.queries), subjects.blank(plan.size))
-    together, apart = subject.prefill(several, subject.share(several)).bytes, subject.prefill(several).bytes
+    together, apart = subject.prefill(several.after(subject.share(several))).bytes, subject.prefill(several).bytes
     said = f"guardlens, {plan.queries} prompts beside one blank image"
     yield row("memory_kept", said, timing.summary([together / apart]), unit="a cache per prompt")
     yield row("memory_kept", said, timing.summary([together / MIB]), unit="MiB")

@@ -62,7 +62,7 @@ def _point(plan: Plan, strengths: int, queries: int, **traits: int) -> tuple[int
     cells, vectors = ways.cells(subject, iv.add(ssd, 2.0), strengths), subjects.pushes(subject, ssd, 2.0)
     each = {
         FLOOR: partial(ways.plain, subject, batch),
-        "guardlens": lambda: subject.run(subject.prefill(batch, subject.share(batch)), cells),
+        "guardlens": lambda: subject.run(subject.prefill(batch.after(subject.share(batch))), cells),
         "naive loop": partial(ways.raw_hooks, subject, batch, vectors, range(TIMED)),
     }
     return subject.cfg.n_layers, batch.mask.shape[1], each

@@ -125,7 +125,7 @@ def prefixes(plan: Plan) -> Iterator[Row]:
     some, depth = plan.layers(subject)[:2], subject.cfg.n_layers
     seconds = timing.alternate(
         {
-            "shared": lambda: subject.run(subject.prefill(batch, subject.share(batch)), cells),
+            "shared": lambda: subject.run(subject.prefill(batch.after(subject.share(batch))), cells),
             "naive": lambda: ways.raw_hooks(subject, batch, vectors, some),
         },
         plan.few,

@@ -144,4 +144,4 @@ def hooked_generate(subject: gl.HookedModel, batch: Batch, vectors: Sequence[Ten
 def guarded_generate(subject: gl.HookedModel, batch: Batch, plan: Intervention, new_tokens: int, shared: bool = False) -> Tensor | None:
     """guardlens' answers; with what the prompts begin with alike computed once if it is `shared`."""
     prefix = subject.share(batch) if shared else None
-    return subject.run(batch, plan, new_tokens=new_tokens, generation={"min_new_tokens": new_tokens}, prefix=prefix).tokens
+    return subject.run(batch.after(prefix), plan, new_tokens=new_tokens, generation={"min_new_tokens": new_tokens}).tokens

@@ -10,7 +10,6 @@ from guardlens.data.queries import Query
 from guardlens.evaluation.conditions import Condition
 from guardlens.models.batching import over_batches
 from guardlens.models.engine.batch import Batch
-from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.hooked_model import HookedModel
 
 
@@ -51,8 +50,8 @@ def generate(
         yield portion.result
 
 
-def _answer_batch(model: HookedModel, condition: Condition, max_new_tokens: int, batch: Batch, prefix: Prefix | None) -> list[Answer]:
-    run = model.run(batch, condition.defence.intervention, new_tokens=max_new_tokens, prefix=prefix)
+def _answer_batch(model: HookedModel, condition: Condition, max_new_tokens: int, batch: Batch) -> list[Answer]:
+    run = model.run(batch, condition.defence.intervention, new_tokens=max_new_tokens)
     assert run.tokens is not None
     if run.decisions:
         gates = np.mean([decisions.cpu().numpy() for decisions in run.decisions.values()], axis=0)

@@ -32,7 +32,6 @@ from guardlens.hooks import Site, as_layer
 from guardlens.models.batching import BatchResult, in_query_order, over_batches
 from guardlens.models.checks import warn_of_other_residual_terms
 from guardlens.models.engine.batch import Batch
-from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
 from guardlens.results.intervals import Interval, percentile, resample_counts
 from guardlens.results.progress import track
@@ -272,10 +271,8 @@ def _last_layer(model: HookedModel, directions: Directions) -> int:
     return directions.layers[-1] if directions.layers else model.cfg.n_layers - 1
 
 
-def _split(
-    model: HookedModel, layer: int, vectors: Float[torch.Tensor, "rank d_model"], by_token_source: bool, batch: Batch, prefix: Prefix | None
-) -> Terms:
-    return split(model, batch, layer, vectors, by_token_source, prefix)
+def _split(model: HookedModel, layer: int, vectors: Float[torch.Tensor, "rank d_model"], by_token_source: bool, batch: Batch) -> Terms:
+    return split(model, batch, layer, vectors, by_token_source)
 
 
 def _require_usable(model: HookedModel, directions: Directions, queries: Sequence[Query]) -> None:

@@ -19,7 +19,6 @@ from guardlens.hooks import Site
 from guardlens.interventions.intervention import Intervention, nothing, require_intervention
 from guardlens.models.batching import BatchResult, in_query_order, over_batches
 from guardlens.models.engine.batch import Batch
-from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
 from guardlens.models.identity import configuration, of_intervention
 from guardlens.results.progress import track
@@ -101,8 +100,8 @@ def collect(
         shows_images=any(presentation(query).images for query in items),
     )
 
-    def read(batch: Batch, prefix: Prefix | None) -> Tensor:
-        run = model.run(batch, intervention, read=[site], logits=None, prefix=prefix)
+    def read(batch: Batch) -> Tensor:
+        run = model.run(batch, intervention, read=[site], logits=None)
         return on_host(run.reads[site][0]).to(stored_dtype)
 
     def collected(todo: Sequence[int]) -> Iterator[BatchResult[Tensor]]:

@@ -15,7 +15,6 @@ from guardlens.errors import ModelError, NumericsError
 from guardlens.hooks import Point, Site
 from guardlens.models.architectures import Architecture, families
 from guardlens.models.engine.batch import Batch
-from guardlens.models.engine.kv_cache import Prefix
 from guardlens.models.hooked_model import HookedModel
 
 NONE = -1
@@ -50,7 +49,6 @@ def split(
     layer: int,
     vectors: Float[Tensor, "rank d_model"],
     by_token_source: bool,
-    prefix: Prefix | None = None,
 ) -> Terms:
     """The coordinate of each query along each vector, term by term.
 
@@ -60,7 +58,6 @@ def split(
         layer: The layer after whose block the coordinate is taken.
         vectors: The vectors to take coordinates along.
         by_token_source: Split each head by the tokens whose values it mixes.
-        prefix: The KV cache of the prompts' shared beginning.
 
     Raises:
         NumericsError: The terms do not sum to the coordinate.
@@ -68,7 +65,7 @@ def split(
     computed = set(model.cfg.computed(batch.beside_image))
     sites = {Point(hook, block): Site(hook, (block,)) for block in range(layer + 1) for hook in TERMS}
     sites = {point: site for point, site in sites.items() if point in computed or point.hook.startswith("resid")}
-    reads = model.run(batch, read=list(sites.values()), logits=None, prefix=prefix).reads
+    reads = model.run(batch, read=list(sites.values()), logits=None).reads
     states = {point: reads[site][0, :, 0] for point, site in sites.items()}
     images = _image_shares(model, batch, states) if by_token_source else {}
 

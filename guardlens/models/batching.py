@@ -49,7 +49,7 @@ def over_batches(
     model: HookedModel,
     queries: Sequence[Query],
     presentation: Presentation,
-    work: Callable[[Batch, Prefix | None], Result],
+    work: Callable[[Batch], Result],
     batch_size: int | None = None,
     *,
     max_batch_size: int = MAX_BATCH_SIZE,
@@ -64,7 +64,7 @@ def over_batches(
         model: The model.
         queries: The queries; there may be none.
         presentation: How to show them.
-        work: Called with a batch and with the KV cache of the beginning that its prompts share, if it is worth having.
+        work: Called with a batch, which continues from the KV cache of what its prompts begin with, if that is worth having.
         batch_size: Queries per batch; None for as many as `prompts_that_fit`, at most `max_batch_size`.
         max_batch_size: The most queries per batch if `batch_size` is None.
         new_tokens: How many tokens `work` will generate.
@@ -92,7 +92,7 @@ def over_batches(
             shared = prefix.begins(batch) if prefix is not None else None
             if shared is None:
                 prefix = shared = model.share(batch)
-            return BatchResult(tuple(indices[: len(part)]), work(batch, shared))
+            return BatchResult(tuple(indices[: len(part)]), work(batch.after(shared)))
         except RuntimeError as error:
             _require_out_of_memory(error, part)
             size = len(part) // 2

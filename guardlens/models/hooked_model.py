@@ -34,12 +34,12 @@ from guardlens.models.readiness import require_ready
 from guardlens.models.run_arguments import (
     as_lanes,
     as_new_tokens,
-    as_prefix,
     as_sites,
     generation_options,
     require_answered,
     require_batch,
     require_choices,
+    require_own_prefix,
     require_same_presentation,
     require_shown,
 )
@@ -114,14 +114,14 @@ class HookedModel(LoadedModel):
         seed: int | None = None,
         generation: Mapping[str, Any] = MappingProxyType({}),
         layout: Literal["auto", "branch", "fork", "tile"] = "auto",
-        prefix: Prefix | None = None,
     ) -> Run:
         """Run one or several interventions over a batch; each intervention is a lane.
 
         Several interventions share computation where they can: `Run.layout` says how, and `Run.why` why they were not branches.
 
         Args:
-            batch: The prompts, or their `prefill`.
+            batch: The prompts, or their `prefill`. After a `share` (`batch.after(prefix)`), a run that edits and reads only what follows
+                the prefix continues from it.
             interventions: What to change, one intervention per lane.
             read: The sites to read, one or several. Reads see all edits at their site.
             logits: `"last"` for the prompt's last token, `"answer"` for each token that one of an answer follows (`Prefill.answering`),
@@ -130,7 +130,6 @@ class HookedModel(LoadedModel):
             seed: The seed of the draws, if `generation` asks for sampling. Lanes draw one after the other, so each has draws of its own.
             generation: Options of transformers' `generate`. Generation is greedy without any.
             layout: `"branch"`, `"fork"` or `"tile"` (see `guardlens.models.engine`), or `"auto"` for the cheapest of them.
-            prefix: The `share` of prompts that begin alike; a run that edits and reads only what follows it continues from it.
 
         Raises:
             ArgumentError: A number or an option that a run does not take.
@@ -155,17 +154,16 @@ class HookedModel(LoadedModel):
         on_device = [intervention.to(self._engine.device) for intervention in lanes]
         request = RunRequest(self.cfg, prompts, on_device, sites, logits, new_tokens, seed, options)
         with self._turn():
-            return scheduler.run(self._tests, request, self._held, prefill, as_prefix(prefix, self.id), layout)
+            return scheduler.run(self._tests, request, self._held, prefill, layout)
 
-    def prefill(self, batch: Batch, prefix: Prefix | None = None) -> Prefill:
+    def prefill(self, batch: Batch) -> Prefill:
         """Run prompts unedited and keep their KV cache, so that a question about their ends costs only the ends.
 
         The first prefill of a model is tested: two branches without an edit and one with an edit must give what whole runs give. If they
         don't (a recurrent layer, a prefix that looks ahead), `Prefill.flaw` says so, and interventions run as forks or tiles.
 
         Args:
-            batch: The prompts.
-            prefix: The `share` of prompts that begin alike; it is used if these do.
+            batch: The prompts; after a `share`, only what follows it is computed.
 
         Raises:
             InterventionError: The prompts have answers after them.
@@ -173,10 +171,8 @@ class HookedModel(LoadedModel):
         self._require_own(batch)
         if batch.answered:
             raise InterventionError("prompts with answers", "prompts alone", "keep them first, then say kept.answering(tokens)")
-        prefix = as_prefix(prefix, self.id)
         with self._turn():
-            made = scheduler.fill(self._tests, batch, None if prefix is None else prefix.begins(batch))
-            return replace(made, models=self.state)
+            return replace(scheduler.fill(self._tests, batch), models=self.state)
 
     def share(self, batch: Batch) -> Prefix | None:
         """The KV cache of what the prompts of a batch begin with. None if it would save fewer than `limits.PREFIX_WORTH_TOKENS` tokens.
@@ -213,9 +209,9 @@ class HookedModel(LoadedModel):
         """The model and the prompts that a held state of `presentation` is read from. The text twin is the prompt without its images."""
         if presentation == text_only:
             is_same = self.separate_llm is None and not batch.beside_image and not batch.answered
-            return (self, batch) if is_same else (self.llm, self.llm.batch(batch.queries, WithoutImages(batch.presentation)))
+            return (self, batch.after(None)) if is_same else (self.llm, self.llm.batch(batch.queries, WithoutImages(batch.presentation)))
         is_same = presentation == batch.presentation and not batch.answered
-        return self, batch if is_same else self.batch(batch.queries, presentation)
+        return self, batch.after(None) if is_same else self.batch(batch.queries, presentation)
 
     def run_with_cache(
         self, queries: Queries | Batch, presentation: Presentation | None = None, *, names_filter: NamesFilter = None
@@ -296,9 +292,10 @@ class HookedModel(LoadedModel):
         """
         require_intervention(intervention)
         new_tokens = as_new_tokens(max_new_tokens)
-        batch = queries if isinstance(queries, Prefill) else self._as_batch(queries, presentation)
-        prefix = None if isinstance(batch, Prefill) else self.share(batch)
-        run = self.run(batch, intervention, new_tokens=new_tokens, seed=seed, generation=options, prefix=prefix)
+        prompts = queries if isinstance(queries, Prefill) else self._as_batch(queries, presentation)
+        if isinstance(prompts, Batch):
+            prompts = prompts.after(self.share(prompts))
+        run = self.run(prompts, intervention, new_tokens=new_tokens, seed=seed, generation=options)
         assert run.tokens is not None
         answers = self.decode(run.tokens[0])
         return answers[0] if isinstance(queries, str | Query) else answers
@@ -344,6 +341,7 @@ class HookedModel(LoadedModel):
     def _require_own(self, batch: Batch) -> None:
         require_batch(batch, self.tokenizer, self.name)
         require_shown(batch, self.shows_images, self.name)
+        require_own_prefix(batch.prefix, self.id)
 
     def _held(self, request: RunRequest, prefill: Prefill | None) -> Held:
         """The states of other presentations' runs that a request requires. A prefill remembers them, then of all layers at once."""

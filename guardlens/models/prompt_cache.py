@@ -104,7 +104,7 @@ def over_prefills(
         MismatchError: Another model computed the prompt cache.
     """
     if not isinstance(queries, PromptCache):
-        yield from over_batches(model, queries, presentation, lambda batch, prefix: work(model.prefill(batch, prefix)), batch_size)
+        yield from over_batches(model, queries, presentation, lambda batch: work(model.prefill(batch)), batch_size)
         return
     for part in queries.parts:
         model.require_own(part.result)

@@ -132,19 +132,18 @@ def require_shown(batch: Batch, shows_images: bool, name: str) -> None:
         raise PresentationError(f"an image for the language model of {name!r}", "text alone", "hand in the VLM itself to show it images")
 
 
-def as_prefix(prefix: Any, model: str) -> Prefix | None:
-    """A prefix that this model computed, or None.
+def require_own_prefix(prefix: Any, model: str) -> None:
+    """Refuse a prefix that this model did not compute.
 
     Raises:
         ArgumentError: It is something else.
         MismatchError: Another model computed it.
     """
     if prefix is None:
-        return None
+        return
     require_type(prefix, Prefix, ArgumentError, "hand in what model.share(batch) gave, or leave it out")
     if prefix.model != model:
         raise MismatchError(f"a prefix of {prefix.model}", f"one of {model}", "share the prompts anew with this model")
-    return prefix
 
 
 def require_answered(batch: Batch, prefill: Prefill | None, logits: str | None, new_tokens: int, d_vocab: int) -> None:

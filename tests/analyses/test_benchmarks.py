@@ -124,7 +124,7 @@ def test_a_shared_image_changes_no_sweep_and_no_answer():
     batch, ssd = subject.batch(subjects.queries(3), subjects.blank(size)), subjects.directions(subject)
     prefix = subject.share(batch)
     assert prefix is not None and len(prefix) > 144
-    mine = subject.run(subject.prefill(batch, prefix), ways.cells(subject, iv.add(ssd, 2.0))).logits
+    mine = subject.run(subject.prefill(batch.after(prefix)), ways.cells(subject, iv.add(ssd, 2.0))).logits
     close(mine, torch.stack(ways.raw_hooks(subject, batch, subjects.pushes(subject, ssd, 2.0), [0, 1, 2])))
     guard = ways.guard(subject, ssd, [0, 1])
     assert torch.equal(ways.guarded_generate(subject, batch, guard, 4, shared=True), ways.guarded_generate(subject, batch, guard, 4))

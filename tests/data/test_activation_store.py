@@ -351,12 +351,14 @@ class Stub(HookedModel):
         pass
 
     def batch(self, queries, presentation):
-        return SimpleNamespace(queries=queries)
+        batch = SimpleNamespace(queries=queries)
+        batch.after = lambda prefix: batch
+        return batch
 
     def share(self, batch):
         return None
 
-    def run(self, batch, intervention, *, read, logits, prefix):
+    def run(self, batch, intervention, *, read, logits):
         numbers = torch.tensor([float(query.id) for query in batch.queries])
         return SimpleNamespace(reads={read[0]: numbers[None, :, None, None].expand(1, -1, LAYERS, WIDTH).contiguous()})
 

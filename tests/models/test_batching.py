@@ -47,7 +47,7 @@ def asked(lengths):
 def test_every_query_is_in_one_batch_and_back_in_its_place(lengths, size, axis):
     queries, seen = asked(lengths), []
 
-    def work(batch, prefix):
+    def work(batch):
         seen.append(batch)
         numbers = torch.tensor([float(query.id) for query in batch.queries])
         return numbers[:, None].expand(-1, 3) if axis == 0 else np.tile(numbers.numpy(), (2, 4, 1))
@@ -71,14 +71,14 @@ def test_like_lengths_fill_a_batch_and_an_outlier_does_not_pad_it():
     assert bucket_size([4000, 4000, 900, 900]) == 2
     lengths = [3000, *[60] * 63]
     naive, here = 64 * 3000, 3000 + 63 * 60
-    seen = [p.result for p in over_batches(Fake(None, None, "f"), asked(lengths), text_only, lambda batch, prefix: batch.mask.numel(), 64)]
+    seen = [p.result for p in over_batches(Fake(None, None, "f"), asked(lengths), text_only, lambda batch: batch.mask.numel(), 64)]
     assert sum(seen) == here < naive / 20
 
 
 def test_no_queries_and_no_size():
-    assert list(over_batches(Fake(None, None, "f"), [], text_only, lambda batch, prefix: 0)) == []
+    assert list(over_batches(Fake(None, None, "f"), [], text_only, lambda batch: 0)) == []
     with pytest.raises(errors.ArgumentError, match="Found batch_size=0"):
-        list(over_batches(Fake(None, None, "f"), asked([5]), text_only, lambda batch, prefix: 0, 0))
+        list(over_batches(Fake(None, None, "f"), asked([5]), text_only, lambda batch: 0, 0))
 
 
 class TestRoom:
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_halved_whoever_chose_its_size(vlm, monkeypatch, af
         monkeypatch.setattr(batching, "prompts_that_fit", lambda model, batch, new_tokens=0: 6)
     sizes = []
 
-    def work(batch, prefix):
+    def work(batch):
         sizes.append(len(batch.queries))
         if len(batch.queries) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -180,7 +180,7 @@ def test_evaluate_continues_from_what_prompts_begin_with(vlm, basis, monkeypatch
 
     def note(self, batch, *rest, **options):
         if options.get("new_tokens"):
-            begun.append(options["prefix"] is not None)
+            begun.append(batch.prefix is not None)
         return run(self, batch, *rest, **options)
 
     monkeypatch.setattr(type(vlm), "run", note)

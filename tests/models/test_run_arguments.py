@@ -37,7 +37,6 @@ WRONG = {
     "a seed of text": ({"new_tokens": 2, "seed": "a"}, errors.ArgumentError, "seed='a'"),
     "a broken seed": ({"new_tokens": 2, "seed": 1.5}, errors.ArgumentError, "seed=1.5"),
     "options without tokens": ({"generation": {"do_sample": True}}, errors.ArgumentError, "generates nothing"),
-    "a prefix of a number": ({"prefix": 5}, errors.ArgumentError, "Prefix"),
     "a layout of a number": ({"layout": 5}, errors.ArgumentError, "layout 5"),
 }
 
@@ -46,6 +45,11 @@ WRONG = {
 def test_what_run_refuses(unchecked, vlm, batch, asked, kind, text):
     with pytest.raises(kind, match=text):
         vlm.run(batch, **asked)
+
+
+def test_a_prefix_that_is_none(unchecked, vlm, batch):
+    with pytest.raises(errors.ArgumentError, match="Prefix"):
+        vlm.run(batch.after(5))
 
 
 def test_what_run_takes_for_the_same(unchecked, vlm, batch):

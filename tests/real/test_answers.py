@@ -38,7 +38,7 @@ def test_greedy_answers(model, batch, answers):
 def test_answers_behind_kept_prompts_and_a_shared_beginning(model, batch, answers):
     assert said(model, model.run(model.prefill(batch), new_tokens=NEW).tokens[0]) == said(model, answers)
     prefix = model.share(batch)
-    assert said(model, model.run(batch, new_tokens=NEW, prefix=prefix).tokens[0]) == said(model, answers)
+    assert said(model, model.run(batch.after(prefix), new_tokens=NEW).tokens[0]) == said(model, answers)
 
 
 def test_sampled_answers_hang_on_the_seed_alone(model, hf, batch):

@@ -117,11 +117,11 @@ def test_a_shared_beginning_changes_no_number(model, hf, middle, ssd, pairs, sho
     expected = [
         reference.with_hooks(hf, batch.inputs, edits)[:, -1] for edits in ({}, {middle: at_last(lambda h: h + 4 * ssd.at(middle)[0])})
     ]
-    kept = model.prefill(batch, prefix)
+    kept = model.prefill(batch.after(prefix))
     near(kept.logits, expected[0], 1e-4)
-    for mine in (model.run(kept, [iv.nothing, intervention]), model.run(batch, [iv.nothing, intervention], prefix=prefix)):
+    for mine in (model.run(kept, [iv.nothing, intervention]), model.run(batch.after(prefix), [iv.nothing, intervention])):
         near(mine.logits, torch.stack(expected), 1e-4)
-    near(model.run(batch, intervention, prefix=prefix).logits[0], expected[1], 1e-4)
+    near(model.run(batch.after(prefix), intervention).logits[0], expected[1], 1e-4)
 
 
 def test_saved_directions_and_interventions_do_the_same(model, batch, ssd, middle, tmp_path):

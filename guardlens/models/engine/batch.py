@@ -29,6 +29,7 @@ class Batch:
         image_digests: A digest of each prompt's images, by which prompts with the same images are recognized; empty if nobody needs them.
         answered: How many of the last columns are tokens of an answer after the prompts.
         tokenizer: The tokenizer that made the tokens; None if it is not known.
+        prefix: The KV cache of what the prompts begin with, if it was computed before (`HookedModel.share`).
     """
 
     queries: tuple[Query, ...]
@@ -40,6 +41,7 @@ class Batch:
     image_digests: tuple[str, ...] = ()
     answered: int = 0
     tokenizer: Any = field(default=None, repr=False)
+    prefix: Any = field(default=None, repr=False)
 
     @cached_property
     def prompt(self) -> Bool[Tensor, "query seq"]:
@@ -92,6 +94,10 @@ class Batch:
     def __repr__(self) -> str:
         answers = f", answers of {self.answered} tokens" if self.answered else ""
         return f"Batch({len(self.queries)} prompts, {self.presentation.name!r}, {self.mask.shape[1]} tokens wide{answers})"
+
+    def after(self, prefix: Any) -> "Batch":
+        """The same prompts, whose runs continue from a prefix if they can; None for runs of whole prompts."""
+        return replace(self, prefix=prefix)
 
     def answering(self, tokens: Int[Tensor, "query new"]) -> "Batch":
         """The prompts with an answer after each, as if the model had given it. Rows of unlike length may end in any token.

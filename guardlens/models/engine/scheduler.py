@@ -38,7 +38,7 @@ class Choice:
     why: str = ""
 
 
-def run(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | None, prefix: Prefix | None, layout: str) -> Run:
+def run(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | None, layout: str) -> Run:
     """Run a request with the strategy that suits it, or with the one that was asked for.
 
     Args:
@@ -46,20 +46,18 @@ def run(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | No
         request: The interventions, and what to return.
         hold: Computes held states.
         prefill: The prompts, if they were computed before.
-        prefix: What prompts begin with, if it was computed before.
         layout: One of `LAYOUTS`.
 
     Raises:
         InterventionError: The strategy that was asked for can't run the request.
     """
-    prefix = None if prefix is None else prefix.begins(request.batch)
     if request.new_tokens:
-        return _generate(tests, request, hold, prefill, prefix)
+        return _generate(tests, request, hold, prefill)
     if prefill is None and request.lanes == 1 and layout == "auto":
-        return _run_alone(tests, request, hold, prefix)
+        return _run_alone(tests, request, hold)
     known = prefill
     if known is None and layout in ("auto", "branch") and not _unsuited_for_branches(tests, request):
-        known = fill(tests, request.batch, prefix)
+        known = fill(tests, request.batch)
     choice = choose(tests, request, known, layout)
     made = choice.strategy.run(tests.engine, request, hold(request, known), known)
     return replace(made, layout=choice.strategy.name, why=choice.why)
@@ -107,12 +105,12 @@ def groups(tests: SelfTests, prefill: Prefill, interventions: Iterable[Intervent
             yield group
 
 
-def fill(tests: SelfTests, batch: Batch, prefix: Prefix | None) -> Prefill:
+def fill(tests: SelfTests, batch: Batch) -> Prefill:
     """Compute prompts. If branches from them fail their self-test, `Prefill.flaw` says why, and its KV cache is None."""
     beside_image = batch.beside_image
     flaw = "the batch is padded on the right"
     if not batch.padded_right:
-        made = tests.attempt("branches", beside_image, lambda: _tested_cache(tests, batch, prefix))
+        made = tests.attempt("branches", beside_image, lambda: _tested_cache(tests, batch))
         if made is not None:
             cache, logits = made
             return Prefill(batch, cache, checked(logits[None], batch)[0])
@@ -159,6 +157,11 @@ def require_scorable(tests: SelfTests, prefill: Prefill) -> None:
         )
 
 
+def _prefix_of(batch: Batch) -> Prefix | None:
+    """What is cached of the beginning of these prompts."""
+    return None if batch.prefix is None else batch.prefix.begins(batch)
+
+
 def _unsuited_for_branches(tests: SelfTests, request: RunRequest) -> str:
     if unsuited := BRANCHES.unsuited(request):
         return unsuited
@@ -167,20 +170,21 @@ def _unsuited_for_branches(tests: SelfTests, request: RunRequest) -> str:
     return tests.flaw("branches", request.batch.beside_image)
 
 
-def _run_alone(tests: SelfTests, request: RunRequest, hold: Hold, prefix: Prefix | None) -> Run:
+def _run_alone(tests: SelfTests, request: RunRequest, hold: Hold) -> Run:
     """A plain run, which continues from a prefix if it can."""
     held = hold(request, None)
+    prefix = _prefix_of(request.batch)
     if prefix is not None and request.continues_from(prefix.rest(request.batch)):
         return continued(tests.engine, request, held, prefix.cache(request.batch), prefix.rest(request.batch))
     return TILES.run(tests.engine, request, held)
 
 
-def _generate(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | None, prefix: Prefix | None) -> Run:
+def _generate(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | None) -> Run:
     """Answers, which continue from the prompts' KV cache if they can."""
     batch = request.batch
     is_hopeless = prefill is None and tests.flaw(answers_case(batch, shares_prefix=True), batch.beside_image)
-    if (prefill or prefix) and not ANSWERS.unsuited(request) and not is_hopeless:
-        known = prefill or fill(tests, batch, prefix)
+    if (prefill or _prefix_of(batch)) and not ANSWERS.unsuited(request) and not is_hopeless:
+        known = prefill or fill(tests, batch)
         if known.cache is not None:
             case = answers_case(batch, known.cache.shares_prefix)
             if not tests.flaw_of(ANSWERS, case, batch, known):
@@ -190,9 +194,10 @@ def _generate(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefil
     return replace(made, why="answers are generated" if request.lanes > 1 else "")
 
 
-def _tested_cache(tests: SelfTests, batch: Batch, prefix: Prefix | None) -> tuple[KVCache, Float[Tensor, "query vocab"]]:
+def _tested_cache(tests: SelfTests, batch: Batch) -> tuple[KVCache, Float[Tensor, "query vocab"]]:
     """The KV cache of prompts and their logits, after the self-tests that these prompts call for."""
     engine = tests.engine
+    prefix = _prefix_of(batch)
     cache, logits = cache_prompts(engine.decoder, batch, engine.last_logits) if prefix is None else grown(engine, batch, prefix)
     prefill = Prefill(batch, cache, logits)
     width = batch.mask.shape[1]

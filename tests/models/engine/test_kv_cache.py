@@ -55,7 +55,7 @@ class TestEveryFamily:
             if len({point.layer for point in model.cfg.computed(True) if point.hook == "attn_out"}) < model.cfg.n_layers
             else sites
         )
-        mine, whole = model.run(batch, push, read=sites, prefix=prefix), model.run(batch, push, read=sites)
+        mine, whole = model.run(batch.after(prefix), push, read=sites), model.run(batch, push, read=sites)
         close(mine.logits, whole.logits)
         for site in sites:
             close(mine.reads[site], whole.reads[site])
@@ -66,18 +66,18 @@ class TestEveryFamily:
         prefix = model.share(batch)
         if prefix is None:
             return
-        kept = model.prefill(batch, prefix)
+        kept = model.prefill(batch.after(prefix))
         assert bool(kept.flaw) == bool(family.lacks("branches"))
         close(model.run(kept, interventions).logits, model.run(batch, interventions, layout="tile").logits)
         again = model.batch(TEXTS[:2], batch.presentation)
-        close(model.run(model.prefill(again, prefix), interventions).logits, model.run(again, interventions, layout="tile").logits)
+        close(model.run(model.prefill(again.after(prefix)), interventions).logits, model.run(again, interventions, layout="tile").logits)
 
     def test_answers_behind_a_prefix_are_those_of_whole_prompts(self, name, eager_to_share):
         family, model = BY_NAME[name], loaded(name)
         batch = model.batch(TEXTS, shown(family, model))
         prefix, interventions = model.share(batch), [intervention.during("always") for intervention in interventions_of(model)[:3]]
         if prefix is not None:
-            behind = model.run(batch, interventions, new_tokens=6, prefix=prefix).tokens
+            behind = model.run(batch.after(prefix), interventions, new_tokens=6).tokens
             assert torch.equal(behind, model.run(batch, interventions, new_tokens=6).tokens)
 
 
@@ -109,7 +109,7 @@ def test_the_common_start_ends_before_what_differs():
 def test_what_is_kept_of_a_prefix_does_not_grow_with_the_prompts(vlm, eager_to_share):
     batch = vlm.batch(WORDS, GREY)
     prefix = vlm.share(batch)
-    apart, packed = vlm.prefill(batch), vlm.prefill(batch, prefix)
+    apart, packed = vlm.prefill(batch), vlm.prefill(batch.after(prefix))
     per_token = apart.bytes // batch.mask.numel()
     assert packed.bytes == per_token * (len(prefix) + int(batch.mask.sum()) - len(WORDS) * len(prefix))
 
@@ -151,7 +151,7 @@ class TestWhenItIsUsed:
             (Site("embed"), iv.nothing),
         ):
             close(
-                vlm.run(batch, intervention, read=[site], prefix=prefix).reads[site], vlm.run(batch, intervention, read=[site]).reads[site]
+                vlm.run(batch.after(prefix), intervention, read=[site]).reads[site], vlm.run(batch, intervention, read=[site]).reads[site]
             )
         assert [shape[1] for shape in widths[:4]] == [batch.mask.shape[1]] * 4
 
@@ -159,14 +159,14 @@ class TestWhenItIsUsed:
         prefix = vlm.share(vlm.batch(WORDS, GREY))
         white = vlm.batch(WORDS, presentations.blank("white", 32))
         assert prefix.begins(white) is None
-        close(vlm.run(white, prefix=prefix).logits, vlm.run(white).logits)
+        close(vlm.run(white.after(prefix)).logits, vlm.run(white).logits)
 
     def test_as_much_of_it_as_fits(self, vlm, widths):
         long = vlm.share(vlm.batch(["how to mend the hat ?", "how to mend the fern ."], GREY))
         batch = vlm.batch(WORDS, GREY)
         shorter = long.begins(batch)
         assert 0 < len(shorter) < len(long)
-        close(vlm.run(batch, prefix=long).logits, vlm.run(batch).logits)
+        close(vlm.run(batch.after(long)).logits, vlm.run(batch).logits)
         assert long.begins(vlm.batch(["how to mend the hat ?"], GREY)) is long
 
     def test_own_pictures_share_the_template_alone(self, vlm, widths):

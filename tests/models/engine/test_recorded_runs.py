@@ -55,7 +55,7 @@ def recorded(model):
     return {
         "plain": model.run(batch, interventions[1], read=[LATE]),
         "plain, all tokens": model.run(batch, interventions[3], logits="all", read=[MANY]),
-        "behind a prefix": model.run(batch, interventions[1], read=[LATE], prefix=shared),
+        "behind a prefix": model.run(batch.after(shared), interventions[1], read=[LATE]),
         "tiles": model.run(batch, interventions, read=[LATE], layout="tile"),
         "tiles of text": model.run(texts, interventions, layout="tile"),
         "branches": model.run(batch, interventions, read=[LATE]),

@@ -217,7 +217,7 @@ class TestFoundByTheSecondReader:
             other.lm_head.weight.add_(1)
         batch = vlm.batch(WORDS, GREY)
         with pytest.raises(errors.MismatchError, match="a prefix of"):
-            gl.load(other, processor=processor).run(batch, prefix=vlm.share(batch))
+            gl.load(other, processor=processor).run(batch.after(vlm.share(batch)))
 
     def test_forks_of_a_model_whose_last_blocks_share_keys_are_refused(self):
         from tests.zoo.gemma import gemma4, gemma4_processor
@@ -297,7 +297,7 @@ class TestFoundByTheSecondReader:
         assert cache.row.bincount().max() == max(1, len(prefix) // longest)
         assert 1 < int(cache.row.max()) + 1 == len(cache.past.layers[0].keys)
         expected = model.run(batch, interventions_of(model), layout="tile").logits
-        close(model.run(model.prefill(batch, prefix), interventions_of(model)).logits, expected)
+        close(model.run(model.prefill(batch.after(prefix)), interventions_of(model)).logits, expected)
 
     def test_half_precision_answers_are_not_refused_for_a_tie(self):
         """Of a trained model; a random one may be all noise in half precision."""
