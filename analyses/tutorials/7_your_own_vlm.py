@@ -241,7 +241,7 @@ print(*loaded.values(), sep="\n")
 # %%
 findings = {name: check(model) for name, model in loaded.items()}
 for found in findings["qwen"]:
-    print(f"{ {True: 'yes', False: 'NO', None: '-'}[found.works]:4}{found.what:26}{found.detail}")
+    print(f"{ {True: 'yes', False: 'NO', None: '-'}[found.works]:4}{found.name:26}{found.detail}")
 
 # %% [markdown]
 # "Logits reproduced" says that what guardlens takes for the residual stream gives the model's own logits; "images" that the image tokens
@@ -251,7 +251,7 @@ for found in findings["qwen"]:
 for name, each in findings.items():
     print(
         f"{name}: {sum(found.works is True for found in each)} of {len(each)} work",
-        *(f"NO {f.what}: {f.detail}" for f in each if not f.works),
+        *(f"NO {f.name}: {f.detail}" for f in each if not f.works),
         sep="\n   ",
     )
 
@@ -262,7 +262,7 @@ for name, each in findings.items():
 # %%
 with torch.no_grad():
     models["gemma"].model.multi_modal_projector.mm_input_projection_weight.normal_(0, 0.1)
-images = next(found for found in check(gl.load(models["gemma"], processor=processors["gemma"])) if found.what == "images")
+images = next(found for found in check(gl.load(models["gemma"], processor=processors["gemma"])) if found.name == "images")
 print(images.works, images.detail)
 
 # %% [markdown]

@@ -79,13 +79,13 @@ def check(
     from guardlens.models.loading import load
 
     loaded = load(model, dtype=dtype, device_map=device_map, self_check=False)
-    findings = try_everything(loaded)
+    results = try_everything(loaded)
     table = Table("", "what", "detail", title=Text(repr(loaded)), title_justify="left")
     signs: dict[Any, str] = {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}
-    for finding in findings:
-        table.add_row(signs[finding.works], Text(finding.what), Text(finding.detail))
+    for result in results:
+        table.add_row(signs[result.works], Text(result.name), Text(result.detail))
     Console().print(table)
-    if any(finding.works is False for finding in findings):
+    if any(result.works is False for result in results):
         raise typer.Exit(1)
 
 

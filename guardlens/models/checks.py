@@ -1,4 +1,4 @@
-"""What of guardlens works on a model: each capability tried, against raw PyTorch where there is something to compare."""
+"""Check which capabilities of guardlens work on a model, by comparison with raw PyTorch if there is something to compare."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,73 +24,80 @@ TEXTS = ("How to fold a paper boat?", "Please explain how to plant a tulip in a 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One capability.
+    """The result of one check.
 
     Attributes:
-        what: Its name.
-        works: Whether it does; None where it does not apply.
-        detail: What was measured, or what went wrong and what to do.
+        name: The capability.
+        works: Whether it works; None if it does not apply to the model.
+        detail: What was measured, or what went wrong and how to mend it.
     """
 
-    what: str
+    name: str
     works: bool | None
     detail: str
 
 
 def check(model: HookedModel) -> list[CheckResult]:
-    """Try everything that guardlens needs of a model. Takes a few forwards and a short generation."""
-    return [_try(name, trial, model) for name, trial in CHECKS.items()]
+    """Run all checks. This takes a few forward passes and a short generation."""
+    return [_run(name, model) for name in CHECKS]
 
 
 def require_sound(model: HookedModel) -> None:
-    """Refuse a model of a family that guardlens's tests do not know, if the parts that were found do not compute its logits.
+    """Reject a model of a family that guardlens's tests do not cover if it fails one of the essential checks.
 
     Warns:
-        UserWarning: Attention and MLP are not what its blocks add to the residual stream.
+        UserWarning: The model's blocks add more than attention and MLP to the residual stream.
 
     Raises:
-        ModelError: What was measured, or what is missing.
+        ModelError: An essential check failed; the error says what was measured, or what is missing.
     """
-    if model.cfg.proven or any(parameter.is_meta for parameter in model.hf.parameters()):
+    if _needs_no_check(model):
         return
     require_ready(model.hf)
-    family = f"{type(model.hf).__name__}, a family that is new to guardlens,"
-    for what in ESSENTIAL:
-        finding = _try(what, CHECKS[what], model)
-        if finding.works is False:
+    for name in ESSENTIAL:
+        result = _run(name, model)
+        if result.works is False:
             raise ModelError(
-                f"{family} failing at {what!r}: {finding.detail}",
+                f"{_new_family(model)} failing at {name!r}: {result.detail}",
                 "parts that compute the model's own logits, alone and in a batch",
-                "see what `guardlens check` says of it; if a part was mistaken, gl.load(..., names={part: path}) names the right one",
+                "run `guardlens check` on it; if a part was mistaken, gl.load(..., names={part: path}) names the right one",
             )
     warn_of_other_residual_terms(model)
 
 
 def warn_of_other_residual_terms(model: HookedModel) -> None:
-    """Say so where a model of a family that guardlens's tests do not know adds something else than attention and MLP.
+    """Warn if a model of a family that guardlens's tests do not cover adds more than attention and MLP to the residual stream.
 
     Warns:
-        UserWarning: As said; what is measured there is no measure of its attention and MLPs.
+        UserWarning: Its `attn_out` and `mlp_out` are not all that its blocks add, so they do not measure its attention and MLPs.
     """
-    if model.cfg.proven or any(parameter.is_meta for parameter in model.hf.parameters()):
+    if _needs_no_check(model):
         return
-    finding = _try("residual stream adds up", _residual, model)
-    if finding.works is False:
-        family = f"{type(model.hf).__name__}, a family that is new to guardlens,"
-        warn(f"{family} has attn_out or mlp_out that are not what its blocks add ({finding.detail})")
+    result = _run("residual stream adds up", model)
+    if result.works is False:
+        warn(f"{_new_family(model)} has attn_out or mlp_out that are not what its blocks add ({result.detail})")
 
 
-def _try(name: str, trial: Callable[[HookedModel], tuple[bool | None, str]], model: HookedModel) -> CheckResult:
+def _needs_no_check(model: HookedModel) -> bool:
+    """Whether the tests cover the family, or the model has no weights to compute with."""
+    return model.cfg.proven or any(parameter.is_meta for parameter in model.hf.parameters())
+
+
+def _new_family(model: HookedModel) -> str:
+    return f"{type(model.hf).__name__}, a family that is new to guardlens,"
+
+
+def _run(name: str, model: HookedModel) -> CheckResult:
     try:
-        return CheckResult(name, *trial(model))
+        return CheckResult(name, *CHECKS[name](model))
     except GuardlensError as error:
         return CheckResult(name, False, str(error).replace("\n", " "))
-    except Exception as error:  # a foreign model may fail in any way, and the table must say so
+    except Exception as error:  # an unknown model may fail in any way, and the table must show it
         return CheckResult(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _prompts(model: HookedModel, texts: Sequence[str] = TEXTS) -> Batch:
-    """The texts alone, or beside a blank image if the model takes none without one."""
+    """The texts alone, or with a blank image if the model requires one."""
     try:
         return model.batch(texts)
     except ModelError:
@@ -109,7 +116,7 @@ def _parts(model: HookedModel) -> tuple[bool, str]:
 
 
 def _calls(model: HookedModel, batch: Batch) -> Counter[str]:
-    """How often each part of the language model runs in a forward."""
+    """How often each part of the language model runs in one forward pass."""
     running = [point for point in model.cfg.computed(False) if point.layer not in model.cfg.image_layers]
     paths = {model.cfg.parts[point].path for point in running} - {""}
     calls = Counter(dict.fromkeys(sorted(paths), 0))
@@ -131,11 +138,11 @@ def _logits(model: HookedModel) -> tuple[bool, str]:
     batch = _prompts(model)
     try:
         calls = _calls(model, batch)
-    except Exception as error:  # whatever a foreign model raises, it is not for what was found of it
+    except Exception as error:  # this is the model's own forward, so whatever it raises is no fault of the parts that were found
         return False, f"the model's own forward fails, without guardlens: {type(error).__name__}: {error}".splitlines()[0]
     for path, times in calls.items():
         if times != 1:
-            return False, f"{path} runs {times} times in a forward, so that a state there has no one value"
+            return False, f"{path} runs {times} times in a forward pass, so a state there has no single value"
     logits, cache = model.run_with_cache(batch, names_filter=f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")
     mine, expected = model.to_logits(cache["resid_post", -1])[batch.mask], logits[batch.mask]
     works, detail = _near(mine, expected, "the last residual stream through norm and unembed")
@@ -143,7 +150,7 @@ def _logits(model: HookedModel) -> tuple[bool, str]:
 
 
 def _cause(mine: torch.Tensor, expected: torch.Tensor) -> str:
-    """Why logits differ, where it can be read off: tokens that the model rules out, a scale, or a cap."""
+    """A likely reason for different logits: tokens that the model rules out, a scale, or a soft cap; empty if none of these fits."""
     masked = (expected <= torch.finfo(expected.dtype).min / 2).all(0)
     mine, expected = mine[:, ~masked], expected[:, ~masked]
     times = float((mine * expected).sum() / mine.square().sum())
@@ -189,14 +196,16 @@ def _padding(model: HookedModel) -> tuple[bool, str]:
 
 
 def _states(model: HookedModel, batches: Sequence[Sequence[str]]) -> torch.Tensor:
-    """The last token's states of prompts in these batches, without and (of a VLM) with an image."""
-    site, shown = Site(), [_prompts, _beside_image] if model.sees_images else [_prompts]
-    reads = [model.run(prompts(model, texts), read=[site], logits=None).reads[site] for prompts in shown for texts in batches]
+    """The last token's states of the prompts in these batches, without an image and, for a VLM, with an image."""
+    site = Site()
+    makers = [_prompts, _beside_image] if model.sees_images else [_prompts]
+    reads = [model.run(prompts(model, texts), read=[site], logits=None).reads[site] for prompts in makers for texts in batches]
     return torch.cat(reads, dim=1)
 
 
 def _edit(model: HookedModel) -> tuple[bool, str]:
-    batch, running = _prompts(model), sorted(set(range(model.cfg.n_layers)) - model.cfg.image_layers)
+    batch = _prompts(model)
+    running = sorted(set(range(model.cfg.n_layers)) - model.cfg.image_layers)
     layer = running[len(running) // 2]
     push = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0)).to(batch.mask.device)
 
@@ -231,7 +240,8 @@ def _generate(model: HookedModel) -> tuple[bool, str]:
 def _image(model: HookedModel) -> tuple[bool | None, str]:
     if not model.sees_images:
         return None, "a text-only model"
-    size, hook = model.cfg.image_size or 336, "blocks.0.hook_resid_pre"
+    size = model.cfg.image_size or 336
+    hook = "blocks.0.hook_resid_pre"
     batches = [model.batch(TEXTS, presentations.noise(seed, size)) for seed in (0, 1)]
     tokens = batches[0].image.sum(1).tolist()
     if model.cfg.image_layers:
@@ -239,8 +249,9 @@ def _image(model: HookedModel) -> tuple[bool | None, str]:
         return bool((one != other).any()), f"{tokens[0]} image token, seen through cross-attention in {sorted(model.cfg.image_layers)}"
     caches = [model.run_with_cache(batch, names_filter=[hook, *_projector(model)])[1] for batch in batches]
     one, other = (cache[hook] for cache in caches)
-    changed, image = (one != other).any(-1) & batches[0].mask, batches[0].image
-    seen = int((changed & image)[0].sum())  # some families end rows of patches with a learnt token, the same for any image
+    changed = (one != other).any(-1) & batches[0].mask
+    image = batches[0].image
+    seen = int((changed & image)[0].sum())  # some families end rows of patches with a learned token, which no image changes
     works = bool((image | ~changed).all()) and 2 * seen > tokens[0]
     detail = f"{tokens[0]} image tokens: another image changes the embeddings of {seen} of them, and of no other token"
     return works, detail + _entering(one[changed & image], *(caches[0][name] for name in _projector(model)))
@@ -251,33 +262,38 @@ def _projector(model: HookedModel) -> list[str]:
 
 
 def _entering(embeddings: torch.Tensor, projected: torch.Tensor | None = None) -> str:
-    """Whether the hook of the projector has what enters the first block, up to order and scale; it is another module's if not."""
-    if projected is None or projected.shape[-1] != embeddings.shape[-1]:
-        return "; no projector was found whose output they are" if projected is None else "; projector.hook_out has another width"
+    """Whether the projector's output matches the image embeddings entering block 0, up to order and scale.
+
+    Returns:
+        An empty string if it does; otherwise a remark, since then the wrong module was found, or something is added to its output.
+    """
+    if projected is None:
+        return "; no projector was found whose output they are"
+    if projected.shape[-1] != embeddings.shape[-1]:
+        return "; projector.hook_out has another width"
     rows = torch.nn.functional.normalize(projected.flatten(0, -2).float(), dim=-1).to(embeddings.device)
     nearest = (torch.nn.functional.normalize(embeddings.float(), dim=-1) @ rows.T).amax(1)
-    return (
-        "" if bool((nearest > 0.99).all()) else "; projector.hook_out is not what they are made of: another module, or something is added"
-    )
+    if bool((nearest > 0.99).all()):
+        return ""
+    return "; projector.hook_out is not what they are made of: another module, or something is added"
 
 
 def _twin(model: HookedModel) -> tuple[bool | None, str]:
     if not model.sees_images:
         return None, "a text-only model is its own twin"
     layer = max(set(range(model.cfg.n_layers)) - model.cfg.image_layers)
-    site, beside = Site(layers=(layer,)), _beside_image(model)
+    site = Site(layers=(layer,))
+    beside = _beside_image(model)
     text = model.run(model.batch(TEXTS, text_only), read=[site]).reads[site]
-    apart = model.run(beside, read=[site]).reads[site] - text
-    if not apart[0, 0, 0].any():
+    change = model.run(beside, read=[site]).reads[site] - text
+    if not change[0, 0, 0].any():
         return None, f"an image changes nothing at the last token of layer {layer}"
-    intervention = iv.patch(from_vectors(apart[0, 0, 0].float()), iv.text_twin).at(layers=[layer])
+    intervention = iv.patch(from_vectors(change[0, 0, 0].float()), iv.text_twin).at(layers=[layer])
     left = model.run(beside, intervention, read=[site]).reads[site] - text
-    along = torch.nn.functional.normalize(apart[0, 0, 0].float(), dim=0)
-    rest = float((left.float() @ along).abs().max() / (apart.float() @ along).abs().max())
-    detail = (
-        f"of what an image changes at layer {layer}, a patch with the text twin's state leaves {rest:.0e} in the direction of the change"
-    )
-    return rest <= (1e-4 if left.dtype == torch.float32 else 5e-2), detail
+    direction = torch.nn.functional.normalize(change[0, 0, 0].float(), dim=0)
+    share = float((left.float() @ direction).abs().max() / (change.float() @ direction).abs().max())
+    detail = f"a patch with the text twin's state leaves {share:.0e} of the change that an image makes at layer {layer}, in its direction"
+    return share <= _tolerance(left.dtype), detail
 
 
 def _positions(model: HookedModel) -> tuple[bool | None, str]:
@@ -289,8 +305,11 @@ def _positions(model: HookedModel) -> tuple[bool | None, str]:
 
 def _near(mine: torch.Tensor, expected: torch.Tensor, what: str) -> tuple[bool, str]:
     difference = float((mine - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
-    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
-    return difference <= tolerance, f"{what}: differ by {difference:.0e} of the largest"
+    return difference <= _tolerance(expected.dtype), f"{what}: differ by {difference:.0e} of the largest"
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-4 if dtype == torch.float32 else 5e-2
 
 
 CHECKS: dict[str, Callable[[HookedModel], tuple[bool | None, str]]] = {
@@ -307,4 +326,4 @@ CHECKS: dict[str, Callable[[HookedModel], tuple[bool | None, str]]] = {
 }
 
 ESSENTIAL = ("logits reproduced", "batches and padding", "edits", "images")
-"""What a model of an unknown family must pass to be handed out."""
+"""The checks that a model of an unknown family must pass for `load` to return it."""

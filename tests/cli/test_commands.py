@@ -183,7 +183,7 @@ def test_names_are_no_markup(guardlens, saved, monkeypatch, tmp_path, name):
     monkeypatch.setattr("guardlens.cli.demo_report.lead", lambda _: [name])
     code, out, _ = guardlens("demo", "--out", tmp_path / name)
     assert code == 0 and out.count(name) >= 4 and f"{name}/report.html" in "".join(out.split())
-    monkeypatch.setattr(checks, "check", lambda _: [SimpleNamespace(works=True, what=name, detail=f"a detail {name}")])
+    monkeypatch.setattr(checks, "check", lambda _: [SimpleNamespace(works=True, name=name, detail=f"a detail {name}")])
     folder = tmp_path / f"model{name.replace('/', '')}"
     folder.symlink_to(saved[1])
     code, out, _ = guardlens("check", folder)

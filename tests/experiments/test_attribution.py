@@ -14,6 +14,7 @@ from guardlens import errors, presentations
 from guardlens.data.presentations import text_only
 from guardlens.directions import Directions
 from guardlens.experiments.attribution import CONTRAST, KEYS, Attribution
+from guardlens.models.checks import CHECKS
 from guardlens.results.intervals import bootstrap
 from guardlens.results.provenance import Provenance
 from tests import reference
@@ -497,7 +498,7 @@ def test_blocks_that_add_something_else_are_said(hf_vlm, processor, basis, monke
     """As `gl.load` does of a family that the tests don't know; without it, the mistake hides in `rest`."""
     model = gl.load(hf_vlm, processor=processor)
     object.__setattr__(model.cfg, "proven", False)
-    monkeypatch.setattr("guardlens.models.checks._residual", lambda model: (False, "up to 0.3"))
+    monkeypatch.setitem(CHECKS, "residual stream adds up", lambda model: (False, "up to 0.3"))
     said = r"a family that is new to guardlens, has attn_out or mlp_out that are not what its blocks add \(up to 0\.3\)"
     with pytest.warns(UserWarning, match=said):
         gl.attribute(model, basis, QUERIES, [], layer=2)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:what guardlens measures includes
 
 
 def by_name(model):
-    return {finding.what: finding for finding in check(model)}
+    return {finding.name: finding for finding in check(model)}
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def replace_forward(module, change):
 
 def test_everything_works_on_a_vlm(vlm):
     findings = check(vlm)
-    assert [finding.what for finding in findings] == list(CHECKS)
-    assert [(finding.what, finding.detail) for finding in findings if finding.works is not True] == []
-    details = {finding.what: finding.detail for finding in findings}
+    assert [finding.name for finding in findings] == list(CHECKS)
+    assert [(finding.name, finding.detail) for finding in findings if finding.works is not True] == []
+    details = {finding.name: finding.detail for finding in findings}
     assert details["parts found"].startswith("model.language_model: 8 layers, d_model 128")
     tokens = int(vlm.batch(["how to mend the hat ?"], gl.presentations.blank("grey", 32)).image.sum())
     assert details["images"].startswith(f"{tokens} image tokens: another image changes the embeddings of {tokens} of them, and of no other")

@@ -184,4 +184,4 @@ def test_generation(model, batch):
 
 
 def test_check(model):
-    assert [(finding.what, finding.detail) for finding in check(model) if finding.works is False] == []
+    assert [(finding.name, finding.detail) for finding in check(model) if finding.works is False] == []
