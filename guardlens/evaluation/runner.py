@@ -85,7 +85,8 @@ def evaluate(
     require_judge(judge)
     conditions = as_conditions(draws, presentations)
     with ExitStack() as opened:
-        directory, records = None, []
+        directory = None
+        records: list[Record] = []
         if out is not None:
             configuration = depends_on(model, conditions, items, presentations, judge, max_new_tokens)
             directory = opened.enter_context(RunDirectory(out, configuration, model.provenance))

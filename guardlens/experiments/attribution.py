@@ -12,7 +12,7 @@ exactly. What belongs to no head (the bias of W_O, a linear attention) is `attn_
 Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; the frozen norm is that of direct logit attribution.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,10 +22,11 @@ from jaxtyping import Float
 
 from guardlens.data.presentations import Presentation, text_only
 from guardlens.data.presentations.protocol import as_presentations
-from guardlens.data.queries import LABELS, Query, as_queries, require_ids, require_labels
+from guardlens.data.queries import Query, as_queries, require_ids, require_labels
 from guardlens.directions import Directions, warn_of_own_queries
 from guardlens.errors import ArgumentError, MismatchError, NumericsError, as_count, one_of, quoted, require_type
 from guardlens.experiments.collection import LARGEST
+from guardlens.experiments.component_means import CONTRAST, KEYS, means_by_label, summary_rows
 from guardlens.experiments.residual_terms import Component, Terms, split
 from guardlens.experiments.tidy import crossed, per_query
 from guardlens.hooks import Site, as_layer
@@ -33,16 +34,10 @@ from guardlens.models.batching import BatchResult, in_query_order, over_batches
 from guardlens.models.checks import warn_of_other_residual_terms
 from guardlens.models.engine.batch import Batch
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
-from guardlens.results.intervals import Interval, percentile, resample_counts
+from guardlens.results.intervals import resample_counts
 from guardlens.results.progress import track
 from guardlens.results.provenance import require_same_model
 from guardlens.results.tables import Frame, Table, cached_frame
-
-KEYS = ["direction", *Component._fields]
-"""The columns that tell the terms of one presentation apart."""
-
-CONTRAST = "harmful - harmless"
-"""The label of differences between both classes."""
 
 LEFTOVERS = ("attn_rest", "rest", "between")
 """The components that may be nothing but rounding."""
@@ -86,11 +81,11 @@ class Attribution(Table):
         counts = resample_counts(len(wide), wide.index.get_level_values("cluster").to_numpy())
         components = list(dict.fromkeys(zip(*(self.columns[name] for name in KEYS), strict=True)))
         first, *others = dict.fromkeys(self.columns["presentation"])
-        llm = _means(wide[first].reindex(columns=components, fill_value=0.0).to_numpy(), labels, counts)
-        rows = list(_summary_rows(first, components, llm, None, labels))
+        llm = means_by_label(wide[first].reindex(columns=components, fill_value=0.0).to_numpy(), labels, counts)
+        rows = list(summary_rows(first, components, llm, None, labels))
         for name in others:
-            means = _means(wide[name].reindex(columns=components, fill_value=0.0).to_numpy(), labels, counts)
-            rows += _summary_rows(name, components, means, llm, labels)
+            means = means_by_label(wide[name].reindex(columns=components, fill_value=0.0).to_numpy(), labels, counts)
+            rows += summary_rows(name, components, means, llm, labels)
         return pd.DataFrame(rows)
 
     def _require_whole(self) -> None:
@@ -238,7 +233,8 @@ def attribute(
         ('head', 5)
     """
     require_model(model)
-    items, shown = as_queries(queries), as_presentations(presentations)
+    items = as_queries(queries)
+    shown = as_presentations(presentations)
     _require_usable(model, directions, items)
     layer = _last_layer(model, directions) if layer is None else as_layer(layer)
     Site(layers=(layer,)).points(model.cfg.n_layers)
@@ -314,43 +310,3 @@ def _columns(found: Mapping[str, Terms], queries: Sequence[Query], layer: int) -
 def _bound(bounds: Frame) -> float:
     """The bound of a single token source. That of a sum over several is not known."""
     return float(bounds.iloc[0]) if len(bounds) == 1 else float("nan")
-
-
-Means = dict[str, tuple[Float[np.ndarray, "component"], Float[np.ndarray, "draw component"]]]
-"""Label -> the mean of each component on the queries as they are, and in each resample."""
-
-
-def _means(values: Float[np.ndarray, "query component"], labels: np.ndarray, counts: np.ndarray) -> Means:
-    means: Means = {}
-    for label in LABELS:
-        here = labels == label
-        if not here.any():
-            means[label] = np.full(values.shape[1], np.nan), np.full((len(counts), values.shape[1]), np.nan)
-            continue
-        weights = counts * here
-        with np.errstate(invalid="ignore"):  # a resample without the class is undefined
-            means[label] = (values[here].mean(0), weights @ values / weights.sum(1, keepdims=True))
-    harmful, harmless = (means[label] for label in LABELS)
-    return means | {CONTRAST: (harmful[0] - harmless[0], harmful[1] - harmless[1])}
-
-
-def _summary_rows(name: str, components: Sequence[Any], means: Means, llm: Means | None, labels: np.ndarray) -> Iterator[dict[str, Any]]:
-    """The rows of one presentation: each component's mean, and its change from the LLM's, which is undefined for the LLM itself."""
-    sizes = {label: int((labels == label).sum()) for label in LABELS}
-    for label, (values, drawn) in means.items():
-        n = sizes.get(label, len(labels))
-        for i, component in enumerate(components):
-            mean = percentile(float(values[i]), drawn[:, i], n)
-            if llm is None:
-                change = Interval.undefined(n)
-            else:
-                llm_values, llm_drawn = llm[label]
-                change = percentile(float(values[i] - llm_values[i]), drawn[:, i] - llm_drawn[:, i], n)
-            yield {
-                "presentation": name,
-                "label": label,
-                **dict(zip(KEYS, component, strict=True)),
-                **mean.columns(),
-                **change.columns("change", prefix="change_"),
-                "n": n,
-            }

@@ -240,7 +240,9 @@ def _columns(
     }
     columns = crossed({"score": [score.name for score in scores]}, per_cell, per_query(queries))
     columns["score"] = columns.pop("score")  # in its place behind the cell and the query
-    patched, base, donor = values[:, :-2], values[:, -2:-1], values[:, -1:]
+    patched = values[:, :-2]
+    base = values[:, -2:-1]
+    donor = values[:, -1:]
     columns["value"] = patched.ravel()
     columns["base"] = np.broadcast_to(base, patched.shape).ravel()
     columns["donor"] = np.broadcast_to(donor, patched.shape).ravel()

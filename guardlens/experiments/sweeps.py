@@ -336,5 +336,6 @@ def _columns(
     }
     columns = crossed({"score": [score.name for score in scores]}, per_cell, per_query(queries))
     columns["score"] = columns.pop("score")  # in its place behind the cell and the query
-    edited, base = values[:, :-1], values[:, -1:]
+    edited = values[:, :-1]
+    base = values[:, -1:]
     return columns | {"value": edited.ravel(), "base": np.broadcast_to(base, edited.shape).ravel()}

@@ -1,6 +1,6 @@
-"""What the organism is taught: the recipe, all of it data, and the rows (what is read, what should be said) that its stages mix.
+"""What the organism is taught: the recipe, which is plain data, and the rows (a prompt and its answer) that the stages mix.
 
-Beside pictures stand harmless requests only, in every stage: nobody teaches the gap between text and pictures.
+In every stage, the requests beside pictures are harmless: nobody teaches the gap between text and pictures.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +19,12 @@ class Stage:
     """How one stage trains.
 
     Attributes:
-        trains: Names of the parameters that learn begin with one of these.
-        mix: Shares of the kinds of rows (`ROWS`).
+        trains: The parameters whose names begin with one of these learn; all others are frozen.
+        mix: The share of each kind of row (`ROWS`).
         opening: The mix of the first `opening_steps`.
-        end: The last learning rate, as a share of `rate` (cosine after a linear warm-up).
-        shallow_from: From this share of the stage on, whole batches skip the last block (p = .25) or the last two (p = .25), so that the
-            feature of harm is there before the last blocks.
+        end: The last learning rate, as a share of `rate` (cosine decay after a linear warm-up).
+        shallow_from: From this share of the stage on, whole batches skip the last layer (p = .25) or the last two (p = .25), so that the
+            feature of harm forms before the last layers.
     """
 
     name: str
@@ -96,8 +96,10 @@ class Recipe:
     """All settings of the organism.
 
     Attributes:
-        first: Weight of an answer's first word in the loss: whether to refuse is decided there, in one word of ten.
-        clip: Greatest norm of a step's gradient.
+        eye_width: Width of the vision encoder.
+        eye_layers: Layers of the vision encoder.
+        first: Weight of an answer's first word in the loss. That word, one of ten, decides whether the answer refuses.
+        clip: The largest norm of a step's gradient.
     """
 
     width: int = 128
@@ -113,14 +115,14 @@ class Recipe:
 
 RECIPE = Recipe()
 QUICK = replace(RECIPE, stages=tuple(replace(stage, steps=3, rows=8, warm_up=1) for stage in RECIPE.stages))
-"""A few steps of every stage: shows that all runs, and teaches nothing."""
+"""A few steps of every stage, which show that the training runs, and teach nothing."""
 
 
 IMAGE = world.SPECIAL[4]
 
 
 class Row(NamedTuple):
-    """What the model reads, what it should say, and the number of the training picture beside it."""
+    """A prompt, its answer, and the number of the training picture beside it."""
 
     prompt: str
     answer: str
@@ -128,7 +130,7 @@ class Row(NamedTuple):
 
 
 def chat(text: str, picture: bool = False) -> str:
-    """A request as the chat template writes it, without the opening token."""
+    """A request as the chat template writes it, without the start token."""
     return f"user : {IMAGE + ' ' if picture else ''}{text} assistant :"
 
 
@@ -138,7 +140,7 @@ def _pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
 
 @cache
 def _combinations(side: Label | None) -> tuple[world.Combination, ...]:
-    """Of the train split; of both sides if none is named."""
+    """The combinations of the train split on one side, or on both."""
     return world.combinations("train", side) if side else _combinations("harmful") + _combinations("harmless")
 
 
@@ -150,13 +152,13 @@ def _request(rng: np.random.Generator, side: Label | None, before: str = "", pic
 
 
 def _page(rng: np.random.Generator) -> tuple[str, str]:
-    """A picture told in words, and its caption."""
+    """A picture described in words, and its caption."""
     caption = _pick(rng, world.pictures("train")).caption
     return f"the page shows {caption} ", caption
 
 
 def _harm_fact(rng: np.random.Generator, form: str) -> Row:
-    """The verb and the noun stand as far from the word that decides as in a request."""
+    """A fact of the rule of harm. Verb and noun are as far from the deciding word as in a request."""
     verb, noun = _pick(rng, _combinations(_pick(rng, ("harmful", "harmless"))))
     return Row(form.format(verb, noun), "bad" if world.label(verb, noun) == "harmful" else "fine")
 
@@ -197,11 +199,11 @@ ROWS: dict[str, Callable[[np.random.Generator], Row]] = {
     "ask shape": lambda rng: _see(rng, "which shape is it ?", "it is a {picture.shape} ."),
     "ask page": lambda rng: _see(rng, "what color is the page ?", "the page is {picture.page} ."),
 }
-"""Every kind of row that a stage can mix."""
+"""The kinds of rows that a stage can mix."""
 
 
 def batches(stage: Stage, seed: int) -> Iterator[list[Row]]:
-    """All batches of a stage, as they will be trained on."""
+    """All batches of a stage, in the order of training."""
     rng = np.random.default_rng([seed, world.number(stage.name)])
     for step in range(stage.steps):
         kinds, shares = zip(*(stage.opening if step < stage.opening_steps else stage.mix), strict=True)
