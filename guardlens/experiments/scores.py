@@ -225,10 +225,12 @@ class AnswerKL:
 
     def answer(self, model: Any, prefill: Any) -> Answer:
         """The unedited model's greedy answers with their end tokens. Padding behind answers that ended by a stop string does not count."""
+        from guardlens.models.run_arguments import pad_token_id  # here, since it imports transformers
+
         tokens = model.run(prefill, new_tokens=self.tokens).tokens[0]
         ends = model.hf.generation_config.eos_token_id
         ended = torch.isin(tokens, torch.tensor([] if ends is None else ends, dtype=tokens.dtype, device=tokens.device).flatten())
-        filled = (tokens == model._pad_token_id).flip(1).cumprod(1).flip(1).bool() & ~ended
+        filled = (tokens == pad_token_id(model.tokenizer)).flip(1).cumprod(1).flip(1).bool() & ~ended
         filled[:, 0] = False
         return Answer(tokens, (ended.cumsum(1) - ended.long() == 0) & ~filled)
 
