@@ -47,7 +47,7 @@ from guardlens.models.run_arguments import (
 Queries = str | Query | QueryPairs | Sequence[str | Query]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HookedModel(LoadedModel):
     """A model with hooks. Make one with `guardlens.load`.
 

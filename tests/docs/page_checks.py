@@ -136,7 +136,7 @@ def several_gpus(page: SimpleNamespace) -> None:
 
 @check("how-to/family.md")
 def family(page: SimpleNamespace) -> None:
-    assert page.broken == [] and len(page.findings) > 8
+    assert page.broken == [] and len(page.results) > 8
     assert page.model.cfg.norm == "core.roof" and page.COSMOS.name == "Cosmos 3 Edge"
 
 
