@@ -1,7 +1,7 @@
 """`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -18,31 +18,19 @@ from guardlens.errors import ArgumentError, InterventionError, MismatchError, Mo
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.intervention import require_intervention
+from guardlens.models import run_arguments as arguments
 from guardlens.models.activation_cache import ActivationCache
-from guardlens.models.engine import limits, scheduler
+from guardlens.models.engine import scheduler
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held, Tap
 from guardlens.models.engine.hook_functions import HookFunction, NamesFilter, cache_taps, hook_taps
 from guardlens.models.engine.kv_cache import Prefill, Prefix
-from guardlens.models.engine.model_lock import taken
 from guardlens.models.engine.other_runs import Wanted, held_states, read_states, wanted_states
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run, checked
 from guardlens.models.loaded_model import LoadedModel
 from guardlens.models.prompting import make_batch
-from guardlens.models.readiness import require_ready
-from guardlens.models.run_arguments import (
-    as_lanes,
-    as_new_tokens,
-    as_sites,
-    generation_options,
-    require_answered,
-    require_batch,
-    require_choices,
-    require_own_prefix,
-    require_same_presentation,
-    require_shown,
-)
+from guardlens.models.readiness import ready_turn
 
 Queries = str | Query | QueryPairs | Sequence[str | Query]
 
@@ -100,7 +88,7 @@ class HookedModel(LoadedModel):
         items = as_queries(queries)
         require_presentation(presentation)
         batch = make_batch(self._engine, self.processor, items, presentation, padding_side, self.name)
-        require_shown(batch, self.shows_images, self.name)
+        arguments.require_shown(batch, self.shows_images, self.name)
         return batch
 
     def run(
@@ -140,17 +128,17 @@ class HookedModel(LoadedModel):
         prefill = batch if isinstance(batch, Prefill) else None
         prompts = batch.batch if isinstance(batch, Prefill) else batch
         self._require_own(prompts)
-        lanes = as_lanes(interventions, self.ids, self.cfg)
-        sites = as_sites(read, self.cfg)
+        lanes = arguments.as_lanes(interventions, self.ids, self.cfg)
+        sites = arguments.as_sites(read, self.cfg)
         new_tokens = as_count(new_tokens, "new_tokens", ArgumentError, "say how many tokens to generate; leave it out for none", least=0)
         seed = None if seed is None else as_count(seed, "seed", ArgumentError, "say seed=0, or leave it out", least=0)
-        require_choices(logits, layout, new_tokens)
+        arguments.require_choices(logits, layout, new_tokens)
         if prefill is not None:
             self.require_own(prefill)
-        require_answered(prompts, prefill, logits, new_tokens, self.cfg.d_vocab)
+        arguments.require_answered(prompts, prefill, logits, new_tokens, self.cfg.d_vocab)
         if prefill is not None:
             scheduler.require_scorable(self._tests, prefill)
-        options = generation_options(self.hf, self.tokenizer, generation, prompts, new_tokens)
+        options = arguments.generation_options(self.hf, self.tokenizer, generation, prompts, new_tokens)
         on_device = [intervention.to(self._engine.device) for intervention in lanes]
         request = RunRequest(self.cfg, prompts, on_device, sites, logits, new_tokens, seed, options)
         with self._turn():
@@ -180,13 +168,8 @@ class HookedModel(LoadedModel):
         The first one of a model is tested: prompts that continue from it must have the states that they have on their own.
         """
         self._require_own(batch)
-        length = 0 if batch.padded_right or self._engine.stretches else batch.common_start
-        has_image_after = bool((batch.image & (batch.mask.cumsum(1) > length)).any())  # images can't run after a KV cache
-        if has_image_after or (len(batch.queries) - 1) * length < limits.PREFIX_WORTH_TOKENS:
-            return None
-        first = self.batch(batch.queries[:1], batch.presentation)
         with self._turn():
-            made = scheduler.share(self._tests, first, length, lambda: self.batch(batch.queries[:2], batch.presentation))
+            made = scheduler.share(self._tests, batch, lambda few: self.batch(batch.queries[:few], batch.presentation))
         return None if made is None else replace(made, model=self.id)
 
     def groups(self, prefill: Prefill, interventions: Iterable[Intervention]) -> Iterator[list[Intervention]]:
@@ -199,11 +182,7 @@ class HookedModel(LoadedModel):
         Raises:
             MismatchError: The ids, the attributes of modules or the hooks differ.
         """
-        if prefill.models == self.state:
-            return
-        is_changed = prefill.models[:2] == self.ids
-        before = ", before an attribute or a hook of its modules was changed" if is_changed else ""
-        raise MismatchError(f"prompts kept by {prefill.models[:2]}{before}", f"those of {self.ids}", "keep them anew with this model")
+        arguments.require_own_prefill(prefill, self.state, self.ids)
 
     def source(self, batch: Batch, presentation: Presentation) -> "tuple[HookedModel, Batch]":
         """The model and the prompts that a held state of `presentation` is read from. The text twin is the prompt without its images."""
@@ -291,7 +270,7 @@ class HookedModel(LoadedModel):
             NumericsError: NaN or infinity in an edit or in the logits of a decode step; step and query are named.
         """
         require_intervention(intervention)
-        new_tokens = as_new_tokens(max_new_tokens)
+        new_tokens = arguments.as_new_tokens(max_new_tokens)
         prompts = queries if isinstance(queries, Prefill) else self._as_batch(queries, presentation)
         if isinstance(prompts, Batch):
             prompts = prompts.after(self.share(prompts))
@@ -302,26 +281,10 @@ class HookedModel(LoadedModel):
 
     def decode(self, tokens: Int[Tensor, "query new"]) -> list[str]:
         """Turn token ids into text, without special tokens."""
-        try:
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        except (TypeError, ValueError, OverflowError, KeyError) as error:
-            raise ArgumentError(
-                f"token ids that are none ({error})", "whole numbers of the vocabulary", "hand in run.tokens[lane]"
-            ) from None
-        return [text.strip() for text in texts]
+        return arguments.as_text(self.tokenizer, tokens)
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Hold the model for this thread alone, and check that it is ready.
-
-        Raises:
-            ModelError: It is in training mode, or under a guard.
-            InterventionError: It is running already, as within an edit that calls it.
-        """
-        with taken(self.hf) as is_first:
-            if is_first:
-                require_ready(self.hf)
-            yield
+    def _turn(self) -> AbstractContextManager[None]:
+        return ready_turn(self.hf)
 
     def _logits(self, batch: Batch, taps: Sequence[Tap]) -> Float[Tensor, "query seq vocab"]:
         with self._turn():
@@ -330,7 +293,7 @@ class HookedModel(LoadedModel):
     def _as_batch(self, queries: Queries | Batch, presentation: Presentation | None) -> Batch:
         """Return a batch unchanged, or build one. Queries default to text only, with a warning if they carry images."""
         if isinstance(queries, Batch):
-            require_same_presentation(queries, presentation)
+            arguments.require_same_presentation(queries, presentation)
             self._require_own(queries)
             return queries
         items = as_queries(queries)  # once: it may be a generator
@@ -339,9 +302,9 @@ class HookedModel(LoadedModel):
         return self.batch(items, text_only if presentation is None else presentation)
 
     def _require_own(self, batch: Batch) -> None:
-        require_batch(batch, self.tokenizer, self.name)
-        require_shown(batch, self.shows_images, self.name)
-        require_own_prefix(batch.prefix, self.id)
+        arguments.require_batch(batch, self.tokenizer, self.name)
+        arguments.require_shown(batch, self.shows_images, self.name)
+        arguments.require_own_prefix(batch.prefix, self.id)
 
     def _held(self, request: RunRequest, prefill: Prefill | None) -> Held:
         """The states of other presentations' runs that a request requires. A prefill remembers them, then of all layers at once."""

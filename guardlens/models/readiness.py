@@ -1,6 +1,7 @@
 """Is the model itself measured? Guards, training mode and hooks of other code would change the results."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,12 +11,27 @@ from torch import nn
 from guardlens.errors import ModelError, warn
 from guardlens.models.architectures import require_parts_alone, unwrapped
 from guardlens.models.attachment import Attachment, require_uncompiled
+from guardlens.models.engine.model_lock import taken
 
 KNOWN_TO_HOOK = ("accelerate", "bitsandbytes", "guardlens", "nnsight", "peft", "torch", "transformers")
 """Packages whose hooks belong to the model as it was loaded."""
 
 _REPORTED: WeakKeyDictionary[nn.Module, frozenset[tuple[str, int]]] = WeakKeyDictionary()
 """Model -> the hooks of other code that it had at the last check, by module path and identity."""
+
+
+@contextmanager
+def ready_turn(hf: Any) -> Iterator[None]:
+    """Hold the model for this thread alone, once it is ready.
+
+    Raises:
+        ModelError: The model can't be measured as it is; see `require_ready`.
+        InterventionError: It is running already, as within an edit that calls it.
+    """
+    with taken(hf) as is_first:
+        if is_first:
+            require_ready(hf)
+        yield
 
 
 def require_ready(hf: Any) -> None:

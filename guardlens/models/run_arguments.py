@@ -132,6 +132,19 @@ def require_shown(batch: Batch, shows_images: bool, name: str) -> None:
         raise PresentationError(f"an image for the language model of {name!r}", "text alone", "hand in the VLM itself to show it images")
 
 
+def require_own_prefill(prefill: Prefill, state: tuple[str, ...], ids: tuple[str, str]) -> None:
+    """Refuse prompts that were computed by another model, beside another LLM, or before this model was changed.
+
+    Raises:
+        MismatchError: The ids, the attributes of modules or the hooks differ.
+    """
+    if prefill.models == state:
+        return
+    is_changed = prefill.models[:2] == ids
+    before = ", before an attribute or a hook of its modules was changed" if is_changed else ""
+    raise MismatchError(f"prompts kept by {prefill.models[:2]}{before}", f"those of {ids}", "keep them anew with this model")
+
+
 def require_own_prefix(prefix: Any, model: str) -> None:
     """Refuse a prefix that this model did not compute.
 
@@ -183,6 +196,19 @@ def generation_options(hf: Any, tokenizer: Any, options: Any, batch: Batch, new_
     for_stop_strings = {"tokenizer": tokenizer} if "stop_strings" in settings else {}
     caching = {name: settings[name] for name in ("use_cache", "cache_implementation") if name in settings}
     return {"pad_token_id": pad_token_id(tokenizer), **for_stop_strings, **caching, **named}
+
+
+def as_text(tokenizer: Any, tokens: Any) -> list[str]:
+    """Token ids as text, without special tokens.
+
+    Raises:
+        ArgumentError: They are no ids of this tokenizer.
+    """
+    try:
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    except (TypeError, ValueError, OverflowError, KeyError) as error:
+        raise ArgumentError(f"token ids that are none ({error})", "whole numbers of the vocabulary", "hand in run.tokens[lane]") from None
+    return [text.strip() for text in texts]
 
 
 def pad_token_id(tokenizer: Any) -> int:

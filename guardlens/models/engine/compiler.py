@@ -1,8 +1,8 @@
-"""Interventions, reads and a layout compiled to taps: functions of a hook's value that any driver can run. Pure: no model, no nnsight.
+"""Compile interventions and reads to taps, which any driver can run. Pure functions of tensors: no model, no nnsight.
 
-At a point, for each lane, steps come in intervention order. An own-run state of the very place of a step is held just before that step, for
-it
-alone: it sees the steps before it. Then come states that later places ask for, then reads, which therefore see every edit.
+The order of taps at one point is this. The steps of each lane come in the order of its intervention. If a step requires the state of this run
+at its own place, that state is held just before it, so it includes the steps before. Then come the states that later places require, and
+last the reads, which therefore see every edit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,16 +28,16 @@ Decisions = dict[tuple[int, int, int | None], Bool[Tensor, "query"]]
 OwnKey = tuple[int, int | None, State, int | None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Record:
-    """What a run writes down while it goes.
+    """The results that the taps of a run record.
 
     Attributes:
-        held: States of other presentations' runs, by state and layer; shared by all lanes.
-        own: States of this run, by lane, step, state and layer; without a step after all edits of their place, for whatever comes later.
+        held: States of other presentations' runs, by state and layer. All lanes share them.
+        own: States of this run, by lane, step, state and layer. Those without a step are held after all edits at their place.
         decisions: Which queries a gate opened for, by lane, step and layer.
         reads: One vector per lane and query, by site and point.
-        broken: For which states an edit gave NaN or infinity the last time that it ran, and of which queries they are, by edit and point.
+        broken: By edit and point, which states the edit made NaN or infinite when it last ran, and the queries of the states.
     """
 
     held: Held = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Record:
     broken: dict[tuple[int, int, Point], tuple[Step, Bool[Tensor, "state"], Int[Tensor, "state"]]] = field(default_factory=dict)
 
     def lookup(self, lane: int, number: int, asked_at: Point, n_layers: int, state: State) -> Float[Tensor, "query d_model"]:
-        """The held state that the step `number` of a lane means at `asked_at`."""
+        """The held state that the step `number` of a lane refers to at the point `asked_at`."""
         if state.presentation is None:
             return self.own[own_key(lane, number, asked_at, n_layers, state)]
         return self.held[resolved(state, asked_at), source_of(state, asked_at, n_layers).layer]
@@ -59,7 +59,7 @@ class Record:
             NumericsError: The first such edit is named, with its layer and query.
         """
         flags = [bad.any() for _, bad, _ in self.broken.values()]
-        if not flags or not torch.stack([flag.to(flags[0].device) for flag in flags]).any():  # a GPU must be waited for at each question
+        if not flags or not torch.stack([flag.to(flags[0].device) for flag in flags]).any():  # each check waits for the GPU
             return
         for (_, _, point), (step, bad, owners) in self.broken.items():
             if bad.any():
@@ -71,14 +71,14 @@ class Record:
 
 
 def own_key(lane: int, number: int, asked_at: Point, n_layers: int, state: State) -> OwnKey:
-    """Where a state of this run is kept for a step: for that step alone where it is read at the step's very place."""
+    """The key of a state of this run. A state at the step's own place is held for that step alone."""
     source = source_of(state, asked_at, n_layers)
     return lane, number if source == asked_at else None, resolved(state, asked_at), source.layer
 
 
 @dataclass(frozen=True, eq=False)
 class Hold:
-    """Keep one vector per query of this run."""
+    """A tap that holds one vector per query of this run."""
 
     record: Record
     key: OwnKey
@@ -92,7 +92,7 @@ class Hold:
 
 @dataclass(frozen=True, eq=False)
 class Apply:
-    """Edit the chosen states of one lane."""
+    """A tap that edits the chosen states of one lane."""
 
     record: Record
     lane: int
@@ -116,7 +116,11 @@ class Apply:
         return value.index_put((places.rows, places.columns), self._edited(states, context))
 
     def _lookup(self, state: State) -> Float[Tensor, "query d_model"]:
-        """A held state that the step requires."""
+        """A held state that the step requires.
+
+        Raises:
+            InterventionError: The step does not require it.
+        """
         if resolved(state, self.point) not in [resolved(required, self.point) for required in self.step.requires]:
             raise InterventionError(
                 f"{self.step.edit!r} asking for {state}, which it does not require",
@@ -126,7 +130,7 @@ class Apply:
         return self.record.lookup(self.lane, self.number, self.point, self.n_layers, state)
 
     def _places(self, width: int, step: int) -> Placement | None:
-        """The prompt's places in the prefill, the newest token while decoding; without a KV cache, a step brings all of them again."""
+        """The prompt's places in the prefill, and the newest token while decoding. Without a KV cache, a decode step brings all of them."""
         if step == 0:
             return self.prompt
         whole = width > 1
@@ -136,7 +140,7 @@ class Apply:
         return Placement(*map(torch.cat, zip(*found, strict=True))) if found else None
 
     def _edited(self, states: Float[Tensor, "state d"], context: Context) -> Float[Tensor, "state d"]:
-        """In single precision at least, rounded once."""
+        """The edited states, computed in single precision at least and rounded once."""
         exact = states.to(torch.promote_types(states.dtype, torch.float32))
         with at_work("the edit", self.step.edit):
             edited = self.step.edit(exact, context)
@@ -161,7 +165,7 @@ class Apply:
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """Write down one vector per lane and query."""
+    """A tap that records one vector per lane and query."""
 
     record: Record
     site: Site
@@ -177,10 +181,10 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """A function at a point of the model: gets the hook's value and the step, returns a new value or None.
+    """A function at a point of the model. It gets the hook's value and the decode step, and returns a new value, or None to leave it.
 
     Attributes:
-        decode: Whether it must also run in the decode steps. (Without a KV cache, all must.)
+        decode: Whether it also runs in decode steps. Without a KV cache, all taps must.
     """
 
     point: Point
@@ -201,15 +205,15 @@ def mean_per_query(value: Float[Tensor, "row width d"], places: Placement, queri
 def compile_taps(
     interventions: Sequence[Intervention], reads: Sequence[Site], layout: Layout, batch: Batch, n_layers: int, held: Held
 ) -> tuple[list[Tap], Record]:
-    """The taps of a run, in order of execution, and the record that they will write.
+    """Return the taps of a run, in order of execution, and the record that they will fill.
 
     Args:
         interventions: One per lane.
         reads: Sites to read in every lane.
-        layout: Where the lanes lie.
+        layout: How the lanes lie on the rows.
         batch: The prompts.
-        n_layers: The model's.
-        held: What the interventions require of other presentations' runs.
+        n_layers: The number of layers of the model.
+        held: The states of other presentations' runs that the interventions require.
 
     Raises:
         SiteError: A layer out of range, or no token at some positions.
@@ -221,7 +225,7 @@ def compile_taps(
 
     @cache
     def places(positions: Positions | None, answer: bool = False) -> tuple[Placement, ...]:
-        """Of some tokens of the prompts, and of the answers behind them, in each lane."""
+        """Where each lane has these tokens of the prompts, with the answers after them if `answer`."""
         chosen = torch.zeros_like(batch.mask) if positions is None else batch.select(positions)
         return layout.find(chosen | batch.answer if answer else chosen)
 

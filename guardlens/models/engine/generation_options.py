@@ -1,4 +1,4 @@
-"""What transformers' `generate` is set to, by the checkpoint and by the call, and what of that can't be followed token by token."""
+"""The settings of transformers' `generate`, from the checkpoint and the call. Those that are not one token at a time are refused."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -28,30 +28,30 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "token_healing": (None, False),
     "use_mtp": (None, False),
 }
-"""Settings under which a forward is no longer one token of every answer -> the values under which it is."""
+"""Settings that can make a forward pass more, or less, than one token of every answer -> the values that do not."""
 
 OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate")
 """Settings that make `generate` return more than tokens."""
 
 LENGTHS = ("max_length", "max_new_tokens")
-"""Settings that `new_tokens` stands for."""
+"""Settings that `new_tokens` replaces."""
 
 COUNTS = ("max_time", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "num_return_sequences", "pad_token_id", "top_k")
-"""Settings that are never negative."""
+"""Settings that may not be negative."""
 
 REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, ImportError)
-"""What transformers raises where it refuses options."""
+"""The errors by which transformers refuses options."""
 
 
 def generation_settings(hf: Any, options: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """What is in force when `hf` generates under these options: all that they or the checkpoint's `generation_config` set.
+    """The settings in force when `hf` generates with these options, from them and from the checkpoint's `generation_config`.
 
     Args:
         hf: The Hugging Face model.
-        options: Of its `generate`. Without any, answers are greedy, whatever the checkpoint says.
+        options: Options of its `generate`. Without any, answers are greedy, whatever the checkpoint says.
 
     Returns:
-        Setting -> value as plain data that JSON can hold, in order of their names; of an object without such a form, the name of its type.
+        Setting -> value as plain JSON data, sorted by name; an object without such a form is given by the name of its type.
 
     Examples:
         >>> from guardlens.models.engine.generation_options import generation_settings
@@ -62,22 +62,22 @@ def generation_settings(hf: Any, options: Mapping[str, Any] = MappingProxyType({
 
 
 def merged(hf: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings that are made, as they are: the checkpoint's under those of the call."""
+    """All settings as they are; those of the call override the checkpoint's."""
     found = {**_made(getattr(hf, "generation_config", None)), "do_sample": False, **flat(options)}
     return {name: value for name, value in found.items() if value is not None and name not in OUTPUTS}
 
 
 def flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options, with those of a `generation_config` among them as if each had been given by its name."""
+    """Options, with the fields of a `generation_config` among them as options of their own."""
     named = {name: value for name, value in options.items() if name != "generation_config"}
     return _made(options.get("generation_config")) | named
 
 
 def require_stepwise(settings: Mapping[str, Any]) -> None:
-    """Refuse generation in which a forward is not one token of every answer: edits would meet other tokens than they mean.
+    """Refuse generation in which a forward pass is not one token of every answer, since edits would act on other tokens than they mean.
 
     Raises:
-        InterventionError: As said.
+        InterventionError: A setting asks for such generation.
     """
     for name, neutral in NEUTRAL.items():
         if settings.get(name) not in neutral:
@@ -92,7 +92,7 @@ def require_one_answer(settings: Mapping[str, Any]) -> None:
     """Refuse settings that give several answers per prompt, or rows that are not prompts.
 
     Raises:
-        InterventionError: As said.
+        InterventionError: Beams, or several return sequences.
     """
     for name in ("num_beams", "num_return_sequences"):
         if settings.get(name, 1) != 1:
@@ -104,14 +104,14 @@ def require_one_answer(settings: Mapping[str, Any]) -> None:
 
 
 def require_options(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-    """Refuse options that the run itself decides on, or that can't be meant.
+    """Refuse options that the run itself sets, and values that have no meaning.
 
     Args:
-        options: Of `generate`.
-        inputs: What the prompts bring.
+        options: Options of `generate`.
+        inputs: The inputs of the prompts.
 
     Raises:
-        InterventionError: As said.
+        InterventionError: An option is a length, an input, an output or a negative count.
     """
     for name, value in options.items():
         if name in LENGTHS:
@@ -129,7 +129,7 @@ def require_options(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> No
 
 
 def refused(error: Exception) -> InterventionError:
-    """What transformers said of options before it ran the model."""
+    """The error about options that transformers refused before it ran the model."""
     return InterventionError(
         f"options of generation that transformers refuses ({first_sentence(error)})",
         "options of its generate",
@@ -138,7 +138,7 @@ def refused(error: Exception) -> InterventionError:
 
 
 def _made(config: Any) -> dict[str, Any]:
-    """The settings that a generation config makes."""
+    """The settings of a generation config."""
     if config is None:
         return {}
     from transformers import GenerationConfig

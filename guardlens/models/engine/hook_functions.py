@@ -1,4 +1,4 @@
-"""TransformerLens's verbs as taps: `run_with_cache` keeps whole values, `run_with_hooks` hands them to the user's functions."""
+"""`run_with_cache` and `run_with_hooks` as taps: the first keeps whole values, the second passes them to the user's functions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 
 @dataclass(frozen=True)
 class HookPoint:
-    """What a hook function is told about where it is."""
+    """The second argument of a hook function: where it runs."""
 
     name: str
     index: int | None
@@ -28,14 +28,14 @@ class HookPoint:
 
 
 def cache_taps(cfg: Architecture, names: NamesFilter, computed: Sequence[Point]) -> tuple[list[Tap], dict[Point, Tensor]]:
-    """Taps that keep the values of the named hooks, of all that are `computed` if None; and where they will keep them."""
+    """Return taps that keep the values of the named hooks (of all `computed` ones for None), and the dictionary that they will fill."""
     kept: dict[Point, Tensor] = {}
     chosen = computed if names is None else matching(cfg, names)
     return [Tap(point, _Keep(kept, point, cfg.locate(point))) for point in chosen], kept
 
 
 def hook_taps(cfg: Architecture, hooks: Sequence[tuple[str | Callable[[str], bool], HookFunction]]) -> list[Tap]:
-    """Taps that call the user's functions, in order of execution."""
+    """Return taps that call the user's functions, in order of execution."""
     placed = [(point, fn) for names, fn in _pairs(hooks) for point in matching(cfg, names)]
     taps = [Tap(point, _Call(fn, HookPoint(point.name, point.layer), cfg.locate(point))) for point, fn in placed]
     return sorted(taps, key=lambda tap: tap.point.order)
@@ -51,10 +51,10 @@ def _pairs(hooks: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def matching(cfg: Architecture, names: str | Iterable[str] | Callable[[str], bool]) -> list[Point]:
-    """The points that names or a predicate mean, in order of execution.
+    """Return the points that names or a predicate select, in order of execution.
 
     Raises:
-        SiteError: An unknown name (the closest is suggested), or one that this model has nowhere.
+        SiteError: A name is unknown (the closest is suggested), or this model lacks the hook.
     """
     if callable(names):
         return [point for point in cfg.points if names(point.name)]

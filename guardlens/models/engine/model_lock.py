@@ -1,4 +1,4 @@
-"""Whose turn it is: one run at a time on each model. A second thread waits; a run inside of a run is refused."""
+"""One run at a time on each model. A second thread waits; a run inside of a run is refused."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from guardlens.models.architectures import unwrapped
 
 @dataclass(eq=False)
 class _Turn:
-    """Of one model: how many verbs its thread is in, and whether the model is running."""
+    """The lock of one model, how deep its thread is in calls of guardlens, and whether the model is running."""
 
     lock: Any = field(default_factory=RLock)
     depth: int = 0
@@ -26,13 +26,13 @@ _MAKING = RLock()
 
 
 def lock_of(hf: Any) -> Any:
-    """Keeps other threads waiting that want to use the model, or what prepares its prompts."""
+    """The lock that other threads wait for before they run the model, or prepare its prompts."""
     return _turn(hf).lock
 
 
 @contextmanager
 def taken(hf: Any) -> Iterator[bool]:
-    """Wait until no other thread runs the model, and keep others waiting. Gives whether this is the first verb of the thread.
+    """Hold the model for this thread. Yields whether this is the outermost call of the thread.
 
     Raises:
         InterventionError: The model is running in this very thread, which an edit or a hook function has called from.
@@ -50,7 +50,7 @@ def taken(hf: Any) -> Iterator[bool]:
 
 @contextmanager
 def running(hf: Any) -> Iterator[None]:
-    """The model runs inside."""
+    """Mark the model as running."""
     turn = _turn(hf)
     with turn.lock:
         turn.running = True
@@ -61,7 +61,7 @@ def running(hf: Any) -> Iterator[None]:
 
 
 def nested() -> InterventionError:
-    """A run inside of a run."""
+    """The error about a run inside of a run."""
     return InterventionError(
         "a run of a model inside of a run of the same model, as of an edit or a hook function that calls it",
         "one run at a time",
@@ -75,7 +75,7 @@ def _turn(hf: Any) -> _Turn:
 
 
 def _forget() -> None:
-    """In a process that was forked while another thread had its turn, that thread is not there to end it."""
+    """Forget all locks in a forked process, where the thread that held one does not exist."""
     global _MAKING
     _TURNS.clear()
     _MAKING = RLock()

@@ -1,4 +1,4 @@
-"""Running out of memory, and whose doing it was: the model's forward, or a function that the user handed in."""
+"""Lack of memory, and who caused it: the model's forward pass, or a function of the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ import torch
 
 
 class OutOfMemory(torch.OutOfMemoryError):
-    """A function that the user handed in found no room."""
+    """A function of the user ran out of memory."""
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether there was no room, on a GPU or in the machine."""
+    """Whether an error means lack of memory, on a GPU or in the machine."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager
 def at_work(kind: str, function: object) -> Iterator[None]:
-    """A function of the user runs inside; if it runs out of memory, the error says so.
+    """Name the function of the user that runs inside, if it runs out of memory.
 
     Raises:
-        OutOfMemory: As said.
+        OutOfMemory: The function ran out of memory.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""`Run`: what a run of one or several interventions gives back."""
+"""`Run`: the result of running one or several interventions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from guardlens.models.engine.compiler import Record
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run gives back. Every tensor begins with the lane axis: one lane per intervention.
+    """The result of a run. The first axis of every tensor is the lane: one per intervention.
 
     Attributes:
-        reads: Site -> one vector per query and layer (averaged where the site has several positions).
-        logits: At the prompt's last token, where an answer's tokens follow, or at all tokens; None where they were not asked for.
-        tokens: The newly generated ids, padded; None without generation.
+        reads: Site -> one vector per query and layer, the mean if the site has several positions.
+        logits: The logits at the prompt's last token, at each token that one of an answer follows, or at all tokens; None if not asked for.
+        tokens: The generated token ids, padded; None without generation.
         decisions: (lane, step, layer) -> which queries the gate opened for.
-        layout: How the lanes were computed: `"plain"`, `"tile"`, `"branch"` or `"fork"`.
-        why: Why not as branches; empty if they were, or if there was one lane.
+        layout: The strategy that computed the lanes: `"plain"`, `"tile"`, `"branch"` or `"fork"`.
+        why: Why the lanes were not branches; empty if they were, or if there was one lane.
     """
 
     reads: Mapping[Site, Float[Tensor, "lane query layer d_model"]]
@@ -42,7 +42,7 @@ class Run:
 
 
 def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int) -> dict[Site, Float[Tensor, "lane query layer d_model"]]:
-    """What was written down at each site, layer by layer.
+    """The vectors that were read at each site, layer by layer.
 
     Raises:
         NumericsError: NaN or infinity, read or made by an edit; layer and query are named.
@@ -53,7 +53,7 @@ def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int)
         points = site.points(n_layers)
         reads[site] = torch.stack([record.reads[site, point].to(batch.mask.device) for point in points], dim=2)
         layers = tuple(-1 if point.layer is None else point.layer for point in points)
-        if not torch.isfinite(reads[site]).all():  # asked once for all lanes: a GPU must be waited for at each question
+        if not torch.isfinite(reads[site]).all():  # once for all lanes: each check waits for the GPU
             for lane in reads[site]:
                 require_finite(lane, batch.queries, layers)
     return reads
@@ -62,12 +62,12 @@ def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int)
 def checked(
     logits: Float[Tensor, "lane query *token vocab"], batch: Batch, real: Bool[Tensor, "query token"] | None = None
 ) -> Float[Tensor, "lane query *token vocab"]:
-    """The same.
+    """Return `logits` unchanged if all are finite.
 
     Args:
-        logits: Of some tokens.
+        logits: The logits of some tokens.
         batch: The prompts.
-        real: Which of them count; all without it.
+        real: Which tokens count; all by default.
 
     Raises:
         NumericsError: NaN or infinity; lane and query are named.
@@ -84,10 +84,10 @@ def require_finite_step(record: Record, queries: Sequence[Query], logits: Float[
     """Refuse NaN and infinity while answers are generated.
 
     Args:
-        record: Of the run; it knows of each edit whether it gave them.
-        queries: Whose rows repeat, lane after lane.
-        logits: Of the newest token.
-        step: 0 for the prompts.
+        record: The record of the run, which knows which edits gave them.
+        queries: The queries, whose rows repeat lane after lane.
+        logits: The logits of the newest token.
+        step: The decode step; 0 for the prompts.
 
     Raises:
         NumericsError: The edit is named, else the step; and the query.
@@ -99,13 +99,13 @@ def require_finite_step(record: Record, queries: Sequence[Query], logits: Float[
 
 
 def not_finite(where: str) -> NumericsError:
-    """NaN or infinity, and the way out."""
+    """The error about NaN or infinity somewhere."""
     return NumericsError(
         f"NaN or infinity in {where}", "finite numbers", "load the model in bfloat16 or float32 instead of float16, or weaken the edit"
     )
 
 
 def agree(mine: Float[Tensor, "*lane row value"], expected: Float[Tensor, "*known row value"]) -> bool:
-    """Whether two ways to compute one thing differ by rounding alone."""
+    """Whether two computations of one thing differ only by rounding: 1e-4 of the largest number in float32, 5e-2 in half precision."""
     tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
     return bool((mine - expected).abs().max() <= tolerance * expected.abs().max())

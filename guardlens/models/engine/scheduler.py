@@ -13,6 +13,7 @@ from torch import Tensor
 
 from guardlens.errors import InterventionError, ModelError
 from guardlens.interventions import Intervention, nothing
+from guardlens.models.engine import limits
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held
 from guardlens.models.engine.kv_cache import KVCache, Prefill, Prefix, cache_prefix, cache_prompts
@@ -120,21 +121,25 @@ def fill(tests: SelfTests, batch: Batch) -> Prefill:
     return Prefill(batch, None, plain[0], flaw=flaw)
 
 
-def share(tests: SelfTests, first: Batch, length: int, pair: Callable[[], Batch]) -> Prefix | None:
-    """Compute the first `length` tokens of one prompt; None if prompts can't continue from them in this model.
+def share(tests: SelfTests, batch: Batch, prompts: Callable[[int], Batch]) -> Prefix | None:
+    """Compute what the prompts of a batch begin with; None if it saves too little, or if prompts can't continue from it in this model.
 
     Args:
         tests: The model, and what is known of it.
-        first: The prompt.
-        length: How many of its tokens.
-        pair: Makes two prompts that begin with them, for the self-test.
+        batch: The prompts.
+        prompts: Makes a batch of the first few of them.
     """
+    engine = tests.engine
+    length = 0 if batch.padded_right or engine.stretches else batch.common_start
+    has_image_after = bool((batch.image & (batch.mask.cumsum(1) > length)).any())  # images can't run after a KV cache
+    if has_image_after or (len(batch.queries) - 1) * length < limits.PREFIX_WORTH_TOKENS:
+        return None
+    first = prompts(1)
 
     def make() -> Prefix:
-        engine = tests.engine
         prefix = cache_prefix(engine.decoder, first, length, engine.last_logits)
         if not tests.is_tested("prefixes", first.beside_image):
-            check_prefix(engine, prefix, pair())
+            check_prefix(engine, prefix, prompts(2))
         return prefix
 
     return tests.attempt("prefixes", first.beside_image, make)

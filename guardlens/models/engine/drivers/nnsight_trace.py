@@ -1,4 +1,4 @@
-"""Taps in an nnsight trace: the driver of a `HookedModel`, as hooks are that of an attached guard. The one module that imports nnsight."""
+"""Run taps in an nnsight trace: the driver of a `HookedModel`. No other module imports nnsight."""
 
 import contextlib
 import warnings
@@ -21,7 +21,7 @@ from guardlens.models.engine.compiler import Tap
 
 
 def wrap(hf: nn.Module) -> nnsight.NNsight:
-    """The model under nnsight."""
+    """Wrap a model in nnsight."""
     with warnings.catch_warnings():
         # As in a Q-Former; no hook is in one.
         warnings.filterwarnings("ignore", message=r".*has a submodule named 'output'")
@@ -38,16 +38,16 @@ def drive(
     beside_image: bool,
     steps: int = 1,
 ) -> Any:
-    """Run `call` with the taps in place; the same body for a forward and for generation.
+    """Run `call` with the taps in place. One body serves forward passes and generation.
 
     Args:
-        wrapped: The model under nnsight.
-        cfg: Where its parts are.
-        call: What calls it: the model, its trunk, or its `generate`.
-        inputs: What that is called with.
-        taps: What to run, and where.
-        beside_image: Whether the run sees an image.
-        steps: At most so many forwards: 1, or the tokens to generate.
+        wrapped: The model in nnsight.
+        cfg: The architecture of the model.
+        call: The callable that runs it: the model, its decoder, or its `generate`.
+        inputs: The arguments of the call.
+        taps: The taps.
+        beside_image: Whether the prompts show an image.
+        steps: The largest number of forward passes: 1, or the number of tokens to generate.
     """
     if not taps:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Taps under torch's own hooks, for one forward: the driver of an attached guard, as a trace is that of a `HookedModel`."""
+"""Run taps in torch's own hooks, for one forward pass: the driver of an attached guard."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,13 +16,13 @@ from guardlens.models.engine.compiler import Tap
 
 @contextmanager
 def placed(hf: nn.Module, cfg: Architecture, taps: Sequence[Tap], step: int, batch: Batch) -> Iterator[None]:
-    """Hooks that run the taps in the forwards inside.
+    """Place hooks that run the taps in the forward passes inside.
 
     Args:
         hf: The model.
-        cfg: Where its parts are.
-        taps: What to run there, in order of execution.
-        step: What the taps are told: 0 for the prompts, then 1, 2, ...
+        cfg: The architecture of the model.
+        taps: The taps, in order of execution.
+        step: The decode step that the taps get: 0 for the prompts, then 1, 2, ...
         batch: The prompts.
     """
     with ExitStack() as stack:
@@ -34,7 +34,7 @@ def placed(hf: nn.Module, cfg: Architecture, taps: Sequence[Tap], step: int, bat
 
 
 def _changed(part: Part, tap: Tap, step: int, rows: int, whole: Any) -> Any:
-    """What a module takes or gives, after the tap."""
+    """The input or output of a module after the tap."""
     new = tap.fn(part.read(whole, tap.point.name, rows), step)
     return whole if new is None else part.write(whole, new)
 
