@@ -1,8 +1,8 @@
 """Compile interventions and reads to taps, which any driver can run. Pure functions of tensors: no model, no nnsight.
 
-The order of taps at one point is this. The steps of each lane come in the order of its intervention. If a step requires the state of this run
-at its own place, that state is held just before it, so it includes the steps before. Then come the states that later places require, and
-last the reads, which therefore see every edit.
+The order of taps at one point is this. The steps of each lane come in the order of its intervention. If a step requires the state of this
+run at its own place, that state is held just before it, so it includes the steps before. Then come the states that later places require,
+and last the reads, which therefore see every edit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
