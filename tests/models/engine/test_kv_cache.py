@@ -14,7 +14,7 @@ from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.selftests import SelfTests
 from guardlens.models.engine.strategies import strategy
 from tests.models.architectures.test_families import BY_NAME, close, loaded
-from tests.models.engine.test_branches import interventions_of
+from tests.models.engine.strategies.test_branches import interventions_of
 from tests.strategies import make_batch
 from tests.zoo.family import TEXTS
 
