@@ -84,7 +84,7 @@ def test_a_model_without_attention_heads():
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(cache["resid_post", 1], given[0])
     assert (model.cfg.n_heads, model.cfg.d_head) == (0, 0)
-    found = {finding.what: finding for finding in check(model)}
+    found = {result.name: result for result in check(model)}
     assert found["attention heads"].works is None and found["residual stream adds up"].works is None
     assert [what for what, finding in found.items() if finding.works is False] == []
 
