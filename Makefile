@@ -43,7 +43,7 @@ peers: $(TEST) $(PEERS) ## compare with TransformerLens, which it installs besid
 	@echo "... running the comparison with other libraries"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m peers tests/peers $(ARGS)
 
-shapes: $(TEST) ## try everything on the sizes of published models, with random weights (minutes; up to 8 GB of memory)
+shapes: $(TEST) ## try everything on the sizes of published models, with random weights (minutes; up to 13 GB of memory)
 	@echo "... trying everything on the sizes of published models"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m shapes -s tests/shapes $(ARGS)
 

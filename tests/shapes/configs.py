@@ -30,6 +30,7 @@ class Shape:
         tokens: How many image tokens stand for it.
         blocks: Path of the list of decoder blocks, as the zoo has it.
         source: Where the values come from.
+        lacks: What `guardlens check` is known to find missing: a true limit of the family.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Shape:
     sets: Mapping[str, Any] = field(default_factory=dict)
     blocks: str = "model.language_model.layers"
     source: str = "memory"
+    lacks: tuple[str, ...] = ()
 
 
 def square(side: int) -> dict[str, Any]:
@@ -138,6 +140,7 @@ SHAPES = (
         {**SIGLIP, "image_size": 224}, {"projection_dim": 2304, "image_token_id": 340},
         gemma.paligemma2_processor, {**square(224), "image_seq_length": 256}, 224, 256, {"image_seq_length": 256},
         source="transformers' defaults, but for the vocabulary and the encoder's inner width (memory)",
+        lacks=("text twin",),  # its processor takes no prompt without an image
     ),
     Shape(
         "Idefics3-8B-Llama3", "Idefics3Config",
