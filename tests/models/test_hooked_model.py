@@ -510,3 +510,23 @@ def test_a_deep_copy_is_a_model_of_its_own(vlm):
         another.hf.get_decoder().layers[3].mlp.down_proj.weight.mul_(3)
     assert torch.equal(vlm.run(batch).logits, before) and not torch.allclose(another.run(batch).logits, before)
     assert another.id != vlm.id
+
+
+class TestTheLanguageModel:
+    def test_it_refuses_images_however_they_come(self, vlm, batch):
+        assert batch.beside_image and vlm.llm.hf is vlm.hf and vlm.llm.llm is vlm.llm and vlm.llm.id == vlm.id
+        calls = (
+            lambda llm: llm.batch(TEXTS, batch.presentation),
+            lambda llm: llm.run(batch),
+            lambda llm: llm.prefill(batch),
+            lambda llm: llm.generate(TEXTS[0], batch.presentation),
+            lambda llm: llm.run_with_cache(batch),
+            lambda llm: gl.collect(llm, TEXTS, batch.presentation),
+        )
+        for call in calls:
+            with pytest.raises(errors.PresentationError, match="an image for the language model of"):
+                call(vlm.llm)
+
+    def test_it_gives_what_the_model_gives_of_text(self, vlm):
+        assert torch.equal(vlm.llm.run(vlm.llm.batch(TEXTS)).logits, vlm.run(vlm.batch(TEXTS)).logits)
+        assert vlm.llm._tests is vlm._tests
