@@ -23,9 +23,9 @@ from guardlens.models.activation_cache import ActivationCache
 from guardlens.models.engine import scheduler
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held, Tap
+from guardlens.models.engine.held_states import Wanted, held_states, read_states, wanted_states
 from guardlens.models.engine.hook_functions import HookFunction, NamesFilter, cache_taps, hook_taps
 from guardlens.models.engine.kv_cache import Prefill, Prefix
-from guardlens.models.engine.other_runs import Wanted, held_states, read_states, wanted_states
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run, checked
 from guardlens.models.loaded_model import LoadedModel
@@ -44,7 +44,7 @@ class HookedModel(LoadedModel):
 
     Attributes:
         hf: The Hugging Face model. Its weights, mode and hooks are never changed; nnsight wraps its modules' `forward`, which stays so.
-        processor: Its processor, or the tokenizer of a text-only model.
+        processor: Its processor, or the tokenizer of a text-only model. A tokenizer without a pad token has one while prompts are tokenized.
         name: As it appears in results.
         revision: The hub's revision, where there is one.
         separate_llm: Another language model to compare with, of the same width and depth; None for the VLM's own.

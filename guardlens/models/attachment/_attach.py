@@ -14,7 +14,7 @@ from guardlens.models.architectures import KNOWN, Architecture, find, fingerprin
 from guardlens.models.attachment._attachment import Attachment, require_uncompiled
 from guardlens.models.attachment._guarded_run import RunStarter
 from guardlens.models.attachment._inputs import Inputs
-from guardlens.models.engine.other_runs import wanted_states
+from guardlens.models.engine.held_states import wanted_states
 from guardlens.models.processing.chat_template import tokenizer_of
 from guardlens.models.processing.text_twin import ImageRemover
 

@@ -17,8 +17,8 @@ from guardlens.models.attachment._inputs import Inputs, batch_of, text_twin_of, 
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held, Record, Tap, compile_taps
 from guardlens.models.engine.drivers.torch_hooks import placed
+from guardlens.models.engine.held_states import held_states, read_states, wanted_states
 from guardlens.models.engine.layout import Layout
-from guardlens.models.engine.other_runs import held_states, read_states, wanted_states
 from guardlens.models.engine.run import reads_of
 
 

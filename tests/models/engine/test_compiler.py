@@ -8,8 +8,8 @@ from guardlens import interventions as iv
 from guardlens.data.presentations import text_only
 from guardlens.hooks import Point, Site
 from guardlens.models.engine.compiler import compile_taps
+from guardlens.models.engine.held_states import wanted_states
 from guardlens.models.engine.layout import Layout
-from guardlens.models.engine.other_runs import wanted_states
 from tests.strategies import gaussian, make_batch, make_directions
 
 POST = [Point("resid_post", layer) for layer in (0, 1)]

@@ -21,7 +21,7 @@ from guardlens.models.engine.kv_cache import KVCache, Prefill, Prefix
 from guardlens.models.engine.layout import Layout
 from guardlens.models.engine.request import RunRequest, scored_tokens
 from guardlens.models.engine.run import Run, reads_of
-from guardlens.models.engine.strategies.probe import push
+from guardlens.models.engine.strategies.selftest_edit import push
 from guardlens.models.engine.strategies.strategy import by_query, lanes_by_logits, require_agreement
 from guardlens.models.engine.strategies.tiles import Tiles
 
