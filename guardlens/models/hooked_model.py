@@ -44,7 +44,7 @@ class HookedModel(LoadedModel):
 
     Attributes:
         hf: The Hugging Face model. Its weights, mode and hooks are never changed; nnsight wraps its modules' `forward`, which stays so.
-        processor: Its processor, or the tokenizer of a text-only model. A tokenizer without a pad token has one while prompts are tokenized.
+        processor: Its processor, or the tokenizer of a text-only model. A tokenizer without a pad token gets one while it is used.
         name: As it appears in results.
         revision: The hub's revision, where there is one.
         separate_llm: Another language model to compare with, of the same width and depth; None for the VLM's own.
