@@ -521,5 +521,5 @@ def test_without_an_image_the_stream_passes_blocks_that_only_run_beside_one():
     with hooked(model.hf, after, at(last(batch), push), "input"):
         expected = raw(model, batch)[:, -1]
     close(model.run(batch, pushing(push).at(layers=[1])).logits[0], expected)
-    with pytest.raises(errors.SiteError, match="this block does not run"):
+    with pytest.raises(errors.SiteError, match="this layer does not run"):
         model.run(batch, read=[Site("attn_out", layers=(1,))])
