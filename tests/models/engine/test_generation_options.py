@@ -129,7 +129,7 @@ class TestWhatRuns:
 
     @pytest.mark.parametrize("generation", [None, 5, [("top_k", 3)]])
     def test_options_are_a_mapping(self, unchecked, vlm, batch, generation):
-        with pytest.raises(errors.InterventionError, match="Mapping"):
+        with pytest.raises(errors.ArgumentError, match="Mapping"):
             vlm.run(batch, new_tokens=2, generation=generation)
 
     def test_an_error_of_an_edit_is_its_own(self, vlm, batch):

@@ -395,7 +395,7 @@ class TestWhatIsTakenForSomethingElse:
             gl.sweep(vlm, intervention, [Query("how ?", id="a"), Query("why ?", id="a")], **options)
         with pytest.raises(errors.ArgumentError, match="0 layers"):
             gl.sweep(vlm, intervention, WORDS, layers=[])
-        with pytest.raises(errors.InterventionError, match="strength 0 is none"):
+        with pytest.raises(errors.ArgumentError, match="strength 0 is none"):
             gl.sweep(vlm, intervention, WORDS, strengths=[0.0])
         with pytest.raises(errors.MismatchError, match="several interventions"):
             gl.sweep(vlm, {"a": intervention, "b": intervention}, gl.organism.queries("test")[:4], **options).best()
