@@ -51,7 +51,7 @@ MISTAKES = {
     "gl.collect(model, queries, 'grey')": ("PresentationError", "something of type str", "as a presentation"),
     "model.generate(q, grey, max_new_tokens=0)": ("ArgumentError", "max_new_tokens=0", "1 or more"),
     "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Loud(), max_new_tokens=0)": ("ArgumentError", "=0", "1 or more"),
-    "model.run(batch, [added, added], layout='Branch')": ("InterventionError", "the layout 'Branch'", "auto, branch, fork, tile"),
+    "model.run(batch, [added, added], layout='Branch')": ("ArgumentError", "the layout 'Branch'", "auto, branch, fork, tile"),
     "gl.sweep(model, iv.add(ssd), queries, scores=['kl'])": ("ArgumentError", "something of type str", "scores.AnswerKL()"),
     "gl.evaluate(model, {'none': defences.none}, queries, [grey], judge=Loud(), max_new_tokens=1)":
         ("ArgumentError", "the verdict 'Refused' of the judge 'shouting'", "'refused', 'answered', 'other'"),

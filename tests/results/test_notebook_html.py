@@ -140,7 +140,7 @@ def test_spans_of_layers():
 def test_a_model_says_what_it_is(vlm, llm):
     shown = facts(vlm)
     assert shown["weights"] == vlm.id and shown["images"] == "32 pixels a side" and "LLM beside" not in shown
-    assert shown["blocks"] == "8, d_model 128, 4 heads, vocabulary 251"
+    assert shown["layers"] == "8, d_model 128, 4 heads, vocabulary 251"
     assert shown["parameters"] == f"{sum(p.numel() for p in vlm.hf.parameters()):,}, float32 on cpu"
     assert "images" not in facts(llm)
     beside = gl.load(vlm.hf, processor=vlm.processor, llm=vlm)

@@ -250,12 +250,13 @@ def test_frames_that_do_not_fit_are_refused_with_what_is_missing():
 
 
 def test_save_writes_the_same_bytes_twice_and_closes(tmp_path):
+    open_before = pyplot.get_fignums()
     first, second = (plots.save(plots.spectrum(shares()).figure, tmp_path / name / "fig.v1") for name in ("a", "b"))
     assert [path.name for path in first] == ["fig.v1.png", "fig.v1.svg"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["fig.v1.png", "fig.v1.svg"]
     assert b"<dc:date>" not in first[1].read_bytes()
-    assert not pyplot.get_fignums()
+    assert pyplot.get_fignums() == open_before
 
 
 def test_the_users_settings_stay_as_they_were():
