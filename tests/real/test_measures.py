@@ -83,7 +83,7 @@ def test_sweep(model, hf, ssd, held_out, middle, shown):
             v = ssd.at(layer)[0]
             edit = at_last(lambda h, v=v, strength=strength: h + strength * size * v)
             edited = reference.with_hooks(hf, inputs, {layer: edit})[:, -1]
-            frame = effect.frame.query("arm == 'edit' and layer == @layer and strength == @strength")
+            frame = effect.frame.query("variant == 'edit' and layer == @layer and strength == @strength")
             odds = frame[frame["score"] == "refusal_logodds"].set_index("query").loc[ids]
             np.testing.assert_allclose(odds["value"], refusal(model, edited), atol=5e-3)
             np.testing.assert_allclose(odds["base"], refusal(model, base), atol=5e-3)
