@@ -397,7 +397,7 @@ class TestWhatIsTakenForSomethingElse:
             gl.sweep(vlm, intervention, WORDS, layers=[])
         with pytest.raises(errors.ArgumentError, match="strength 0 is none"):
             gl.sweep(vlm, intervention, WORDS, strengths=[0.0])
-        with pytest.raises(errors.MismatchError, match="several interventions"):
+        with pytest.raises(errors.ArgumentError, match="several interventions"):
             gl.sweep(vlm, {"a": intervention, "b": intervention}, gl.organism.queries("test")[:4], **options).best()
 
     def test_answers_behind_kept_prompts_by_generate(self, vlm, basis):
