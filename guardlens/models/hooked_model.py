@@ -182,7 +182,7 @@ class HookedModel(LoadedModel):
         Raises:
             MismatchError: The ids, the attributes of modules or the hooks differ.
         """
-        arguments.require_own_prefill(prefill, self.state, self.ids)
+        arguments.require_own_prefill(prefill, self.state)
 
     def source(self, batch: Batch, presentation: Presentation) -> "tuple[HookedModel, Batch]":
         """The model and the prompts that a held state of `presentation` is read from. The text twin is the prompt without its images."""
@@ -304,7 +304,8 @@ class HookedModel(LoadedModel):
     def _require_own(self, batch: Batch) -> None:
         arguments.require_batch(batch, self.tokenizer, self.name)
         arguments.require_shown(batch, self.shows_images, self.name)
-        arguments.require_own_prefix(batch.prefix, self.id)
+        if batch.prefix is not None:  # the id walks all modules
+            arguments.require_own_prefix(batch.prefix, self.id)
 
     def _held(self, request: RunRequest, prefill: Prefill | None) -> Held:
         """The states of other presentations' runs that a request requires. A prefill remembers them, then of all layers at once."""

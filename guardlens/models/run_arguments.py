@@ -132,7 +132,7 @@ def require_shown(batch: Batch, shows_images: bool, name: str) -> None:
         raise PresentationError(f"an image for the language model of {name!r}", "text alone", "hand in the VLM itself to show it images")
 
 
-def require_own_prefill(prefill: Prefill, state: tuple[str, ...], ids: tuple[str, str]) -> None:
+def require_own_prefill(prefill: Prefill, state: tuple[str, ...]) -> None:
     """Refuse prompts that were computed by another model, beside another LLM, or before this model was changed.
 
     Raises:
@@ -140,6 +140,7 @@ def require_own_prefill(prefill: Prefill, state: tuple[str, ...], ids: tuple[str
     """
     if prefill.models == state:
         return
+    ids = state[:2]
     is_changed = prefill.models[:2] == ids
     before = ", before an attribute or a hook of its modules was changed" if is_changed else ""
     raise MismatchError(f"prompts kept by {prefill.models[:2]}{before}", f"those of {ids}", "keep them anew with this model")
@@ -152,8 +153,6 @@ def require_own_prefix(prefix: Any, model: str) -> None:
         ArgumentError: It is something else.
         MismatchError: Another model computed it.
     """
-    if prefix is None:
-        return
     require_type(prefix, Prefix, ArgumentError, "hand in what model.share(batch) gave, or leave it out")
     if prefix.model != model:
         raise MismatchError(f"a prefix of {prefix.model}", f"one of {model}", "share the prompts anew with this model")

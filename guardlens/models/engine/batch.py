@@ -97,7 +97,7 @@ class Batch:
 
     def after(self, prefix: Any) -> "Batch":
         """The same prompts, whose runs continue from a prefix if they can; None for runs of whole prompts."""
-        return replace(self, prefix=prefix)
+        return self if prefix is self.prefix else replace(self, prefix=prefix)
 
     def answering(self, tokens: Int[Tensor, "query new"]) -> "Batch":
         """The prompts with an answer after each, as if the model had given it. Rows of unlike length may end in any token.

@@ -60,7 +60,7 @@ def run(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | No
     if known is None and layout in ("auto", "branch") and not _unsuited_for_branches(tests, request):
         known = fill(tests, request.batch)
     choice = choose(tests, request, known, layout)
-    made = choice.strategy.run(tests.engine, request, hold(request, known), known)
+    made = choice.strategy.run(tests.engine, request, hold(request, prefill), known)
     return replace(made, layout=choice.strategy.name, why=choice.why)
 
 
@@ -70,15 +70,16 @@ def choose(tests: SelfTests, request: RunRequest, prefill: Prefill | None, layou
     Raises:
         InterventionError: The strategy that was asked for can't run the request.
     """
-    why = f"{layout}s were asked for"
-    if layout in ("auto", "branch"):
+    if layout == "tile":
+        return Choice(TILES, "tiles were asked for")
+    why = "forks were asked for"
+    if layout != "fork":
         why = _unsuited_for_branches(tests, request) or ("" if prefill is None else prefill.flaw)
-        if not why:
-            return Choice(BRANCHES)
+    if not why:
+        return Choice(BRANCHES)
     if layout == "branch":
         raise InterventionError(f"Interventions can't run as branches: {why}.", next_step='choose layout="auto"')
-    is_cheap = FORKS.cost(request) < TILES.cost(request)
-    if layout == "fork" or (layout == "auto" and is_cheap and not FORKS.unsuited(request)):
+    if layout == "fork" or FORKS.cost(request) < TILES.cost(request):
         flaw = FORKS.unsuited(request) or tests.flaw_of(FORKS, "forks", request.batch)
         if not flaw:
             return Choice(FORKS, why)
@@ -99,8 +100,8 @@ def groups(tests: SelfTests, prefill: Prefill, interventions: Iterable[Intervent
 
     for _, alike in groupby(interventions, against_branches):
         lanes = list(alike)
-        strategy = choose(tests, request(lanes), prefill).strategy
-        size = strategy.lanes_per_forward(request(lanes), prefill)
+        whole = request(lanes)
+        size = choose(tests, whole, prefill).strategy.lanes_per_forward(whole, prefill)
         rest = iter(lanes)
         while group := list(islice(rest, size)):
             yield group
@@ -114,11 +115,11 @@ def fill(tests: SelfTests, batch: Batch) -> Prefill:
         made = tests.attempt("branches", beside_image, lambda: _tested_cache(tests, batch))
         if made is not None:
             cache, logits = made
-            return Prefill(batch, cache, checked(logits[None], batch)[0])
+            return Prefill(cache.batch, cache, checked(logits[None], batch)[0])
         flaw = tests.flaw("branches", beside_image)
     plain = TILES.run(tests.engine, RunRequest(tests.engine.cfg, batch, [nothing]), {}).logits
     assert plain is not None
-    return Prefill(batch, None, plain[0], flaw=flaw)
+    return Prefill(batch.after(None), None, plain[0], flaw=flaw)
 
 
 def share(tests: SelfTests, batch: Batch, prompts: Callable[[int], Batch]) -> Prefix | None:
@@ -193,7 +194,7 @@ def _generate(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefil
         if known.cache is not None:
             case = answers_case(batch, known.cache.shares_prefix)
             if not tests.flaw_of(ANSWERS, case, batch, known):
-                made = ANSWERS.run(tests.engine, request, hold(request, known), known)
+                made = ANSWERS.run(tests.engine, request, hold(request, prefill), known)
                 return replace(made, layout=ANSWERS.name)
     made = TILES.run(tests.engine, request, hold(request, prefill))
     return replace(made, why="answers are generated" if request.lanes > 1 else "")
@@ -203,6 +204,7 @@ def _tested_cache(tests: SelfTests, batch: Batch) -> tuple[KVCache, Float[Tensor
     """The KV cache of prompts and their logits, after the self-tests that these prompts call for."""
     engine = tests.engine
     prefix = _prefix_of(batch)
+    batch = batch.after(None)  # whole prompts must not keep the prefix in memory
     cache, logits = cache_prompts(engine.decoder, batch, engine.last_logits) if prefix is None else grown(engine, batch, prefix)
     prefill = Prefill(batch, cache, logits)
     width = batch.mask.shape[1]

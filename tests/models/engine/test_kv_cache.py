@@ -176,6 +176,11 @@ class TestWhenItIsUsed:
         batch = vlm.batch(asked, presentations.own_images)
         assert batch.common_start <= int(batch.image[0].long().argmax())
 
+    def test_prompts_that_are_computed_do_not_keep_it(self, vlm, eager_to_share):
+        batch = vlm.batch(WORDS, GREY)
+        prefill = vlm.prefill(batch.after(vlm.share(batch)))
+        assert prefill.cache.shares_prefix and prefill.batch.prefix is prefill.cache.batch.prefix is None
+
     def test_not_where_it_saves_little(self, vlm):
         assert vlm.share(vlm.batch(WORDS[:2], GREY)) is None
 
