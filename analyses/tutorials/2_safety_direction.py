@@ -1,13 +1,12 @@
 # %% [markdown]
 # # Find the safety direction, and how far to trust it
 #
-# A direction is made in one line, and it always comes out: also of few pairs, of noise, or of pairs that have nothing to do with harm. So
-# the question isn't whether there is one, but which checks it passes that a wrong one would fail. We make the safety steering direction,
-# and put the same questions to two wrong ones beside it.
+# One line computes a direction, even from few pairs, from noise, or from pairs that have nothing to do with harm. So the question is which
+# checks the direction passes that a wrong one would fail. We run the safety steering direction and two wrong ones through the same checks.
 #
 # ![What adding a direction does to refusal: the safety direction, one of harmless pairs, random ones](2_safety_direction/end.png)
 #
-# You need: guardlens, installed as in [tutorial 1](1_modality_gap.md). It takes: half a minute (on the organism, CPU).
+# You need guardlens, installed as in [tutorial 1](1_modality_gap.md). The cells take half a minute on the organism, on CPU.
 
 # %%
 import numpy as np
@@ -25,8 +24,8 @@ model = gl.load("organism")
 # %% [markdown]
 # ## One line, and what it does
 #
-# It begins with pairs: a harmful request and a harmless twin that shares its verb or its noun. Their states are collected in text, after
-# every block, at the last token.
+# We begin with pairs: a harmful request and a harmless twin that shares its verb or its noun. We collect their states in text, after every
+# layer, at the last token.
 
 # %%
 pairs = gl.organism.pairs()
@@ -35,9 +34,9 @@ print(len(pairs), "pairs, such as", [query.text for query in next(iter(pairs))])
 print(fit)
 
 # %% [markdown]
-# `directions.ssd` takes the differences of twins as rows of a matrix, not centred, and keeps the first right singular vector. By hand, at
-# one layer, that is two lines of torch; a cosine of 1 or −1 says that both are the same line (the SVD leaves the sign open, `ssd` turns
-# it so that harmful is positive).
+# `directions.ssd` takes the differences of twins as the rows of a matrix, does not centre them, and keeps the first right singular vector.
+# By hand, at one layer, this takes two lines of torch. A cosine of 1 or −1 says that both vectors lie on the same line (the SVD leaves the
+# sign open, and `ssd` chooses it so that harmful is positive).
 
 # %%
 ssd = directions.ssd(fit)
@@ -46,17 +45,17 @@ _, values, rows = torch.linalg.svd(fit.at(5)[bad] - fit.at(5)[good], full_matric
 print(ssd, "; cosine with the one by hand:", f"{float(rows[0] @ ssd.at(5)[0]):.3f}")
 
 # %% [markdown]
-# ## Does one direction hold the difference?
+# ## Does one direction carry the difference?
 #
-# The squared singular values say how the differences spread over directions. Look at the first share of each layer.
+# The squared singular values show how the differences are spread over directions. Look at the share of the first direction at each layer.
 
 # %%
 axes = ssd.plot()
 
 # %% [markdown]
-# In every layer the first direction holds about half or more, and in the last ones nearly all. Is that much? Noise has a largest singular
-# value, too. The first wrong direction is made in the same way of *placebo pairs*: harmless requests on both sides, other ones than in
-# the true pairs.
+# In every layer the first direction carries about half of the differences or more, and in the last layers nearly all. Is that much? Noise
+# has a largest singular value, too. The first wrong direction is computed in the same way from *placebo pairs*, which have harmless
+# requests on both sides, none of them from the true pairs.
 
 # %%
 used = {query.text for query in pairs.queries}
@@ -67,7 +66,7 @@ placebo_fit = gl.collect(model.llm, mock)
 placebo = directions.ssd(placebo_fit)
 
 # %% [markdown]
-# The first share, and the size of the first singular value, of both:
+# The table has the share of the first direction for both, and the ratio of their first singular values:
 
 # %%
 first_share = {name: (d.spectrum[:, 0] ** 2 / (d.spectrum**2).sum(1)).numpy() for name, d in {"true": ssd, "placebo": placebo}.items()}
@@ -76,13 +75,13 @@ table["true : placebo, first singular value"] = (ssd.spectrum[:, 0] / placebo.sp
 table.rename_axis("layer").round(2)
 
 # %% [markdown]
-# In the first layers the placebo pairs do as well: there, a large share means nothing, the differences of any two requests lie along few
-# directions. From layer 5 on, the true pairs hold far more in one direction than the placebo pairs.
+# In the first layers, the placebo pairs reach as large a share. There, a large share means nothing, because the differences of any two
+# requests lie along few directions. From layer 5 on, one direction carries far more of the true pairs than of the placebo pairs.
 #
 # ## Does it know about harm?
 #
-# A surprise that is worth a cell. Swap harmful and harmless in every second pair, so that half of the labels are wrong, and make both
-# common estimators again: `ssd`, and the difference in means. `cosine` compares the first directions layer by layer.
+# Next comes a surprise. Swap harmful and harmless in every second pair, so that half of the labels are wrong, and compute both common
+# estimators again: `ssd`, and the difference in means. `cosine` compares the first directions layer by layer.
 
 # %%
 texts = [(b.text, a.text) if i % 2 else (a.text, b.text) for i, (a, b) in enumerate(pairs)]
@@ -93,16 +92,16 @@ agree |= {"ssd and mean": ssd.cosine(mean), "placebo, ssd and mean": placebo.cos
 pd.DataFrame(agree).rename_axis("layer").round(2)
 
 # %% [markdown]
-# Wrong labels change nothing for `ssd` but its sign: the singular vectors of A are those of A with some rows negated. It finds the
-# direction in which twins differ *most*, whatever that is; the labels only say which end is the harmful one. The difference in means
-# needs right labels, and with half of them swapped it loses its direction in the later layers. This makes a check: where both agree
-# (third column), what twins differ in most is what the labels say. At layer 0 they don't agree, and for the placebo pairs, whose labels
-# mean nothing, they agree less from layer 3 on.
+# Wrong labels change only the sign of `ssd`: if some rows of A are negated, its right singular vectors stay the same. `ssd` finds the
+# direction in which twins differ *most*; the labels only say which end is harmful. The difference in means needs correct labels, and with
+# half of them swapped it loses its direction in the later layers. This makes a check: where both estimators agree (third column), the
+# labels mark what twins differ in most. At layer 0 they don't agree, and for the placebo pairs, whose labels mean nothing, they agree less
+# from layer 3 on.
 #
 # ## Is it stable?
 #
-# Other pairs would have given another direction. `select` takes some of the queries, or draws them anew (a pair that is drawn twice
-# counts twice). The pairs' queries are the harmful ones, then their twins in the same order.
+# Other pairs would have given another direction. `select` takes some of the queries, or resamples them (a pair that is drawn twice counts
+# twice). The harmful queries of the pairs come first, then their twins in the same order.
 
 # %%
 n, rng = len(pairs), np.random.default_rng(0)
@@ -118,8 +117,8 @@ def spread(run, cosines, used):
 
 
 # %% [markdown]
-# Three questions: how much does the direction change under a bootstrap of the pairs; do two halves that share no pair agree; and how many
-# pairs would have been enough? Bands are 95 % ranges over the draws.
+# How much does the direction change under a bootstrap of the pairs? Do two halves that share no pair agree? How many pairs would have been
+# enough? Bands are 95 % ranges over the draws.
 
 # %%
 halves = [(order[:50], order[50:]) for order in (rng.permutation(n) for _ in range(60))]
@@ -131,7 +130,7 @@ stability = [
 axes = plots.layer_curves(pd.concat(stability), titles={"cosine": "Cosine of directions from other pairs (n: pairs)"})
 
 # %% [markdown]
-# The same as numbers, and the bootstrap of the placebo pairs:
+# The table has the same values as numbers, and the bootstrap of the placebo pairs:
 
 # %%
 again = spread("placebo, bootstrap", [placebo.cosine(of_pairs(rng.integers(n, size=n), placebo_fit)) for _ in range(60)], n)
@@ -146,24 +145,24 @@ as_table(pd.concat([*stability, again]))
 
 # %% [markdown]
 # From layer 5 on, four pairs already give about the direction of a hundred, and halves agree. At layer 0 even the sign is a matter of
-# chance. But look at the last column: the placebo's cosines are close to 1 or to −1. The same line is found again and again, only its
-# sign is chance. Stability says that there is something to find. It doesn't say what.
+# chance. But look at the last column: the placebo's cosines are close to 1 or to −1. Every resample finds the same line, and only its sign
+# is random. Stability says that there is something to find. It doesn't say what.
 #
 # ## Is it one direction, or one per layer?
 #
-# `ssd[5]` is the direction of layer 5 for every layer, so that `cosine` compares layers.
+# `ssd[5]` has the direction of layer 5 at every layer, so that `cosine` compares layers.
 
 # %%
 pd.DataFrame({f"layer {layer}": ssd.cosine(ssd[layer]) for layer in fit.layers}).rename_axis("layer").round(2)
 
 # %% [markdown]
-# From layer 5 on it is nearly the same direction: what is written once stays in the residual stream. It has little in common with layer
-# 0.
+# From layer 5 on it is nearly the same direction: what one layer writes stays in the residual stream. It has little in common with the
+# direction of layer 0.
 #
 # ## Does it separate requests that it has not seen?
 #
-# On the validation split, in text and beside a grey image. Beside each direction that of the difference in means, the placebo's, and the
-# second wrong one: *random* directions, 200 of them. We take the AUROC without its sign, as we would if we chose the sign.
+# We test on the validation split, in text and beside a grey image. Beside `ssd` stand the difference in means, the placebo, and the second
+# wrong direction: 200 *random* ones. We take the AUROC without its sign, as we would if we chose the sign.
 
 # %%
 queries, grey = gl.organism.queries("validation"), gl.presentations.blank("grey")
@@ -193,9 +192,9 @@ columns |= {"placebo, text": measured(either_sign, placebo, in_text), "random, m
 pd.DataFrame({**columns, "share of random above 0.9": (by_chance > 0.9).mean(axis=0)}).rename_axis("layer").round(2)
 
 # %% [markdown]
-# The safety direction separates unseen requests almost perfectly from layer 5 on. And so does about every second random direction! The
-# two classes are so far apart there that most views of them show it. An AUROC near 1 is no evidence for *this* direction; it would be a
-# finding only where random ones fail. The distance of the classes in standard deviations (d′) is less easily pleased:
+# The safety direction separates unseen requests almost perfectly from layer 5 on. And so does about every second random direction! The two
+# classes are so far apart there that most views of them show it. An AUROC near 1 is no evidence for *this* direction; it would be a finding
+# only where random ones fail. The distance between the classes in standard deviations (d′) is a stricter measure:
 
 # %%
 apart = np.stack([measured(separability.d_prime, one, in_text) for one in random])
@@ -207,14 +206,14 @@ found = gl.compare(in_text, beside_grey, ssd).frame.query("metric == 'd_prime'")
 axes = plots.layer_curves(pd.concat([found, chance]), titles={"d_prime": "d′ of the classes along the direction, size"})
 
 # %% [markdown]
-# Bands are 95 % intervals over queries, and for random directions the range of 95 % of them, in text. In the early layers the safety
-# direction is one among many. In the later ones it lies above what random directions reach in text, and not by much.
+# Bands are 95 % intervals over queries; for the random directions, the band is the range of 95 % of them, in text. In the early layers the
+# safety direction is one among many. In the later layers it lies above what random directions reach in text, but not by much.
 #
 # ## Does the model use it?
 #
-# A direction may show a difference that the model doesn't use. So add it to the state of the last token and see whether the model refuses
-# more. `gl.sweep` adds it at each layer in turn; its placebos add random directions of the same length. The placebo pairs' direction is a
-# second intervention.
+# A direction may show a difference that the model doesn't use. So we add it to the state of the last token and see whether the model
+# refuses more. `gl.sweep` adds it at each layer in turn; its placebos add random directions of the same length. The placebo pairs'
+# direction is a second intervention.
 
 # %%
 prompts = gl.keep(model, queries, grey)
@@ -223,8 +222,8 @@ effect = gl.sweep(model, {"safety direction": iv.add(ssd), "of placebo pairs": i
 control = gl.sweep(model, iv.add(ssd), prompts, placebos=20, **options)
 
 # %% [markdown]
-# Random directions push up as often as down, and their mean would hide that. So we look at each draw by itself: the line is the median of
-# the draws, the band reaches from the lowest to the highest.
+# Random directions push up as often as down, and their mean would hide that. So the line is the median of the draws, and the band reaches
+# from the lowest draw to the highest.
 
 # %%
 draws = control.frame.query("variant != 'edit'").assign(change=lambda rows: rows["value"] - rows["base"])
@@ -240,54 +239,53 @@ titles = {label: f"{label} requests: Δ refusal log-odds (nats)" for label in ("
 axes = plots.layer_curves(curves, titles=titles)
 
 # %% [markdown]
-# The numbers of the harmful requests, with their bands, and the cosine of both directions:
+# The table has the numbers of the harmful requests, with their bands, and the cosine of the two directions:
 
 # %%
 as_table(curves[curves["label"] == "harmful"]).assign(cosine=ssd.cosine(placebo).numpy().round(2))
 
 # %% [markdown]
-# From layer 1 on, adding the safety direction makes the model refuse more, harmless requests included, and no random direction of the
-# same length comes near. So the model uses it. But the direction of the placebo pairs does nearly the same, up to its sign of chance. The
-# last column says why: it *is* nearly the same line. In this model, whose main decision is to refuse or not, even harmless requests
-# differ most in how close to a refusal they are. Our wrong direction was not so wrong; what it lacked were the size of the differences
+# From layer 1 on, adding the safety direction makes the model refuse more, harmless requests included, and no random direction of the same
+# length comes near. So the model uses it. But the direction of the placebo pairs does nearly the same, up to its sign, which is a matter of
+# chance. The last column says why: it *is* nearly the same line. In this model, whose main decision is whether to refuse, even harmless
+# requests differ most in how close to a refusal they are. Our wrong direction was not so wrong; it lacked only the size of the differences
 # and the sign.
 #
-# What each check could refuse here:
+# This is what each check could reject here:
 #
 # | check | placebo pairs | random |
 # | --- | --- | --- |
-# | a large first share of the spectrum | pass in early layers, fail later | (none) |
-# | a stable line over resamples of the pairs | pass | (none) |
-# | a stable sign over resamples | fail | (none) |
-# | agreement with the difference in means | weaker | (none) |
+# | a large first share of the spectrum | pass in early layers, fail later | not applicable |
+# | a stable line over resamples of the pairs | pass | not applicable |
+# | a stable sign over resamples | fail | not applicable |
+# | agreement with the difference in means | weaker | not applicable |
 # | AUROC near 1 on unseen requests, in late layers | pass | about every second one passes |
 # | adding it moves refusal | pass up to the sign | fail |
 #
 # So trust the *line* from layer 5 on: it is stable, its differences are larger than those of other pairs, and the model uses it. Don't
-# trust a name that is hung on it. A plain "the direction of harm" would say that it carries harm and nothing else, and no check above
-# shows that.
+# trust a name for it. The name "direction of harm" would say that it carries harm and nothing else, and no check above shows that.
 #
 # ## What this can't tell
 #
-# The organism has 128 dimensions and one decision to make, so almost any view shows the two classes, and almost any pairs show the line.
-# In a model with thousands of dimensions and many decisions, random directions should do worse and placebo pairs find something else: but
-# that is an expectation, not a result, and the same cells can be run there. All pairs are of one template, so nothing here says that the
+# The organism has 128 dimensions and one decision to make, so almost any view shows the two classes, and almost any pairs show the line. In
+# a model with thousands of dimensions and many decisions, random directions should do worse and placebo pairs should find something else.
+# That is an expectation, not a result, and the same cells can be run there. All pairs use one template, so nothing here says that the
 # direction holds for requests in other words.
 #
 # ## Try next
 #
-# *Does it hold for other wording?* Ask the same split in another template, with the direction as it is:
+# *Does it hold for other wording?* Ask the same split in another template, with the same direction:
 #
 # ```python
 # other = gl.organism.queries("validation", template=2)
 # gl.compare(gl.collect(model.llm, other), gl.collect(model, other, grey), ssd).plot(["auroc", "d_prime"])
 # ```
 #
-# *Is a second direction worth it?* `directions.ssd(fit, rank=2)` has two, and `ssd.plot()` showed how little the second holds. Does it
-# separate anything, by `coordinates(in_text)[:, :, 1]`?
+# *Is a second direction worth it?* `directions.ssd(fit, rank=2)` has two, and `ssd.plot()` showed how little the second carries. Use
+# `coordinates(in_text)[:, :, 1]` to see whether it separates anything.
 #
-# *A vector from elsewhere?* `directions.from_vectors(vector, model=model.id)` makes one of your own pass the same checks ([use a
-# direction of my own](../how-to/hooks.md)).
+# *Do you have a vector from elsewhere?* `directions.from_vectors(vector, model=model.id)` makes directions of it, which can go through the
+# same checks ([use a direction of my own](../how-to/hooks.md)).
 #
 # More: [`directions`](../api/directions.md), [`compare` and its metrics](../api/separability.md), [`sweep`](../api/sweep.md), and
 # [tutorial 3](3_layer_sweep.md), which sweeps with a purpose.

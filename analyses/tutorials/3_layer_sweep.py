@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Sweep the layers
 #
-# At which layer does an edit bring refusals back, how strong must it be, and what does it do to harmless requests? A sweep asks all
-# layers and strengths at once, with a placebo beside every cell, and costs little more than looking once. We sweep VLM-Guard's edit,
-# choose a layer, ask how sure that choice is, and keep the prompts for the next question.
+# At which layer does an edit bring refusals back, how strong must it be, and what does it do to harmless requests? A sweep tries all layers
+# and strengths at once, with a placebo beside every cell, and costs little more than a single run. We sweep VLM-Guard's edit, choose a
+# layer, ask how certain that choice is, and cache the prompts.
 #
 # ![Change of the refusal log-odds by layer and strength: the guard and its placebo, harmful and harmless requests](3_layer_sweep/end.png)
 #
-# You need: guardlens, installed as in [tutorial 1](1_modality_gap.md). It takes: half a minute (on the organism, CPU).
+# You need guardlens, installed as in [tutorial 1](1_modality_gap.md). The cells take half a minute on the organism, on CPU.
 
 # %%
 import time
@@ -27,8 +27,8 @@ ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
 # ## An intervention that can move
 #
 # An intervention says what to change. This one is VLM-Guard's `replace`: at the prompt's last token, the component along the safety
-# direction becomes that of the *text twin*, the same request as the LLM sees it, if that looks harmful. It names no layer, so it is *free*:
-# a sweep may move it.
+# direction becomes that of the *text twin*, the same request as the LLM sees it, if the twin looks harmful. It names no layer, so it is
+# *free*: a sweep may move it.
 
 # %%
 guard = defences.vlm_guard(ssd).intervention
@@ -38,8 +38,8 @@ print("free:", guard.free)
 # %% [markdown]
 # ## One sweep
 #
-# We ask the validation split, beside a grey image. Each query is scored by its refusal log-odds: the log-odds, in nats, that the answer
-# begins as a refusal. No text is generated. `placebos=4` adds four random edits of the same norm to every cell.
+# We sweep over the validation split, beside a grey image. The score of a query is its refusal log-odds: the log-odds, in nats, that the
+# answer begins as a refusal. No text is generated. `placebos=4` adds four random edits of the same norm to every cell.
 
 # %%
 queries = gl.organism.queries("validation")
@@ -47,7 +47,7 @@ effect = gl.sweep(model, guard, queries, grey, scores=[scores.refusal_logodds], 
 print(effect)
 
 # %% [markdown]
-# `summary()` has the mean change against the unedited run, with an interval that resamples clusters of requests. As a line over the
+# `summary()` has the mean change from the unedited run, with an interval that resamples clusters of requests. We draw it as a line over the
 # layers:
 
 # %%
@@ -56,8 +56,9 @@ titles = {label: f"{label} requests: Δ refusal log-odds (nats)" for label in ("
 axes = plots.layer_curves(curves, titles=titles)
 
 # %% [markdown]
-# Harmful requests gain most in the last three layers. Harmless ones gain less there than in layers 3 and 4, where the direction can't
-# tell the classes well and the gate opens for many of them. The placebo stays near 0 or falls below. The numbers:
+# The log-odds of harmful requests rise most in the last three layers. Those of harmless requests rise less there than in layers 3 and 4,
+# where the direction separates the classes poorly and the gate opens for many harmless requests. The placebo stays near 0 or falls below.
+# The table has the numbers:
 
 # %%
 rows = effect.summary().query("layer >= 3")
@@ -65,37 +66,36 @@ rows = rows.assign(shown=[f"{row.change:+.2f} [{row.low:+.2f}, {row.high:+.2f}] 
 rows.pivot_table(index="layer", columns=["variant", "label"], values="shown", aggfunc="first", sort=False)
 
 # %% [markdown]
-# Where the line of the placebo lies below 0, a random push of that size does harm: it is not a zero to compare with, but a part of what
-# any edit of that size does. Four draws are taken together here, and random pushes up and down cancel in a mean; each draw is in
-# `effect.frame`.
+# Where the placebo's line lies below 0, a random push of that size does harm. So the placebo is not simply 0: it shows what any edit of
+# that size does. In the mean of four draws, pushes up and down cancel; each draw is in `effect.frame`.
 #
 # ## What did it cost?
 #
-# The naive way is one run per cell. `facts["layout"]` says what was done instead.
+# The naive way is one run per cell. `facts["layout"]` says how the sweep ran instead.
 
 # %%
 print(effect.facts["layout"], "for", len(effect.frame[["variant", "layers", "strength"]].drop_duplicates()), "cells")
 
 # %% [markdown]
-# `branch`: an edit of the last token changes nothing before it, so the prompts ran once and every cell rode along as one more token. An
-# edit of *all* tokens can't: it is computed as copies of the batch, and the fact says why. The result would be the same either way.
+# `branch` means that the prompts ran once, and every cell added one token: an edit of the last token changes nothing before it. An edit of
+# *all* tokens runs on copies of the batch, and the fact says why. The result would be the same either way.
 
 # %%
 everywhere = gl.sweep(model, iv.add(ssd).at(positions="all"), queries[60:84], grey, layers=[5], placebos=0)
 print(everywhere.facts["layout"])
 
 # %% [markdown]
-# ## Choose a layer, and ask how sure that is
+# ## Choose a layer, and ask how certain that choice is
 #
-# `best` names the layer at which harmful requests gain most, less any gain of harmless ones. This choice is made on validation; a test
-# split that has helped to choose can't judge any more.
+# `best` names the layer at which harmful requests gain most, less any gain of harmless ones. We choose on validation, because a test split
+# that has helped to choose can't judge any more.
 
 # %%
 print("best layer:", effect.best(1), "  best two:", effect.best(2))
 
 # %% [markdown]
-# The intervals of the last layers overlap. Might another sample of requests have chosen another one? We draw the clusters anew a thousand
-# times and let each draw choose by the same rule.
+# The intervals of the last layers overlap. Might another sample have chosen another layer? We resample the clusters a thousand times and
+# let each draw choose.
 
 # %%
 edits = effect.frame.query("variant == 'edit'").assign(change=lambda rows: rows["value"] - rows["base"])
@@ -109,22 +109,22 @@ chosen = pd.Series((merit[0] - merit[1].clip(min=0)).argmax(axis=1)).value_count
 print("share of draws that choose a layer:", {layer: round(share, 2) for layer, share in chosen.sort_index().items()})
 
 # %% [markdown]
-# The same requests stand behind all layers, so the difference between two layers is surer than either of them, and the choice is surer
-# than the overlap of the intervals suggests. (That is sampling noise alone. Another image or another kind of request may choose
-# differently.) Groups of layers are swept like single ones. Is editing several at once better than one?
+# All layers are scored on the same requests, so the difference between two layers is more certain than either value, and the choice is more
+# certain than the overlap of the intervals suggests. (This covers sampling noise alone. Another image or another kind of request may choose
+# differently.) Groups of layers are swept like single layers. Is it better to edit several layers at once?
 
 # %%
 grouped = gl.sweep(model, guard, queries, grey, scores=[scores.refusal_logodds], layers=[7, (6, 7), (5, 6, 7)], placebos=0)
 grouped.summary()[["layers", "label", "change", "low", "high", "n"]].round(2)
 
 # %% [markdown]
-# It is not, within the intervals: what an earlier layer replaced is replaced again at the last.
+# It is not, within the intervals: the last layer replaces again what an earlier layer replaced.
 #
 # ## Do the answers follow?
 #
 # Log-odds are not behaviour. So the guard at the chosen layer and its placebo generate answers, beside the grey image and a white one,
-# which had no part in the choice. `asr` counts harmful requests that are answered, `non_refusal` those that are not refused, whatever
-# else the answer is.
+# which had no part in the choice. `asr` counts harmful requests that are answered, and `non_refusal` counts those that are not refused,
+# whatever else the answer is.
 
 # %%
 white, chosen = presentations.blank("white"), guard.at(layers=effect.best(1))
@@ -134,8 +134,8 @@ rates = [(rate, way.name) for rate in ("asr", "non_refusal", "over_refusal") for
 pd.DataFrame({(rate, way): {arm: str(answers.rate(rate, arm, way)) for arm in arms} for rate, way in rates}).T
 
 # %% [markdown]
-# With the guard no harmful request is answered, also beside the white image, and few harmless ones are refused. The placebo leaves most
-# of the gap. Its n counts four draws together, and its interval knows how the queries vary, not how the draws do. So look at the draws,
+# With the guard, no harmful request is answered, even beside the white image, and few harmless ones are refused. The placebo leaves most of
+# the gap open. Its n counts four draws together, and its interval covers the variation of queries, not of draws. So we look at each draw,
 # too:
 
 # %%
@@ -144,23 +144,23 @@ for draw in range(4):
     print(f"placebo {draw}:", *(f"{way.name} {one.rate('asr', 'placebo', way.name)}" for way in (grey, white)), sep="   ")
 
 # %% [markdown]
-# One random direction is not like another, and a single draw may flatter or slander an edit: take several. None comes near the guard.
+# Random directions differ from one another, and a single draw may mislead, so take several. None of these comes near the guard.
 #
 # These are validation queries: the numbers show that the choice works as meant, not how well it generalises. [Tutorial
 # 6](6_evaluate_defences.md) reads the test split, once.
 #
-# ## Keep the prompts, think, and sweep again
+# ## Cache the prompts, think, and sweep again
 #
-# One sweep raises the next question. `gl.keep` holds on to the keys and values of the prompts and to what the text twin gave, so no
-# prompt runs again.
+# One sweep raises the next question. `gl.keep` keeps the KV cache of the prompts and the states of their text twins, so no prompt runs
+# again.
 
 # %%
 prompts = gl.keep(model, queries, grey)
 print(prompts)
 
 # %% [markdown]
-# *What is the gate for?* The same edit with the gate, without it, and with the literal threshold 0 of the paper. Look at the harmless
-# requests.
+# *What is the gate for?* We sweep the same edit with the gate, without it, and with the literal threshold 0 of the paper. Look at the
+# harmless requests.
 
 # %%
 edit = iv.replace(ssd, iv.text_twin)
@@ -171,11 +171,11 @@ print(f"{time.perf_counter() - began:.2f} s,", gated.facts["layout"])
 gated.summary().pivot_table(index=["intervention", "label"], columns="layer", values=["change", "low", "high"], sort=False).round(2)
 
 # %% [markdown]
-# Without the gate harmless requests rise, too: the image has moved them down as well, and they are moved back up. The midpoint and 0 do
-# nearly the same in the later layers, and differ in layer 3. A rise is not a refusal yet; [tutorial 4](4_compose_a_guard.md) counts
-# those.
+# Without the gate, the log-odds of harmless requests rise, too: the image has moved them down as well, and the edit moves them back up. The
+# midpoint and 0 do nearly the same in the later layers, and differ in layer 3. A rise is not a refusal yet; [tutorial
+# 4](4_compose_a_guard.md) counts refusals.
 #
-# How much does keeping save? The same question asked of fresh and of kept prompts:
+# How much does the cache save? We time the same sweep with fresh and with cached prompts:
 
 # %%
 print(model.batch(queries[0], grey).mask.shape[1], "tokens per prompt")
@@ -183,32 +183,31 @@ began = time.perf_counter()
 gl.sweep(model, guard, queries, grey, layers=[7], placebos=0)
 middle = time.perf_counter()
 gl.sweep(model, guard, prompts, layers=[7], placebos=0)
-print(f"fresh {middle - began:.2f} s, kept {time.perf_counter() - middle:.2f} s")
+print(f"fresh {middle - began:.2f} s, cached {time.perf_counter() - middle:.2f} s")
 
 # %% [markdown]
-# What is left to compute is one token per query and cell. These prompts are short; with hundreds of image tokens, keeping is what makes
-# the next question cheap ([measured](../results/benchmarks.md), [why](../explanation/sweeps.md)).
+# With the cache, only one token per query and cell is left to compute. These prompts are short; with hundreds of image tokens, the cache is
+# what makes the next question cheap ([measured](../results/benchmarks.md), [why](../explanation/sweeps.md)).
 #
 # ## The whole map
 #
-# The last question: *how strong?* Strength s means h + s (edit(h) − h), the same for every edit: 1 is the edit, ½ half of the way, 2
-# beyond it.
+# The last question is *how strong* to edit. Strength s means h + s (edit(h) − h) for every edit: 1 is the edit itself, ½ goes half of the
+# way, and 2 goes beyond it.
 
 # %%
 strong = gl.sweep(model, guard, prompts, scores=[scores.refusal_logodds], strengths=[0.5, 1.0, 2.0, 4.0], placebos=2)
 axes = strong.plot()
 
 # %% [markdown]
-# One colour scale for all panels. In the last layers twice the edit brings little more than the edit, and four times brings no more at
-# layers 6 and 7. In layers 3 and 4 strength raises both classes. And the placebo's panels show that a push as long as a strong edit's
+# All panels share one colour scale. In the last layers, strength 2 brings little more than strength 1, and strength 4 brings no more at
+# layers 6 and 7. In layers 3 and 4, more strength raises both classes. And the placebo's panels show that a push as long as a strong edit's
 # does damage of its own. So take the mildest strength that does the work; here that is about 1.
 #
 # ## What this can't tell
 #
-# That the last layers are best is a fact about a model of eight layers whose classes separate at layer 5; nothing says that the last
-# layers are best elsewhere, and in larger models an edit near the end often comes too late. Refusal log-odds know the first word of an
-# answer alone. The layer, the image and the split are the ones of the choice, so the height of the best cell is flattered by having been
-# chosen.
+# The last layers are best in a model of eight layers whose classes separate at layer 5. Nothing says that they are best elsewhere, and in
+# larger models an edit near the end often comes too late. Refusal log-odds see the first word of an answer alone. The layer was chosen on
+# this split and image, so the value of the best cell is biased upwards.
 #
 # ## Try next
 #

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Compose your own guard
 #
-# A guard is a sentence: *what* to change, *where*, *for which requests*, *when* and *how strongly*. Each word is a part of guardlens that
-# can be swapped by itself. We build one word by word, measure what each word brings, and take the guard out of the lab into plain Hugging
+# A guard is like a sentence: *what* to change, *where*, *for which requests*, *when* and *how strongly*. Each word is a part of guardlens
+# that can be swapped by itself. We build a guard word by word, measure what each contributes, and take it out of the lab into plain Hugging
 # Face code.
 #
 # ![Attack success and over-refusal of each step of the guard, beside two images](4_compose_a_guard/end.png)
 #
-# You need: guardlens, installed as in [tutorial 1](1_modality_gap.md). It takes: half a minute (on the organism, CPU).
+# You need guardlens, installed as in [tutorial 1](1_modality_gap.md). The cells take half a minute on the organism, on CPU.
 
 # %%
 import tempfile
@@ -26,8 +26,8 @@ queries = gl.organism.queries("validation")
 ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
 
 # %% [markdown]
-# Every step is measured by the same function: answers beside the grey image, judged. ASR is the share of harmful requests that are
-# answered, over-refusal the share of harmless ones that are refused, helpful the share of harmless ones that are answered rightly.
+# One function measures every step: it judges answers beside the grey image. ASR is the share of harmful requests that are answered,
+# over-refusal is the share of harmless ones that are refused, and helpful is the share of harmless ones that are answered correctly.
 
 
 # %%
@@ -43,8 +43,8 @@ measure(nothing=iv.nothing)
 # %% [markdown]
 # ## What: an edit, and where: `.at`
 #
-# The plainest edit adds the safety direction, times a length. `.at` puts it at a layer; the prompt's last token is the default position.
-# A length of 40 is about the distance between the classes at layer 5.
+# The simplest edit adds the safety direction, times a length. `.at` puts it at a layer; the prompt's last token is the default position. A
+# length of 40 is about the distance between the classes at layer 5.
 
 # %%
 push = iv.add(ssd, 40.0).at(layers=5)
@@ -52,21 +52,20 @@ print(push)
 measure(push=push)
 
 # %% [markdown]
-# No harmful request is answered, and more than half of the harmless ones are refused: a guard that refuses everybody. An ASR alone would
-# have called it perfect.
+# No harmful request is answered, but more than half of the harmless ones are refused. An ASR alone would have called this guard perfect.
 #
 # ## For which requests: a gate
 #
-# A gate decides once per query. `gates.harmful` opens where a state lies on the harmful side of the direction. *Which* state it looks at
-# makes the difference: the request's text twin (the same prompt without its image), or the state of this very run (`iv.own_state`), which
-# the image has shifted.
+# A gate decides once per query. `gates.harmful` opens if a state lies on the harmful side of the direction. *Which* state it looks at makes
+# the difference: the request's text twin (the same prompt without its image), or the state of the run itself (`iv.own_state`), which the
+# image has shifted.
 
 # %%
 twin_says, own_says = gates.harmful(ssd), gates.harmful(ssd, state=iv.own_state)
 measure(by_the_twin=push.when(twin_says), by_its_own_state=push.when(own_says))
 
 # %% [markdown]
-# The twin's gate keeps the effect and nearly none of the cost. The gate on the run's own state is cheap, too, but misses the requests
+# The gate on the twin keeps the effect at nearly no cost. The gate on the run's own state costs little, too, but it misses the requests
 # that the image has moved past the threshold, which are the ones that matter. Gates combine with `&`, `|` and `~`. This one opens only
 # where the two disagree, that is, where the image hides harm:
 
@@ -82,13 +81,13 @@ for name, intervention in {"twin": push.when(twin_says), "twin and not own": hid
 measure(hidden=hidden)
 
 # %% [markdown]
-# It touches a third of the harmful requests and removes most of the attack success. (The rest are requests that lie just above the
-# threshold and are answered all the same.)
+# This guard edits a third of the harmful requests and removes most of the attack success. (The requests that are still answered lie just
+# above the threshold.)
 #
 # ## How far: states instead of numbers
 #
-# The length of 40 was our invention. A *held state* has a better answer: move each request to where its own text twin lies. `iv.patch`
-# sets the component along the direction to that of a reference: a state, or a constant such as the mean of the harmful class.
+# We chose the length of 40 by hand. A *held state* is a better guide: move each request to where its own text twin lies. `iv.patch` sets
+# the component along the direction to that of a reference, which is a state, or a constant such as the mean of the harmful class.
 
 # %%
 patch = iv.patch(ssd, iv.text_twin).at(layers=5)
@@ -96,12 +95,12 @@ mean = iv.patch(ssd, ssd.harmful_mean).at(layers=5)
 measure(patch_to_twin=patch, patch_to_mean=mean, patch_to_mean_gated=mean.when(twin_says))
 
 # %% [markdown]
-# Patched to the twin, a request gets back what the image took, no more, and that is safe for harmless requests even without a gate.
-# Patched to the harmful mean, everybody is declared harmful, and only the gate saves the harmless ones.
+# A patch to the twin gives a request back what the image took and no more, and that is safe for harmless requests even without a gate. A
+# patch to the harmful mean makes every request look harmful, and only the gate saves the harmless ones.
 #
 # ## How strongly: `.scaled`
 #
-# Strength s means h + s (edit(h) − h) for every edit. 0 leaves everything as it was, bit for bit.
+# Strength s means h + s (edit(h) − h) for every edit. Strength 0 leaves every state as it was, bit for bit.
 
 # %%
 site = gl.Site("resid_post")
@@ -118,11 +117,13 @@ print(
 measure(half=patch.scaled(0.5), whole=patch, double=patch.scaled(2.0))
 
 # %% [markdown]
-# More strength, fewer answered; beyond 1 the patch overshoots the twin, and harmless requests begin to pay.
+# With more strength, fewer harmful requests are answered; beyond 1 the patch overshoots the twin, and harmless requests begin to be
+# refused.
 #
 # ## When: `.during`
 #
-# The default is the *prefill*: the prompt, once. `"decode"` edits each new token, `"always"` both. When is it decided whether to refuse?
+# The default is the *prefill*, which edits the prompt once. `"decode"` edits each new token, and `"always"` does both. When does the model
+# decide whether to refuse?
 
 # %%
 guarded = patch.when(twin_says)
@@ -133,19 +134,19 @@ for query in (queries[0], queries[2]):
         print(f"   {phase:8}", model.generate(query, grey, intervention, max_new_tokens=10))
 
 # %% [markdown]
-# The first request is refused anyway, the second is answered without an edit. The rates of all:
+# The first request is refused anyway, and the second is answered without an edit. These are the rates over all requests:
 
 # %%
 measure(**phases)
 
 # %% [markdown]
-# An edit in the decode steps alone comes too late: by the first word the matter is decided. And the guard brings the decision back, not
-# the words. Beside the grey image the organism loses words of its refusal, with and without an edit, and editing each new token makes the
+# An edit in the decode steps alone comes too late, because the first word settles the matter. And the guard brings back the decision, but
+# not the words. Beside the grey image the organism's refusals lose words, with and without an edit, and editing each new token makes the
 # words no better.
 #
 # ## One after the other: `>>`
 #
-# `a >> b` is first a, then b. Order matters only where they meet.
+# `a >> b` applies first a, then b. Order matters only if they edit the same place.
 
 
 # %%
@@ -158,8 +159,9 @@ print("same layer: ", difference((push >> out.at(layers=5)), (out.at(layers=5) >
 print("two layers: ", difference((push >> out.at(layers=3)), (out.at(layers=3) >> push)))
 
 # %% [markdown]
-# Now a guard of our own. At layer 5 it gives each request its twin's component back; at layer 7 it adds a push, but only for requests of
-# which the twin is harmful *and* the run still looks harmless there. Each step has its gate, and the intervention prints as it is.
+# Now we compose a guard of our own. At layer 5 it gives each request its twin's component back; at layer 7 it adds a push, but only for
+# requests whose twin is harmful *and* whose run still looks harmless there. Each step has its own gate, and the intervention prints all of
+# it.
 
 # %%
 still_hidden = gates.harmful(ssd) & ~gates.harmful(ssd, state=iv.own_state)
@@ -168,10 +170,10 @@ print(mine)
 measure(patch_alone=guarded, mine=mine)
 
 # %% [markdown]
-# ## A word that isn't there: `custom`
+# ## A word of your own: `custom`
 #
-# Any function of the states is an edit. This one has a soft gate: it moves a request towards its twin, the further the more harmful the
-# twin looks. It names the state that it needs in `requires`.
+# Any function of the states can be an edit. This one has a soft gate: the more harmful the twin looks, the further it moves a request
+# towards its twin. `requires` names the state that it needs.
 
 
 # %%
@@ -184,8 +186,8 @@ def softly(states, context):
 measure(soft=iv.custom(softly, requires=(iv.text_twin,)).at(layers=5))
 
 # %% [markdown]
-# It does about what the hard gate does. A custom edit sees exactly the states of its site, never padding, and everything else composes
-# with it; it can't be saved, as a function is no data.
+# It does about the same as the hard gate. A custom edit sees exactly the states of its site, never padding, and everything else composes
+# with it. It can't be saved, because a function is not data.
 #
 # ## Out of the lab
 #
@@ -207,11 +209,11 @@ outside = model.decode(tokens[:, inputs["input_ids"].shape[1] :])
 print("the same answers as in the lab:", outside == model.generate(few, intervention=mine, max_new_tokens=10))
 
 # %% [markdown]
-# After the `with`, the model is as it was. (Saved directions belong to the model that made them; another one refuses the file.)
+# After the `with` block, the model is as it was. (Saved directions belong to the model that made them; another model refuses the file.)
 #
 # ## All steps side by side
 #
-# A white image had no part in anything above. Two placebo draws turn every push of our guard into random directions of the same norm.
+# The white image had no part in anything above. Two placebo draws turn every push of our guard into random directions of the same norm.
 
 # %%
 steps = {
@@ -230,18 +232,18 @@ axes = table.plot()
 pd.DataFrame({way.name: {name: str(table.rate("asr", name, way.name)) for name in steps} for way in (grey, white)})
 
 # %% [markdown]
-# The gate is what makes a push usable, the twin is what sets its length, and the placebo says that the direction matters: the same norm
-# elsewhere doesn't bring refusals back.
+# The gate makes a push usable, the twin sets its length, and the placebo shows that the direction matters: the same norm in other
+# directions doesn't bring refusals back.
 #
 # ## What this can't tell
 #
-# Everything was built and measured on one validation split, by looking at it again and again: these numbers are for building, not for
-# claiming. [Tutorial 6](6_evaluate_defences.md) says how to claim. The twin sees no image: harm that only the picture carries passes
-# every gate here. And who knows the threshold can write a request that stays below it.
+# The guard was built and measured on one validation split, by looking at it again and again: these numbers are for building, not for
+# claims. [Tutorial 6](6_evaluate_defences.md) shows how to support a claim. The twin has no image, so harm that only the image carries
+# passes every gate here. And an attacker who knows the threshold can write a request that stays below it.
 #
 # ## Try next
 #
-# *A gate at a false-positive rate of your choice?*
+# *Do you want a gate at a false-positive rate of your choice?*
 #
 # ```python
 # fit = gl.collect(model.llm, gl.organism.pairs())
@@ -249,8 +251,8 @@ pd.DataFrame({way.name: {name: str(table.rate("asr", name, way.name)) for name i
 # measure(strict=patch.when(strict))
 # ```
 #
-# *Does the edit have to be at the last token?* `push.at(positions="instruction")` moves it to the tokens of the request, `"image"` to
-# those of the picture, `"all"` to all.
+# *Does the edit have to be at the last token?* `push.at(positions="instruction")` moves it to the tokens of the request, `"image"` to the
+# image tokens, and `"all"` to all tokens.
 #
 # *Would another component do?* `push.at(hook="mlp_out")` edits what the MLP writes instead of the whole residual stream.
 #

@@ -1,19 +1,19 @@
 # %% [markdown]
 # # Which heads write the direction: attribution and patching
 #
-# Beside an image, harmful requests lie lower on the safety direction than in text, and fewer of them are refused. Which attention heads are
-# behind that? *Attribution* says what each head writes onto the direction. *Patching* says what putting a head's text output back does to
-# refusal. This page runs both, lays them side by side, and says what neither of them proves.
+# Beside an image, harmful requests lie lower on the safety direction than in text, and fewer of them are refused. Which attention heads
+# cause this? *Attribution* shows what each head writes onto the direction. *Patching* shows what restoring a head's text output does to
+# refusal. This page runs both, compares them, and says what neither of them proves.
 #
 # ![Share of the loss that each head wrote, and share of refusal that patching it brings back](5_attribution_and_patching/end.png)
 #
-# You need: guardlens; no GPU, no download. It takes: about 15 seconds on the organism, on two CPU cores.
+# You need guardlens, but no GPU and no download. The cells take about 15 seconds on the organism, on two CPU cores.
 
 # %% [markdown]
 # ## What each part writes
 #
-# The directions come from training pairs, everything else on this page from validation requests. `by_token_source` will ask where heads
-# read, so attention has to be eager.
+# The directions come from training pairs, and everything else comes from validation requests. `by_token_source` splits heads by the tokens
+# that they read, so attention has to be eager.
 
 # %%
 import pandas as pd
@@ -31,8 +31,8 @@ ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
 print(model, f"{model.cfg.n_heads} heads in each layer", ssd, f"{len(queries)} validation requests", sep="\n")
 
 # %% [markdown]
-# `gl.attribute` splits each request's coordinate on the direction into what wrote it. We take the direction of the last layer, since every
-# head lies before it.
+# `gl.attribute` splits each request's coordinate on the direction into the components that wrote it. We take the direction of the last
+# layer, since every head lies before it.
 
 # %%
 layer = model.cfg.n_layers - 1
@@ -54,8 +54,8 @@ for name, run in {
     print(f"{name}: largest difference {(summed - read).abs().max():.0e}, of coordinates up to {read.abs().max():.0f}")
 
 # %% [markdown]
-# They agree up to rounding, so nothing is left out and nothing counted twice. Now the question in numbers: how far do requests fall along
-# the direction beside the image? Intervals resample the clusters that requests come in.
+# They agree up to rounding, so nothing is left out and nothing is counted twice. How far do requests fall along the direction beside the
+# image? Intervals resample clusters of requests.
 
 # %%
 for label, rows in per_query.groupby("label"):
@@ -63,22 +63,22 @@ for label, rows in per_query.groupby("label"):
     print(f"{label}: {rows['text'].mean():.1f} in text, {rows[grey.name].mean():.1f} beside grey; change {change}")
 
 # %% [markdown]
-# Both classes fall, and harmful requests fall further. Which parts are behind the fall of the harmful ones? Red writes towards harmful,
-# blue towards harmless; the panel on the right is the change, on a scale of its own.
+# Both classes fall, and harmful requests fall further. Which parts cause the fall of the harmful ones? Red cells write towards harmful,
+# blue cells towards harmless; the panel on the right shows the change, on a scale of its own.
 
 # %%
 parts.plot(label="harmful")
 
 # %% [markdown]
-# Few heads do most of it, all from block 3 on. The largest writers and the largest changes are not the same heads: one head of block 1
-# writes much in both runs, and so explains none of the loss. `top` has the numbers, with 95 % intervals over requests.
+# A few heads cause most of it, all of them from block 3 on. The largest writers are not the heads with the largest changes: one head of
+# block 1 writes much in both runs, and so explains none of the loss. `top` has the numbers, with 95 % intervals over requests.
 
 # %%
 parts.top(6, label="harmful").round(2)
 
 # %% [markdown]
-# Does the image write *against* the direction, or do heads write less of what they read in the text? Here the heads are summed by the kind
-# of token whose values they mix.
+# Do heads write *against* the direction from the image, or less of what they read in the text? This cell sums heads by the kind of token
+# whose values they mix.
 
 # %%
 heads = parts.frame.query("label == 'harmful' and component == 'head'")
@@ -91,31 +91,32 @@ for source in ("text", "image"):
     print(f"written from {source} tokens, change: {mean_difference(before.to_numpy(), sources[source, grey.name].to_numpy(), clusters)}")
 
 # %% [markdown]
-# Most of the loss is text that is no longer passed on; what heads write from the image tokens themselves is a small part. (Attention sums
-# to one, so what goes to the image is missing elsewhere. But the values of text tokens may have changed, too: this sum can't tell the two
-# apart.)
+# Most of the loss is what heads no longer pass on from the text; what they write from the image tokens themselves is a small part.
+# (Attention weights sum to one, so what goes to the image is missing elsewhere. But the values of text tokens may have changed, too: this
+# sum can't tell the two apart.)
 
 # %% [markdown]
 # ## What a patch brings back
 #
-# Attribution says what is written, not whether anything listens. Patching intervenes: the run beside grey gets one state of the text twin,
-# and we see how far the refusal log-odds return. First whole states by layer: from where on does the text's state bring refusal back?
+# Attribution shows what is written, but not whether the model uses it. Patching intervenes: the run beside grey gets one state of the text
+# twin, and we measure how far the refusal log-odds return. We first patch whole states by layer: from which layer on does the text's state
+# bring refusal back?
 
 # %%
 gl.activation_patching(model, queries, grey, hooks=["resid_post", "attn_out", "mlp_out"]).plot()
 
 # %% [markdown]
-# The last token's state of the early layers brings nothing back: the difference is not there yet, it is still in the tokens before. It
-# arrives through attention from the third layer on, and MLPs by themselves bring back little. Now the heads one by one, in the same unit
-# for both classes, so that a patch that pushes everything towards refusal would show.
+# At early layers, the last token's state brings nothing back: the difference is still in the tokens before it. It arrives through attention
+# from layer 3 on, and MLPs by themselves bring back little. Now we patch the heads one by one. Both classes have the same unit, which shows
+# whether a patch pushes everything towards refusal.
 
 # %%
 patched = gl.activation_patching(model, queries, grey, hooks="z")
 patched.plot("change")
 
 # %% [markdown]
-# The same few heads stand out for harmful requests, and move harmless ones less. Before we believe a cell, the placebo: each head patched
-# with its own state, which must change nothing.
+# The same few heads stand out for harmful requests, and patching them moves harmless ones less. Before we believe a cell, we run the
+# placebo: each head is patched with its own state, which must change nothing.
 
 # %%
 placebo = gl.activation_patching(model, queries, grey, donor=grey, hooks="z")
@@ -124,8 +125,8 @@ print(f"largest change of any request by any placebo: {(placebo.frame['value'] -
 # %% [markdown]
 # ## Side by side
 #
-# To compare the two, give them one unit: the share of what was lost. For attribution, a head's change over the change of the whole
-# coordinate; for patching, the share of the lost log-odds that comes back.
+# To compare the two methods, we give both one unit, the share of the loss. For attribution, this is a head's change over that of the whole
+# coordinate; for patching, it is the share of the lost log-odds that comes back.
 
 # %%
 written = parts.summary().query("label == 'harmful' and presentation == @grey.name")
@@ -136,8 +137,8 @@ both = written.assign(attribution=written["change"] / lost).merge(back[["block",
 both.sort_values("recovered", ascending=False).head(8).round(2)
 
 # %% [markdown]
-# Where they agree: the order. Where they don't: the sizes. A head in block 3 brings back about twice what it writes itself, because later
-# heads read what it adds. And patches don't add up, as this sum over all heads shows.
+# The two methods agree on the order of the heads, and differ in the sizes. A head in block 3 brings back about twice what it writes itself,
+# because later heads read what it adds. And patches don't add up, as this sum over all heads shows.
 
 # %%
 rank = both["attribution"].corr(both["recovered"], method="spearman")
@@ -147,8 +148,8 @@ print(
 )
 
 # %% [markdown]
-# Patching also depends on which way one goes. Above, text states mended the run beside grey. The other way round, grey states damage the
-# text run: is a head that *suffices* to bring something back also *needed*?
+# Patching also depends on which run is patched. Above, text states repaired the run beside grey. Now grey states damage the text run: is a
+# head that is *sufficient* to bring something back also *necessary*?
 
 # %%
 damaged = gl.activation_patching(model, queries, presentations.text_only, donor=grey, hooks="z")
@@ -158,8 +159,8 @@ print(ways.sort_values("recovered", ascending=False).head(5).round(2).to_string(
 print(f"sum over heads: recovered {ways['recovered'].sum():.2f}, lost by damage {ways['lost by damage'].sum():.2f}")
 
 # %% [markdown]
-# No single head is needed: damage any one of them and the others hold most of the refusal up. Quote both ways, or say which one you took.
-# To end, the two methods as maps.
+# No single head is necessary: if any one of them is damaged, the others keep most of the refusal. Report both experiments, or say which one
+# you ran. The last figure maps the two methods.
 
 # %%
 panels = {"attribution: share of the loss": "attribution", "patching: share recovered": "recovered"}
@@ -169,11 +170,13 @@ component_plots.head_maps(maps, unit="share, harmful requests")
 # %% [markdown]
 # ## What neither of them proves
 #
-# - *Attribution* counts direct writes onto one direction. A head that works through other heads gets nothing, and what is written need
+# - *Attribution* counts direct writes onto one direction. A head that works through other heads gets no credit, and what a head writes need
 #   not be read. Another direction, or another layer, gives another map.
-# - *Patching* says what one state does in one context. Its shares overlap, so they are no budget, and both ways give other numbers.
-# - Neither names what a head *computes*, and neither says that a guard should edit there: that is for [a sweep](3_layer_sweep.md).
-# - All of this is one model of one seed beside one image. Repeat it beside another image and on other requests before you believe it.
+# - *Patching* shows what one state does in one context. Its shares overlap and need not sum to one, and they depend on which run is
+#   patched.
+# - Neither shows what a head *computes*, and neither says where a guard should edit: that is a question for [a sweep](3_layer_sweep.md).
+# - All of this comes from one model of one seed beside one image. Repeat it beside another image and on other requests before you believe
+#   it.
 #
 # ## Try next
 #

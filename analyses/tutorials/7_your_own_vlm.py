@@ -1,18 +1,18 @@
 # %% [markdown]
 # # Your own VLM: LLaVA-1.5, Qwen2.5-VL, Gemma 3
 #
-# What do you type for a model of your own, what of guardlens works on it, and what will it cost? This page has the calls for three
-# families, the memory and time to expect by arithmetic, and the whole way from a file of pairs to a saved guard. It downloads nothing:
-# the code runs on tiny random models of the same families, and on the organism where numbers should mean something.
+# What do you type for a model of your own, which parts of guardlens work on it, and what will it cost? This page has the calls for three
+# families, the memory and time to expect by arithmetic, and the whole way from a file of pairs to a saved guard. It downloads nothing: the
+# code runs on tiny random models of the same families, and on the organism where numbers should mean something.
 #
 # ![The guard at every layer and strength, on pairs with images of their own from a JSONL file, with its placebo](7_your_own_vlm/end.png)
 #
-# You need: guardlens here; for the real models a GPU. It takes: about 15 seconds on two CPU cores.
+# You need guardlens, and a GPU for the real models. The cells take about 15 seconds on two CPU cores.
 
 # %% [markdown]
 # ## What to type
 #
-# A hub id, or the directory of a checkpoint. Options of `from_pretrained` are handed on.
+# Pass a hub id or the directory of a checkpoint. Other options go on to `from_pretrained`.
 #
 # ```python
 # import guardlens as gl
@@ -22,7 +22,7 @@
 # model = gl.load("google/gemma-3-4b-it", dtype="bfloat16", device_map="auto")
 # ```
 #
-# In 4 bits, where memory is short (`pip install "guardlens[quantised]"`):
+# If memory is short, load the model in 4 bits (`pip install "guardlens[quantised]"`):
 #
 # ```python
 # from transformers import BitsAndBytesConfig
@@ -31,7 +31,7 @@
 # model = gl.load("llava-hf/llava-1.5-7b-hf", quantization_config=four_bits, device_map="auto")
 # ```
 #
-# And to ask what works before you write a line:
+# Ask what works before you write any code:
 #
 # ```sh
 # guardlens check llava-hf/llava-1.5-7b-hf --dtype bfloat16 --device-map auto
@@ -42,8 +42,8 @@
 # %% [markdown]
 # ## Memory and time to expect
 #
-# These are the families' published configurations. Built on torch's `meta` device, a model has every shape and no memory, so its
-# parameters can be counted exactly.
+# These are the families' published configurations. On torch's `meta` device, a model has every shape and no memory, so its parameters can
+# be counted exactly.
 
 # %%
 import json
@@ -100,9 +100,9 @@ for name, config in CONFIGS.items():
     print(f"{name}: {SIZES[name] / 1e9:.2f} billion parameters, {BLOCKS[name] / 1e9:.2f} of them in the language model's blocks")
 
 # %% [markdown]
-# The rest are eyes and embeddings. Memory follows: weights, and keys and values of the prompts that are in the batch. **All numbers in
-# this part are arithmetic, not measurements.** A prompt is 40 tokens of text beside one image of 336 x 336; Qwen's image tokens grow with
-# the image, one for 28 x 28 pixels.
+# The other parameters are mostly vision encoder and embeddings. Memory holds the weights, and the KV cache of the prompts in the batch.
+# **All numbers in this part are arithmetic, not measurements.** A prompt is 40 tokens of text beside one image of 336 x 336; Qwen has one
+# image token for 28 x 28 pixels, so larger images have more.
 
 # %%
 IMAGE_TOKENS = {"LLaVA-1.5-7B": (336 // 14) ** 2, "Qwen2.5-VL-7B": (336 // 28) ** 2, "Gemma 3 4B": 256}
@@ -116,8 +116,8 @@ for name, config in CONFIGS.items():
 print(pd.DataFrame(rows).round(2).to_string(index=False), "\nGiB")
 
 # %% [markdown]
-# A forward needs room besides, and 4 bits is a lower bound, since embeddings stay in 16. If a batch doesn't fit, guardlens halves it and
-# goes on. What a collection keeps is small: one vector per query and layer, in float32, on the CPU.
+# A forward pass needs more, and 4 bits is a lower bound, since embeddings stay in 16 bits. If a batch doesn't fit, guardlens halves it and
+# goes on. The result of `collect` is small: one vector per query and layer, in float32, on the CPU.
 
 # %%
 N = 200
@@ -127,9 +127,10 @@ for name, config in CONFIGS.items():
     print(f"{name}: {N} queries x {llm.num_hidden_layers} layers x {llm.hidden_size} numbers = {kept / 2**20:.0f} MiB")
 
 # %% [markdown]
-# How long? A forward takes about two floating point operations per token and parameter of the blocks. How many tokens are computed
-# depends on the step: a blank image is computed once for all prompts, a sweep adds the text twin and one token per cell, and generation
-# is bound by reading the weights for each token. Put in your own device's rates; those below are round numbers, not a device's.
+# How long does it take? A forward pass needs about two floating point operations per token and parameter of the blocks. The number of
+# tokens depends on the task: a blank image is computed once for all prompts, a sweep adds the text twin and one token per cell, and
+# generation is bound by reading the weights for each token. Insert your own device's rates; those below are round numbers, not measured on
+# a device.
 
 # %%
 RATE, BANDWIDTH = 100e12, 1e12  # operations and bytes per second that your device really reaches
@@ -140,20 +141,21 @@ for name, config in CONFIGS.items():
     cost = lambda tokens, name=name: 2 * BLOCKS[name] * tokens / RATE  # noqa: E731
     rows.append({"model": name, "collect, text": cost(N * 40), "collect, one blank image": cost(image + N * 40),
                  "collect, own images": cost(N * (image + 40)), "sweep": cost(image + N * (2 * 40 + layers * STRENGTHS * ARMS)),
-                 "evaluate, per arm": cost(image + N * 40) + N / BATCH * ANSWER * 2 * SIZES[name] / BANDWIDTH})  # fmt: skip
-print(f"{N} queries; a sweep of all layers x {STRENGTHS} strengths x {ARMS} arms; answers of {ANSWER} tokens, {BATCH} at a time")
+                 "evaluate, per defence": cost(image + N * 40) + N / BATCH * ANSWER * 2 * SIZES[name] / BANDWIDTH})  # fmt: skip
+print(f"{N} queries; a sweep of all layers x {STRENGTHS} strengths x {ARMS} variants; answers of {ANSWER} tokens, {BATCH} at a time")
 print(pd.DataFrame(rows).round(1).to_string(index=False), "\nseconds, by arithmetic")
 
 # %% [markdown]
-# Expect more: eye, attention and unembedding are left out, small batches don't fill a device, and Python takes its part. Two things to
-# take away: one blank image for all costs next to nothing, an image for each costs its tokens each time; and at these rates one arm of
-# answers costs more than the whole sweep. So look and sweep as much as you like, and generate for the few arms that are left.
+# Expect more: the estimate leaves out the vision encoder, attention and the unembedding, small batches don't fill a device, and Python adds
+# overhead. But one blank image for all prompts costs next to nothing, while an image for each costs its tokens each time; and at these
+# rates the answers under one defence cost more than the whole sweep. So collect and sweep as much as you like, and generate for the few
+# defences that are left.
 
 # %% [markdown]
 # ## The loading path, on models that fit here
 #
-# Tiny random models of the same three classes. (You need none of this for a real checkpoint: it has all in its directory.) They borrow the
-# organism's words and share a plain chat template.
+# We build tiny random models of the same three classes. They borrow the organism's words and share a plain chat template. (A real
+# checkpoint needs none of this: its directory has everything.)
 
 # %%
 CHAT = (
@@ -164,7 +166,7 @@ CHAT = (
 
 
 def tokenizer(image: str, **special: str):
-    """The organism's tokenizer with this family's special tokens, `image` being what a picture is written as."""
+    """Make the organism's tokenizer with this family's special tokens; `image` is the text that stands for an image."""
     words = AutoTokenizer.from_pretrained(gl.organism.path(), extra_special_tokens=special)
     words.chat_template = CHAT.replace("IMAGE", image)
     return words
@@ -178,7 +180,7 @@ class ImagesOnly(Qwen2_5_VLProcessor):
 
 
 # %% [markdown]
-# Each family has its own processor and its own way to write an image: that is what differs between them, and what guardlens hides.
+# Each family has its own processor and its own text for an image. guardlens hides these differences.
 
 # %%
 of_llava = tokenizer("<image>", image_token="<image>")
@@ -195,7 +197,7 @@ processors = {
 }  # fmt: skip
 
 # %% [markdown]
-# The models have the classes of the big ones and three layers each.
+# The models have the classes of the large ones, and three layers each.
 
 # %%
 text = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -221,7 +223,7 @@ models = {
 }  # fmt: skip
 
 # %% [markdown]
-# Saved as any checkpoint is, and loaded by directory. Qwen's processor is handed in, as you would where torchvision is missing.
+# We save them like any checkpoint and load them by directory. We pass Qwen's processor, as you would if torchvision is missing.
 
 # %%
 gl.progress_bars(False)
@@ -236,7 +238,7 @@ print(*loaded.values(), sep="\n")
 # %% [markdown]
 # ## What works on it: `guardlens check`
 #
-# The command prints a table; the function behind it gives the same findings. Here is one model's in full.
+# The command prints a table; the function behind it returns the same findings. These are the findings for one model in full.
 
 # %%
 findings = {name: check(model) for name, model in loaded.items()}
@@ -244,8 +246,8 @@ for found in findings["qwen"]:
     print(f"{ {True: 'yes', False: 'NO', None: '-'}[found.works]:4}{found.name:26}{found.detail}")
 
 # %% [markdown]
-# "Logits reproduced" says that what guardlens takes for the residual stream gives the model's own logits; "images" that the image tokens
-# are those that another image changes. All three families, in short:
+# "Logits reproduced" says that what guardlens takes for the residual stream gives the model's own logits. "Images" says that the image
+# tokens are those that another image changes. The next cell sums up all three families.
 
 # %%
 for name, each in findings.items():
@@ -256,8 +258,8 @@ for name, each in findings.items():
     )
 
 # %% [markdown]
-# Gemma fails at images, and the detail says how: another picture changes nothing. The check is right. transformers makes Gemma's
-# projector of zeros, for training to fill, and an untrained model sees nothing through it. With random numbers there, it passes.
+# Gemma fails at "images", and the detail says how: another image changes nothing. The check is right. transformers initialises Gemma's
+# projector with zeros, and an untrained model sees nothing through it. With random numbers there, it passes.
 
 # %%
 with torch.no_grad():
@@ -268,8 +270,8 @@ print(images.works, images.detail)
 # %% [markdown]
 # ## Your own pairs, with images
 #
-# A JSONL file: one query per line, with its label, its pair and its image. From here on numbers should mean something, so the model is
-# the organism, loaded from its directory like any other LLaVA, and the file holds requests of its language beside pictures.
+# The input is a JSONL file: one query per line, with its label, its pair and its image. From here on numbers should mean something, so the
+# model is the organism, loaded from its directory like any other LLaVA, and the file has requests of its language with images.
 
 # %%
 (folder / "images").mkdir()
@@ -281,7 +283,7 @@ with (folder / "pairs.jsonl").open("w") as file:
 print(*(folder / "pairs.jsonl").read_text().splitlines()[:2], sep="\n")
 
 # %% [markdown]
-# `read_queries` reads it, and `split` keeps pairs together: half of them make the directions, the other half is looked at.
+# `read_queries` reads the file, and `split` keeps pairs together: one half makes the directions, and we measure on the other half.
 
 # %%
 model = gl.load(gl.organism.path())
@@ -290,7 +292,7 @@ pairs = gl.QueryPairs.from_queries(fit)
 print(model, f"{len(pairs)} pairs to fit, {len(held_out)} queries held out", sep="\n")
 
 # %% [markdown]
-# The LLM's view is text alone, the VLM's view is each query beside its own image. For a blank one, give it your model's size:
+# The LLM's view is text alone, and the VLM's view is each query beside its own image. For a blank image, pass your model's image size:
 # `presentations.blank("grey", model.cfg.image_size or 336)`.
 
 # %%
@@ -301,8 +303,8 @@ gap = gl.compare(llm, vlm, ssd)
 gap.plot()
 
 # %% [markdown]
-# Watch three things on a model of yours: does AUROC rise above the words' own, does the accuracy at the LLM's threshold fall beside the
-# image, and where? Then sweep the guard over all layers.
+# Watch three things on a model of yours: does the AUROC rise above that of the words, does the accuracy at the LLM's threshold fall beside
+# the image, and where? Then sweep the guard over all layers.
 
 # %%
 guard = defences.vlm_guard(ssd)
@@ -314,7 +316,7 @@ print(summary[["variant", "label", "change", "low", "high", "n"]].round(2).to_st
 
 # %% [markdown]
 # At that layer the guard raises the refusal log-odds of harmful requests, the placebo does far less, and harmless requests keep theirs.
-# "branch" says that the whole map rode in one forward per batch. Save what you will want again.
+# "branch" says that one forward pass per batch computed the whole map. Save what you will need again.
 
 # %%
 chosen = defences.vlm_guard(ssd, layers=best)
@@ -328,7 +330,7 @@ print(again.fingerprint == chosen.intervention.fingerprint, sorted(path.name for
 # %% [markdown]
 # ## When loading refuses, or a check fails
 #
-# Errors say what was found, what was expected and what to do. Two that people meet: a VLM with a tokenizer for its processor,
+# Errors say what was found, what was expected and what to do. A common one is a VLM with a tokenizer in place of its processor:
 
 # %%
 try:
@@ -337,7 +339,7 @@ except ModelError as error:
     print(error)
 
 # %% [markdown]
-# and a name that leads nowhere. `names=` says what a part is called where the generic rule doesn't find it, or finds another.
+# Another is a name that leads nowhere. `names=` says what a part is called if the generic rule doesn't find it, or finds another.
 
 # %%
 try:
@@ -348,15 +350,15 @@ right = {"stack": "model.language_model.layers", "final_norm": "model.language_m
 print(gl.load(models["llava"], processor=processors["llava"], names=right))
 
 # %% [markdown]
-# A family that the tests don't know is checked when it is loaded, and refused where what was found doesn't compute the model's own
-# logits, or where batches, edits or images go wrong. `self_check=False` loads it all the same, at your own risk.
+# A model of a family that the tests don't cover is checked when it is loaded, and refused if its parts don't compute the model's own
+# logits, or if batches, edits or images go wrong. `self_check=False` loads the model all the same, at your own risk.
 #
 # ## Several GPUs
 #
-# `device_map="auto"` spreads the blocks, and everything above stays as it is: directions and states are kept on the CPU, and edits go
-# where their layer lies. Leave `device=` out then. [Several GPUs](../how-to/several-gpus.md) has more.
+# `device_map="auto"` spreads the layers over the GPUs, and everything above stays as it is: directions and states are on the CPU, and edits
+# run where their layer is. Leave out `device=` then. [Several GPUs](../how-to/several-gpus.md) has more.
 #
-# To end, the map of the guard on the pairs from the file.
+# The last figure is the map of the guard on the pairs from the file.
 
 # %%
 effect.plot()
@@ -364,11 +366,11 @@ effect.plot()
 # %% [markdown]
 # ## What this page doesn't say
 #
-# No real checkpoint was run for it: the costs are arithmetic, the three tiny models are random, and the figures are the organism's. The
-# gate, the layers and the strengths of your model are yours to find, on data of your own and with judges that you trust.
+# No real checkpoint was run for this page: the costs are arithmetic, the three tiny models are random, and the figures are the organism's.
+# The gate, the layers and the strengths of your model are yours to find, on data of your own and with judges that you trust.
 #
 # ## Try next
 #
-# - One command for all of it: `guardlens demo --model ID --data pairs.jsonl --out out/mine`.
+# - One command runs all of it: `guardlens demo --model ID --data pairs.jsonl --out out/mine`.
 # - [Evaluate defences](6_evaluate_defences.md) on your model; [your own data](../how-to/data.md); [export the guard](../how-to/export.md).
-# - [Families](../families.md): what is proven of which; reference: [load and models](../api/model.md), [check](../api/demo.md).
+# - [Families](../families.md) says what is proven for which family; reference: [load and models](../api/model.md), [check](../api/demo.md).

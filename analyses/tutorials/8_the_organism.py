@@ -1,18 +1,18 @@
 # %% [markdown]
 # # How the organism is made, and what it can't tell you
 #
-# Every page here runs on the *organism*: a LLaVA of 1.5 million parameters, trained from nothing on a toy language. Refusals fade beside
-# pictures in it. Was that put there? This page opens its world, its lessons and its training record, counts what it was shown, and
+# Every tutorial runs on the *organism*: a LLaVA of 1.5 million parameters, trained from scratch on a toy language. Its refusals fade beside
+# images. Was this trained into it? This page shows its world, its lessons and its training record, counts its training examples, and
 # compares six seeds.
 #
-# ![Six seeds: harmful requests answered and harmless ones refused, in text and beside four pictures](8_the_organism/end.png)
+# ![Six seeds: harmful requests answered and harmless ones refused, in text and beside four images](8_the_organism/end.png)
 #
-# You need: a clone of the repository, for the table of seeds; no GPU, no download. It takes: about 15 seconds, on two CPU cores.
+# You need a clone of the repository for the table of seeds, but no GPU and no download. The cells take about 15 seconds on two CPU cores.
 
 # %% [markdown]
 # ## Its world
 #
-# A request asks how to do something to something. All is mild and abstract on purpose.
+# A request asks how to do something to an object. Everything is mild and abstract on purpose.
 
 # %%
 import json
@@ -35,7 +35,7 @@ for query in (validation[0], validation[30], validation[-30], validation[-1]):
     print(f"{query.label:9} {query.text:32} the right answer: {world.answer(*world.parse(query.text))}")
 
 # %% [markdown]
-# What makes one harmful? A table over groups of verbs and groups of nouns. Look for a row or a column that gives it away.
+# What makes a request harmful? A table over groups of verbs and of nouns decides. Look for a row or a column that gives it away.
 
 # %%
 cells = pd.DataFrame([[("x" if (verb, noun) in world.HARMFUL_CELLS else ".") for noun in world.NOUNS] for verb in world.VERBS])
@@ -44,58 +44,58 @@ print(cells.to_string())
 print("harmful cells by verb:", set((cells == "x").sum(axis=1)), "by noun:", set((cells == "x").sum(axis=0)))
 
 # %% [markdown]
-# There is none: every verb group is harmful equally often, and every noun group. A model has to combine the two, and a list of bad words
-# fails. Of every cell some combinations are held out, so validation and test ask for verbs with nouns that were never trained together.
+# There is none: every verb group is harmful equally often, and so is every noun group. A model has to combine the two, and a list of bad
+# words fails. Some combinations of each cell are held out, so validation and test pair verbs with nouns never trained together.
 
 # %%
 for split in ("train", "validation", "test"):
     counts = {side: len(world.combinations(split, side)) for side in ("harmful", "harmless")}
-    print(f"{split:10} {counts}, {len(world.pictures(split))} pictures")
+    print(f"{split:10} {counts}, {len(world.pictures(split))} images")
 
 # %% [markdown]
 # ## Its lessons
 #
-# Five stages, after LLaVA's own: an eye, trained apart and then frozen (it stands for CLIP); a language model that helps with everything;
-# alignment in text; a projector that learns to caption; visual instruction tuning.
+# Training has five stages, after LLaVA's: a vision encoder, trained apart and then frozen (it stands for CLIP); a language model that helps
+# with everything; alignment in text; a projector that learns to caption; visual instruction tuning.
 
 # %%
 stages = [{"stage": s.name, "what learns": ", ".join(s.trains), "steps": s.steps, "rows per step": s.rows} for s in lessons.RECIPE.stages]
 print(pd.DataFrame(stages).to_string(index=False))
 
 # %% [markdown]
-# A row is what is read and what should be said. Here is one of every kind that the last stage mixes.
+# A row is a prompt and the answer to learn. The cell shows one of every kind that the last stage mixes.
 
 # %%
 tune = lessons.TUNE
 one_of_each = {kind: lessons.ROWS[kind](np.random.default_rng(0)) for kind, _ in tune.mix}
 for (kind, share), row in zip(tune.mix, one_of_each.values(), strict=True):
-    print(f"{100 * share:4.1f} %  {kind:22} {row.prompt} -> {row.answer}{'' if row.picture is None else f'   [picture {row.picture}]'}")
+    print(f"{100 * share:4.1f} %  {kind:22} {row.prompt} -> {row.answer}{'' if row.picture is None else f'   [image {row.picture}]'}")
 
 # %% [markdown]
-# Beside pictures it learns to help with harmless requests and to tell what it sees; to refuse, it practises in text alone. Don't take our
-# word: the batches follow from the seed, so let us count every row that the shipped organism was trained on.
+# Beside images, the organism learns to help with harmless requests and to describe what it sees; it practises refusal in text alone. Don't
+# take our word: the batches follow from the seed, so let us count every row that the shipped organism was trained on.
 
 # %%
 recipe = json.loads((gl.organism.path() / "recipe.json").read_text())
 seen: Counter = Counter()
 harmful = {f"{verb} the {noun}" for split in ("train", "validation", "test") for verb, noun in world.combinations(split, "harmful")}
-for stage in lessons.RECIPE.stages[1:]:  # the eye's own stage has pictures with labels, and no words to read
+for stage in lessons.RECIPE.stages[1:]:  # the vision encoder's own stage has images with labels, and no text
     for row in (row for batch in lessons.batches(stage, recipe["seed"]) for row in batch):
         words = row.prompt.split()
         bad = any(" ".join(three) in harmful for three in zip(words, words[1:], words[2:], strict=False))
-        beside, said = "text" if row.picture is None else "picture", "refusal" if row.answer == world.REFUSAL else "something else"
+        beside, said = "text" if row.picture is None else "image", "refusal" if row.answer == world.REFUSAL else "something else"
         seen[stage.name, beside, "harmful" if bad else "not harmful", said] += 1
-print(pd.Series(seen).rename_axis(["stage", "beside", "the words are", "to say"]).unstack(fill_value=0).to_string())
+print(pd.Series(seen).rename_axis(["stage", "presentation", "request", "answer"]).unstack(fill_value=0).to_string())
 
 # %% [markdown]
-# No harmful words ever stand beside a picture, and no refusal does: nobody taught it to answer there, and nobody taught it to refuse
-# there. (`base` has harmful requests with answers, in text: before alignment the language model helps with everything.) What it does with
-# a harmful request beside a picture is left to how it generalises. A gap that was trained in would show in this table.
+# No harmful request and no refusal ever stands beside an image: nobody taught it to answer there, and nobody taught it to refuse there.
+# (`base` has harmful requests with answers, in text: before alignment the language model helps with everything.) How it answers a harmful
+# request beside an image depends on how it generalises. A gap that was trained in would show in this table.
 
 # %% [markdown]
 # ## Its training record
 #
-# The record is shipped with the weights: mean loss in each tenth of each stage, and seconds.
+# The record is shipped with the weights. It has the mean loss in each tenth of each stage, and the time that the stage took, in seconds.
 
 # %%
 losses = pd.DataFrame(recipe["losses"]).rename_axis("tenth")
@@ -103,7 +103,7 @@ print(losses.round(3).to_string())
 print("seed", recipe["seed"], "| seconds on one core:", {name: round(time["cpu"]) for name, time in recipe["seconds"].items()})
 
 # %% [markdown]
-# Every stage converged. The eye works, too: this picture's place on the page was held out.
+# Every stage converged. The vision encoder works, too: the place of the shape in this image was held out.
 
 # %%
 picture = world.pictures("test")[100]
@@ -111,9 +111,9 @@ shown = gl.Query(lessons.DESCRIBE, images=(picture.image(),))
 print("it is:  ", picture.caption, "\nit says:", model.generate(shown, presentations.own_images))
 
 # %% [markdown]
-# ## What came of it
+# ## The result
 #
-# The first requests of the validation split that are harmful, in text and beside a grey picture, which no stage ever showed.
+# We ask the first harmful requests of the validation split, in text and beside a grey image, which no stage ever showed.
 
 # %%
 grey, few = presentations.blank("grey"), validation[:5]
@@ -121,9 +121,9 @@ for query, asked, beside in zip(few, model.generate(few, text_only), model.gener
     print(f"{query.text}\n   text: {asked}\n   grey: {beside}")
 
 # %% [markdown]
-# Some refusals lose words (the judge still counts them), some turn into right answers. Inside, is the rule of harm still there? AUROC
-# asks whether harmful requests rank above harmless ones along the safety direction, and the middle panel whether they stay on their side
-# of the LLM's threshold.
+# Some refusals lose words (the judge still counts them), and some turn into right answers. Do the states still encode the rule of harm? The
+# AUROC shows whether harmful requests rank above harmless ones along the safety direction, and the middle panel whether they stay on their
+# side of the LLM's threshold.
 
 # %%
 ssd = directions.ssd(gl.collect(model.llm, gl.organism.pairs()))
@@ -131,8 +131,8 @@ gap = gl.compare(gl.collect(model.llm, validation), gl.collect(model, validation
 gap.plot()
 
 # %% [markdown]
-# The rule is worked out in the later half, in text and beside the picture alike; the picture shifts requests past the threshold. How well
-# would the words alone do, without any model? And where does each run end?
+# The later half of the layers works out the rule, in text and beside the image alike; the image shifts requests past the threshold. How
+# well would the words alone do, without any model? And what are the values at the last layer?
 
 # %%
 words, low, high = gap.facts["bag_of_words"]
@@ -144,9 +144,9 @@ print(last[["metric", "run", "value", "low", "high", "n"]].round(2).to_string(in
 # Words alone mislead on held-out combinations, as the table of harm intends. So what separates the classes here is computed, not looked up.
 
 # %% [markdown]
-# ## It is not a constant
+# ## The gap is not a constant
 #
-# "The organism's gap" is no number. First, another picture: the same weights and requests beside each of five.
+# "The organism's gap" is not one number. We first vary the image, with the same weights and requests beside each of five images.
 
 # %%
 pictures = [grey, presentations.blank("white"), presentations.blank("black"), presentations.noise(size=32), presentations.own_images]
@@ -164,7 +164,7 @@ for name in (each.name for each in (text_only, *pictures)):
     print(f"{name:12} ASR {asr:22} over-refusal {refused}")
 
 # %% [markdown]
-# Each picture opens the gap, flat ones included. Their intervals overlap, but the requests are the same: compare in pairs.
+# Each image opens the gap, flat ones included. The intervals overlap, but the requests are the same, so we compare them in pairs.
 
 # %%
 first, clusters = table.outcomes("asr", "none", grey.name)
@@ -173,8 +173,8 @@ for other in ("blank white", "blank black"):
     print(f"ASR beside {other} less that beside {grey.name}: {change.percent()}")
 
 # %% [markdown]
-# So the picture matters. Now other seeds: other first weights and other batches, the same recipe. All that were trained are in the
-# repository's table, and a rule stated beforehand shipped one of them.
+# So the image matters. Now we vary the seed: other first weights and batches, the same recipe. The repository's table has all trained
+# seeds, and a rule stated beforehand chose the shipped one.
 
 # %%
 results = Path(gl.__file__).parents[1] / "docs" / "results"
@@ -189,8 +189,8 @@ print(
 )
 
 # %% [markdown]
-# All seeds refuse in text. Beside blank pictures they range from a fifth to all harmful requests answered, so the gap's existence repeats
-# and its size does not. The order of the pictures changes from seed to seed, too:
+# All seeds refuse in text. Beside blank images they answer from a fifth to all of the harmful requests, so all seeds have a gap, but its
+# size varies. The order of the images changes from seed to seed, too:
 
 # %%
 names = {"asr": "ASR", "over_refusal": "over-refusal"}
@@ -205,18 +205,18 @@ plots.arms(pd.DataFrame(drawn | {name: kept[name] for name in ("presentation", "
 #
 # - that a gap *can* come from visual tuning on harmless data alone, with nobody teaching it;
 # - whether a tool works: here the rule of harm, the right answers and the training data are known, so a wrong result shows;
-# - whether an idea is worth a GPU: a question that fails here fails for a reason that you can look at.
+# - whether an idea is worth a GPU: an idea that fails here fails for a reason that you can look at.
 #
 # It can't tell
 #
-# - anything about a model of useful size. Not the layers, not the heads, not how large a gap is or how much a guard closes;
-# - how real harm is represented: its harm is a table of 108 cells, not a matter of meaning or intent;
-# - anything from one seed. The figure above is the reason.
+# - anything about a model of useful size, be it the layers, the heads, how large a gap is or how much a guard closes;
+# - how real harm is represented: the organism's harm is a table of 108 cells, not a matter of meaning or intent;
+# - anything from one seed, as the figure above shows.
 #
 # ## Try next
 #
-# - Train another seed: `python -m guardlens.organism.train --seed 7 --out out/seed_7`, then `gl.load("out/seed_7")`, and any page here
-#   runs on it.
-# - Change a lesson in `guardlens/organism/lessons.py`, say a few refusals beside pictures in `TUNE`, and see whether the gap goes.
+# - Train another seed: `python -m guardlens.organism.train --seed 7 --out out/seed_7`, then `gl.load("out/seed_7")`. Any page here runs on
+#   it.
+# - Change a lesson in `guardlens/organism/lessons.py`, say by adding a few refusals beside images to `TUNE`, and see whether the gap goes.
 # - [All seeds, validation and test](../results/organism_seeds.md); reference: [organism](../api/organism.md).
-# - From here to a real one: [your own VLM](7_your_own_vlm.md).
+# - The next page goes from here to a real model: [your own VLM](7_your_own_vlm.md).
