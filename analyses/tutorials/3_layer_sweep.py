@@ -205,8 +205,8 @@ axes = strong.plot()
 #
 # ## What this can't tell
 #
-# The last layers are best in a model of eight layers whose classes separate at layer 5. Nothing says that they are best elsewhere, and in
-# larger models an edit near the end often comes too late. Refusal log-odds see the first word of an answer alone. The layer was chosen on
+# The last layers are best in a model of eight layers whose classes separate at layer 5. Nothing says that they are best elsewhere.
+# Refusal log-odds see the first word of an answer alone. The layer was chosen on
 # this split and image, so the value of the best cell is biased upwards.
 #
 # ## Try next
