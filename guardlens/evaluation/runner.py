@@ -20,9 +20,8 @@ from guardlens.evaluation.judging import judge_answers, require_judge
 from guardlens.evaluation.records import Record, depends_on, in_call_order, key_of, missing, record
 from guardlens.evaluation.table import Evaluation
 from guardlens.interventions import Intervention
-from guardlens.models.engine.generation_options import generation_settings
+from guardlens.models.engine.generation_options import as_new_tokens, generation_settings
 from guardlens.models.hooked_model import HookedModel, Queries, require_model
-from guardlens.models.run_arguments import as_new_tokens
 from guardlens.results.progress import track
 from guardlens.results.run_directory import RunDirectory
 

@@ -225,7 +225,7 @@ class AnswerKL:
 
     def answer(self, model: Any, prefill: Any) -> Answer:
         """The unedited model's greedy answers with their end tokens. Padding behind answers that ended by a stop string does not count."""
-        from guardlens.models.run_arguments import pad_token_id  # here, since it imports transformers
+        from guardlens.models.processing.chat_template import pad_token_id  # here, since it imports transformers
 
         tokens = model.run(prefill, new_tokens=self.tokens).tokens[0]
         ends = model.hf.generation_config.eos_token_id

@@ -1,34 +1,32 @@
 """`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from guardlens.data.presentations import Presentation, WithoutImages, text_only
 from guardlens.data.presentations.protocol import require_presentation
 from guardlens.data.queries import Query, QueryPairs, as_queries
-from guardlens.errors import ArgumentError, InterventionError, MismatchError, ModelError, as_count, require_type, warn
+from guardlens.errors import ArgumentError, InterventionError, MismatchError, ModelError, require_type, warn
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.intervention import require_intervention
-from guardlens.models import run_arguments as arguments
 from guardlens.models.activation_cache import ActivationCache
 from guardlens.models.engine import scheduler
-from guardlens.models.engine.batch import Batch
-from guardlens.models.engine.compiler import Held, Tap
-from guardlens.models.engine.held_states import Wanted, held_states, read_states, wanted_states
+from guardlens.models.engine.batch import Batch, require_batch, require_same_presentation
+from guardlens.models.engine.compiler import Tap
+from guardlens.models.engine.generation_options import as_new_tokens, options_of
 from guardlens.models.engine.hook_functions import HookFunction, NamesFilter, cache_taps, hook_taps
 from guardlens.models.engine.kv_cache import Prefill, Prefix
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run, checked
 from guardlens.models.loaded_model import LoadedModel
+from guardlens.models.processing.chat_template import decoded
 from guardlens.models.prompting import make_batch
 from guardlens.models.readiness import ready_turn
 
@@ -88,7 +86,7 @@ class HookedModel(LoadedModel):
         items = as_queries(queries)
         require_presentation(presentation)
         batch = make_batch(self._engine, self.processor, items, presentation, padding_side, self.name)
-        arguments.require_shown(batch, self.shows_images, self.name)
+        self.require_own(batch)
         return batch
 
     def run(
@@ -127,22 +125,11 @@ class HookedModel(LoadedModel):
         """
         prefill = batch if isinstance(batch, Prefill) else None
         prompts = batch.batch if isinstance(batch, Prefill) else batch
-        self._require_own(prompts)
-        lanes = arguments.as_lanes(interventions, self.ids, self.cfg)
-        sites = arguments.as_sites(read, self.cfg)
-        new_tokens = as_count(new_tokens, "new_tokens", ArgumentError, "say how many tokens to generate; leave it out for none", least=0)
-        seed = None if seed is None else as_count(seed, "seed", ArgumentError, "say seed=0, or leave it out", least=0)
-        arguments.require_choices(logits, layout, new_tokens)
-        if prefill is not None:
-            self.require_own(prefill)
-        arguments.require_answered(prompts, prefill, logits, new_tokens, self.cfg.d_vocab)
-        if prefill is not None:
-            scheduler.require_scorable(self._tests, prefill)
-        options = arguments.generation_options(self.hf, self.tokenizer, generation, prompts, new_tokens)
-        on_device = [intervention.to(self._engine.device) for intervention in lanes]
-        request = RunRequest(self.cfg, prompts, on_device, sites, logits, new_tokens, seed, options)
-        with self._turn():
-            return scheduler.run(self._tests, request, self._held, prefill, layout)
+        self.require_own(batch)
+        asked = RunRequest.checked(self.cfg, self.ids, prompts, interventions, read, logits, new_tokens, seed)
+        options = options_of(self.hf, self.tokenizer, generation, prompts.inputs, asked.new_tokens)
+        with ready_turn(self.hf):
+            return scheduler.run(self._tests, replace(asked, options=options), self.source, prefill, layout)
 
     def prefill(self, batch: Batch) -> Prefill:
         """Run prompts unedited and keep their KV cache, so that a question about their ends costs only the ends.
@@ -156,10 +143,10 @@ class HookedModel(LoadedModel):
         Raises:
             InterventionError: The prompts have answers after them.
         """
-        self._require_own(batch)
+        self.require_own(batch)
         if batch.answered:
             raise InterventionError("prompts with answers", "prompts alone", "keep them first, then say kept.answering(tokens)")
-        with self._turn():
+        with ready_turn(self.hf):
             return replace(scheduler.fill(self._tests, batch), models=self.state)
 
     def share(self, batch: Batch) -> Prefix | None:
@@ -167,8 +154,8 @@ class HookedModel(LoadedModel):
 
         The first one of a model is tested: prompts that continue from it must have the states that they have on their own.
         """
-        self._require_own(batch)
-        with self._turn():
+        self.require_own(batch)
+        with ready_turn(self.hf):
             made = scheduler.share(self._tests, batch, lambda few: self.batch(batch.queries[:few], batch.presentation))
         return None if made is None else replace(made, model=self.id)
 
@@ -176,13 +163,20 @@ class HookedModel(LoadedModel):
         """The interventions in their order, as many at a time as fit in one run on these prompts."""
         return scheduler.groups(self._tests, prefill, interventions)
 
-    def require_own(self, prefill: Prefill) -> None:
-        """Refuse prompts that were computed by another model, beside another LLM, or before this model was changed.
+    def require_own(self, prompts: Batch | Prefill) -> None:
+        """Refuse prompts that were made or computed by another model, beside another LLM, or before this model was changed.
 
         Raises:
-            MismatchError: The ids, the attributes of modules or the hooks differ.
+            MismatchError: The tokenizers, the ids, the attributes of modules or the hooks differ.
+            PresentationError: Some prompt shows an image to the language model of a VLM.
         """
-        arguments.require_own_prefill(prefill, self.state)
+        batch = prompts.batch if isinstance(prompts, Prefill) else prompts
+        require_batch(batch, self.tokenizer, self.shows_images, self.name)
+        if batch.prefix is not None:  # the id walks all modules
+            require_type(batch.prefix, Prefix, ArgumentError, "hand in what model.share(batch) gave, or leave it out")
+            batch.prefix.require_of(self.id)
+        if isinstance(prompts, Prefill):
+            prompts.require_of(self.state)
 
     def source(self, batch: Batch, presentation: Presentation) -> "tuple[HookedModel, Batch]":
         """The model and the prompts that a held state of `presentation` is read from. The text twin is the prompt without its images."""
@@ -239,10 +233,7 @@ class HookedModel(LoadedModel):
             raise MismatchError(
                 f"states of shape {tuple(states.shape)}", f"a last axis of {self.cfg.d_model}", "hand in this model's states"
             )
-        norm = self.hf.get_submodule(self.cfg.norm)
-        unembed = self.hf.get_submodule(self.cfg.unembed)
-        with torch.no_grad():
-            return self.cfg.finish(unembed(norm(states)))
+        return self._engine.lens(states)
 
     def generate(
         self,
@@ -270,7 +261,7 @@ class HookedModel(LoadedModel):
             NumericsError: NaN or infinity in an edit or in the logits of a decode step; step and query are named.
         """
         require_intervention(intervention)
-        new_tokens = arguments.as_new_tokens(max_new_tokens)
+        new_tokens = as_new_tokens(max_new_tokens)
         prompts = queries if isinstance(queries, Prefill) else self._as_batch(queries, presentation)
         if isinstance(prompts, Batch):
             prompts = prompts.after(self.share(prompts))
@@ -281,45 +272,22 @@ class HookedModel(LoadedModel):
 
     def decode(self, tokens: Int[Tensor, "query new"]) -> list[str]:
         """Turn token ids into text, without special tokens."""
-        return arguments.as_text(self.tokenizer, tokens)
-
-    def _turn(self) -> AbstractContextManager[None]:
-        return ready_turn(self.hf)
+        return decoded(self.tokenizer, tokens)
 
     def _logits(self, batch: Batch, taps: Sequence[Tap]) -> Float[Tensor, "query seq vocab"]:
-        with self._turn():
+        with ready_turn(self.hf):
             return checked(self._engine.forward(batch, taps)[None], batch, batch.mask)[0]
 
     def _as_batch(self, queries: Queries | Batch, presentation: Presentation | None) -> Batch:
         """Return a batch unchanged, or build one. Queries default to text only, with a warning if they carry images."""
         if isinstance(queries, Batch):
-            arguments.require_same_presentation(queries, presentation)
-            self._require_own(queries)
+            require_same_presentation(queries, presentation)
+            self.require_own(queries)
             return queries
         items = as_queries(queries)  # once: it may be a generator
         if presentation is None and self.sees_images and any(query.images for query in items):
             warn("images of queries are not shown: ask with presentations.own_images to show them, or with text_only")
         return self.batch(items, text_only if presentation is None else presentation)
-
-    def _require_own(self, batch: Batch) -> None:
-        arguments.require_batch(batch, self.tokenizer, self.name)
-        arguments.require_shown(batch, self.shows_images, self.name)
-        if batch.prefix is not None:  # the id walks all modules
-            arguments.require_own_prefix(batch.prefix, self.id)
-
-    def _held(self, request: RunRequest, prefill: Prefill | None) -> Held:
-        """The states of other presentations' runs that a request requires. A prefill remembers them, then of all layers at once."""
-
-        def read(presentation: Presentation, wanted: Wanted) -> Held:
-            model, prompts = self.source(request.batch, presentation)
-            if prefill is not None:
-                computed = model.cfg.computed(prompts.beside_image)
-                wanted = {state: {point.layer for point in computed if point.hook == state.hook} for state in wanted}
-            found = read_states(wanted, self.cfg.n_layers, lambda sites: model.run(prompts, read=sites, logits=None).reads)
-            return {key: states.to(self._engine.device) for key, states in found.items()}
-
-        wanted = wanted_states(request.interventions, self.cfg.n_layers)
-        return held_states(wanted, read, None if prefill is None else prefill.held)
 
 
 def require_model(model: Any) -> None:

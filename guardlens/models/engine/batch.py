@@ -10,8 +10,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from guardlens.data.presentations import Presentation
+from guardlens.data.presentations.protocol import require_presentation
 from guardlens.data.queries import Query
-from guardlens.errors import ArgumentError, InterventionError, SiteError, require_type
+from guardlens.errors import ArgumentError, InterventionError, MismatchError, PresentationError, QueryError, SiteError, require_type
 from guardlens.hooks import Positions
 
 
@@ -158,6 +159,46 @@ class Batch:
                 length = self.prompt.sum(1, keepdim=True)
                 return (index >= _from_start(start, length, 0)) & (index < _from_start(stop, length, length))
         raise SiteError(f"the positions {positions!r}", "names or a range", "see guardlens.hooks.POSITIONS")
+
+
+def require_batch(batch: Any, tokenizer: Any, shows_images: bool, name: str) -> None:
+    """Refuse anything but a batch for this model.
+
+    Args:
+        batch: What may be a batch.
+        tokenizer: The model's tokenizer.
+        shows_images: Whether the model may be shown images.
+        name: The name of the model.
+
+    Raises:
+        QueryError: It is no batch.
+        MismatchError: Another tokenizer made it, so its tokens mean something else to this model.
+        PresentationError: Some prompt shows an image to the language model of a VLM.
+    """
+    require_type(batch, Batch, QueryError, "make one of queries with model.batch(queries, presentation)")
+    if batch.tokenizer is not None and batch.tokenizer is not tokenizer and batch.tokenizer.get_vocab() != tokenizer.get_vocab():
+        found = f"a batch of another tokenizer, a {type(batch.tokenizer).__name__}"
+        raise MismatchError(found, f"one of {name!r}", "make it with this model's .batch")
+    if batch.beside_image and not shows_images:
+        raise PresentationError(f"an image for the language model of {name!r}", "text alone", "hand in the VLM itself to show it images")
+
+
+def require_same_presentation(batch: Batch, presentation: Any) -> None:
+    """Refuse a presentation beside a batch that shows another.
+
+    Raises:
+        MismatchError: They differ.
+        PresentationError: It is no presentation.
+    """
+    if presentation is None:
+        return
+    require_presentation(presentation)
+    if presentation != batch.presentation:
+        raise MismatchError(
+            f"a batch that shows {batch.presentation.name!r}, with the presentation {presentation.name!r}",
+            "one of the two",
+            "leave the presentation out, or hand in the queries",
+        )
 
 
 def _suffix_count(chosen: Bool[Tensor, "query seq"]) -> Int[Tensor, "query seq"]:

@@ -105,6 +105,13 @@ class Engine:
         with running(self.hf), torch.no_grad():
             return self.inner(**inputs, **only).logits[:, -1]
 
+    @torch.no_grad()
+    def lens(self, states: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape vocab"]:
+        """The logit lens: the final norm, then the unembedding."""
+        norm = self.hf.get_submodule(self.cfg.norm)
+        unembed = self.hf.get_submodule(self.cfg.unembed)
+        return self.cfg.finish(unembed(norm(states)))
+
     def continued(self, inputs: Mapping[str, Any], taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
         """Run the decoder alone on tokens that continue from a KV cache. Returns the logits `at` some rows and columns, or None."""
         return self._drive(lambda **inputs: self._logits(self.decoder(**inputs)[0], taps, at), dict(inputs), taps, batch)

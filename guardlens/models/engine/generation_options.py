@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from guardlens.errors import InterventionError, first_sentence, require_type
+from guardlens.errors import ArgumentError, InterventionError, as_count, first_sentence, require_type
+from guardlens.models.processing.chat_template import pad_token_id
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
@@ -126,6 +127,45 @@ def require_options(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> No
             raise InterventionError(_shown(name, value), "answers alone", "ask model.run for logits and reads, or call model.hf.generate")
         if name in COUNTS and isinstance(value, int | float | np.number) and value < 0:
             raise InterventionError(_shown(name, value), "no negative number", "leave it out")
+
+
+def as_new_tokens(new_tokens: Any) -> int:
+    """The largest length of an answer.
+
+    Raises:
+        ArgumentError: It is not a whole number, or not a single token.
+    """
+    return as_count(new_tokens, "max_new_tokens", ArgumentError, "ask model.run for logits, if no answer is wanted")
+
+
+def options_of(hf: Any, tokenizer: Any, options: Any, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, Any]:
+    """The options of `generate` for answers that are generated token by token.
+
+    Args:
+        hf: The Hugging Face model.
+        tokenizer: Its tokenizer.
+        options: What the user asks for.
+        inputs: The inputs of the prompts.
+        new_tokens: The largest number of tokens; 0 if nothing is generated.
+
+    Raises:
+        ArgumentError: They are no mapping, or nothing is generated.
+        InterventionError: They, or the checkpoint's own settings, ask for something else than one answer per prompt, token by token.
+    """
+    require_type(options, Mapping, ArgumentError, "say generation={'do_sample': True, ...}")
+    named = flat(options)
+    if not new_tokens:
+        if named:
+            found = "options of generation for a run that generates nothing"
+            raise ArgumentError(found, "new_tokens", "say new_tokens=16, or leave them out")
+        return {}
+    require_options(named, inputs)
+    settings = merged(hf, named)
+    require_stepwise(settings)
+    require_one_answer(settings)
+    for_stop_strings = {"tokenizer": tokenizer} if "stop_strings" in settings else {}
+    caching = {name: settings[name] for name in ("use_cache", "cache_implementation") if name in settings}
+    return {"pad_token_id": pad_token_id(tokenizer), **for_stop_strings, **caching, **named}
 
 
 def refused(error: Exception) -> InterventionError:

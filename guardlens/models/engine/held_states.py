@@ -1,6 +1,7 @@
 """Held states of other presentations' runs. Each presentation runs once, unedited, for all lanes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -8,10 +9,31 @@ from torch import Tensor
 from guardlens.data.presentations import Presentation
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention, State
+from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held
+from guardlens.models.engine.kv_cache import Prefill
+from guardlens.models.engine.request import RunRequest
 
 Wanted = Mapping[State, set[int | None]]
 """Held states whose hook is known, and the layers that each is needed at."""
+
+Source = Callable[[Batch, Presentation], tuple[Any, Batch]]
+"""The model and the prompts that the held states of a presentation are read from, as `HookedModel.source` gives them."""
+
+
+def held_for(request: RunRequest, source: Source, prefill: Prefill | None) -> Held:
+    """The states of other presentations' runs that a request requires. A prefill remembers them, then of all layers at once."""
+
+    def read(presentation: Presentation, wanted: Wanted) -> Held:
+        model, prompts = source(request.batch, presentation)
+        if prefill is not None:
+            computed = model.cfg.computed(prompts.beside_image)
+            wanted = {state: {point.layer for point in computed if point.hook == state.hook} for state in wanted}
+        found = read_states(wanted, request.cfg.n_layers, lambda sites: model.run(prompts, read=sites, logits=None).reads)
+        return {key: states.to(request.batch.mask.device) for key, states in found.items()}
+
+    wanted = wanted_states(request.interventions, request.cfg.n_layers)
+    return held_states(wanted, read, None if prefill is None else prefill.held)
 
 
 def wanted_states(interventions: Sequence[Intervention], n_layers: int) -> dict[State, set[int | None]]:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
+from guardlens.errors import MismatchError
 from guardlens.models.engine import limits
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.layout import HOLE, Layout
@@ -169,6 +170,19 @@ class Prefill:
         """The size of the keys and values."""
         return 0 if self.cache is None else self.cache.bytes
 
+    def require_of(self, models: tuple[str, ...]) -> None:
+        """Refuse prompts that were computed by other models than these, or before they were changed.
+
+        Raises:
+            MismatchError: The ids, the attributes of modules or the hooks differ.
+        """
+        if self.models == models:
+            return
+        ids = models[:2]
+        is_changed = self.models[:2] == ids
+        before = ", before an attribute or a hook of its modules was changed" if is_changed else ""
+        raise MismatchError(f"prompts kept by {self.models[:2]}{before}", f"those of {ids}", "keep them anew with this model")
+
     def answering(self, tokens: Int[Tensor, "query new"]) -> "Prefill":
         """The prompts with an answer after each, as if the model had given it; see `Batch.answering`."""
         cache = None if self.cache is None else self.cache.answering(tokens)
@@ -199,6 +213,15 @@ class Prefix:
 
     def __repr__(self) -> str:
         return f"Prefix({len(self)} tokens)"
+
+    def require_of(self, model: str) -> None:
+        """Refuse a prefix of another model.
+
+        Raises:
+            MismatchError: Another model computed it.
+        """
+        if self.model != model:
+            raise MismatchError(f"a prefix of {self.model}", f"one of {model}", "share the prompts anew with this model")
 
     def begins(self, batch: Batch) -> "Prefix | None":
         """The longest part of this prefix that every prompt of a batch shares.

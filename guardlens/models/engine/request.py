@@ -9,11 +9,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from guardlens.errors import ArgumentError, InterventionError, SiteError, as_count, is_several, one_of, quoted, require_type
 from guardlens.hooks import BLOCKS, HOOKS, Point, Positions, Site
 from guardlens.interventions import Intervention
 from guardlens.interventions.held_states import source_of
+from guardlens.interventions.intervention import require_intervention
 from guardlens.models.architectures import Architecture
 from guardlens.models.engine.batch import Batch
+
+LOGITS = ("last", "answer", "all", None)
+"""What `HookedModel.run` takes as `logits`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,38 @@ class RunRequest:
     new_tokens: int = 0
     seed: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def checked(
+        cls, cfg: Architecture, ids: tuple[str, str], batch: Batch, interventions: Any, read: Any, logits: Any, new_tokens: Any, seed: Any
+    ) -> "RunRequest":
+        """The request, once everything in it is something that this model can do.
+
+        Args:
+            cfg: The model's architecture.
+            ids: The ids of the model, and of the LLM beside it.
+            batch: The prompts.
+            interventions: One or several interventions.
+            read: One or several sites.
+            logits: One of `LOGITS`.
+            new_tokens: The largest number of tokens to generate.
+            seed: The seed of the draws, or None.
+
+        Raises:
+            ArgumentError: The logits are no choice, or a number is no whole number.
+            InterventionError: There are no interventions, or something else is among them.
+            MismatchError: An intervention was made for another model.
+            SiteError: Something else is among the sites, or this model lacks a hook or a layer.
+        """
+        lanes = _as_lanes(interventions, ids, cfg)
+        sites = _as_sites(read, cfg)
+        new_tokens = as_count(new_tokens, "new_tokens", ArgumentError, "say how many tokens to generate; leave it out for none", least=0)
+        seed = None if seed is None else as_count(seed, "seed", ArgumentError, "say seed=0, or leave it out", least=0)
+        if logits is not None and not one_of(logits, LOGITS):
+            choices = ", ".join(map(repr, LOGITS))
+            raise ArgumentError(f"logits={quoted(logits)}", f"one of {choices}", "leave it out for those of the last token")
+        on_device = [intervention.to(batch.mask.device) for intervention in lanes]
+        return cls(cfg, batch, on_device, sites, logits, new_tokens, seed)
 
     @property
     def lanes(self) -> int:
@@ -109,3 +146,30 @@ class RunRequest:
 def scored_tokens(batch: Batch, logits: str) -> Bool[Tensor, "query seq"]:
     """The tokens whose logits are returned: each prompt's last one, or every token that is followed by one of an answer."""
     return batch.select("last") if logits == "last" else batch.answer.roll(-1, dims=1)
+
+
+def _as_lanes(interventions: Any, ids: tuple[str, str], cfg: Architecture) -> list[Intervention]:
+    lanes = list(interventions) if isinstance(interventions, Sequence) else [interventions]
+    if not lanes:
+        raise InterventionError("no interventions", "one at least", "hand in interventions.nothing for the unedited run")
+    for intervention in lanes:
+        require_intervention(intervention)
+        intervention.require_fit(ids, cfg.n_layers, cfg.widths)
+        _require_places([step.site for step in intervention.steps], cfg)
+    return lanes
+
+
+def _as_sites(read: Any, cfg: Architecture) -> Sequence[Site]:
+    sites = [read] if isinstance(read, Site) else read
+    if not is_several(sites):
+        raise SiteError(f"read={quoted(read)}", "sites", "say read=[Site('resid_post')], or leave it out")
+    for site in sites:
+        require_type(site, Site, SiteError, "say Site('resid_post')")
+    _require_places(sites, cfg)
+    return sites
+
+
+def _require_places(sites: Sequence[Site], cfg: Architecture) -> None:
+    for site in sites:
+        for point in site.points(cfg.n_layers):
+            cfg.locate(point)

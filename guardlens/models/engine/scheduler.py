@@ -11,11 +11,11 @@ from itertools import groupby, islice
 from jaxtyping import Float
 from torch import Tensor
 
-from guardlens.errors import InterventionError, ModelError
+from guardlens.errors import ArgumentError, InterventionError, ModelError, one_of, quoted
 from guardlens.interventions import Intervention, nothing
 from guardlens.models.engine import limits
 from guardlens.models.engine.batch import Batch
-from guardlens.models.engine.compiler import Held
+from guardlens.models.engine.held_states import Source, held_for
 from guardlens.models.engine.kv_cache import KVCache, Prefill, Prefix, cache_prefix, cache_prompts
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run, checked
@@ -27,9 +27,6 @@ from guardlens.models.engine.strategies.branches import check_prefix, check_uned
 LAYOUTS = ("auto", "branch", "fork", "tile")
 """What `HookedModel.run` takes as `layout`."""
 
-Hold = Callable[[RunRequest, Prefill | None], Held]
-"""Computes the held states of other presentations' runs that a request requires; a prefill remembers them."""
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -39,28 +36,33 @@ class Choice:
     why: str = ""
 
 
-def run(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | None, layout: str) -> Run:
+def run(tests: SelfTests, request: RunRequest, source: Source, prefill: Prefill | None, layout: str) -> Run:
     """Run a request with the strategy that suits it, or with the one that was asked for.
 
     Args:
         tests: The model, and what is known of it.
         request: The interventions, and what to return.
-        hold: Computes held states.
+        source: Says where the held states of other presentations come from.
         prefill: The prompts, if they were computed before.
         layout: One of `LAYOUTS`.
 
     Raises:
+        ArgumentError: The layout is unknown, generated answers have one, or answers are scored that no prefill has.
         InterventionError: The strategy that was asked for can't run the request.
     """
+    _require_layout(request, layout)
+    _require_answered(request, prefill)
+    if prefill is not None:
+        _require_scorable(tests, prefill)
     if request.new_tokens:
-        return _generate(tests, request, hold, prefill)
+        return _generate(tests, request, source, prefill)
     if prefill is None and request.lanes == 1 and layout == "auto":
-        return _run_alone(tests, request, hold)
+        return _run_alone(tests, request, source)
     known = prefill
     if known is None and layout in ("auto", "branch") and not _unsuited_for_branches(tests, request):
         known = fill(tests, request.batch)
     choice = choose(tests, request, known, layout)
-    made = choice.strategy.run(tests.engine, request, hold(request, prefill), known)
+    made = choice.strategy.run(tests.engine, request, held_for(request, source, prefill), known)
     return replace(made, layout=choice.strategy.name, why=choice.why)
 
 
@@ -146,7 +148,27 @@ def share(tests: SelfTests, batch: Batch, prompts: Callable[[int], Batch]) -> Pr
     return tests.attempt("prefixes", first.beside_image, make)
 
 
-def require_scorable(tests: SelfTests, prefill: Prefill) -> None:
+def _require_layout(request: RunRequest, layout: str) -> None:
+    if not one_of(layout, LAYOUTS):
+        raise ArgumentError(f"the layout {quoted(layout)}", f"one of {', '.join(LAYOUTS)}", "leave it out: the cheapest is chosen")
+    if request.new_tokens and layout != "auto":
+        raise ArgumentError(f"the layout {quoted(layout)} of generated answers", "auto for answers", "leave it out: the cheapest is chosen")
+
+
+def _require_answered(request: RunRequest, prefill: Prefill | None) -> None:
+    """Refuse to score answers other than those of a prefill."""
+    batch = request.batch
+    is_scored = request.logits == "answer" or batch.answered
+    can_be_scored = prefill is not None and batch.answered and not request.new_tokens
+    if is_scored and not can_be_scored:
+        raise ArgumentError("an answer behind no prefilled prompts", "prefilled prompts", "say model.prefill(batch).answering(tokens)")
+    ids = batch.inputs["input_ids"][:, batch.mask.shape[1] - batch.answered :]
+    if batch.answered and int(ids.max()) >= request.cfg.d_vocab:
+        found = f"the token {int(ids.max())} in an answer"
+        raise ArgumentError(found, f"ids below {request.cfg.d_vocab}", "hand in ids of this model's tokenizer")
+
+
+def _require_scorable(tests: SelfTests, prefill: Prefill) -> None:
     """Refuse to score answers in a model whose prompts see the answers after them. Branches rule that out; tiles do not.
 
     Raises:
@@ -176,16 +198,16 @@ def _unsuited_for_branches(tests: SelfTests, request: RunRequest) -> str:
     return tests.flaw("branches", request.batch.beside_image)
 
 
-def _run_alone(tests: SelfTests, request: RunRequest, hold: Hold) -> Run:
+def _run_alone(tests: SelfTests, request: RunRequest, source: Source) -> Run:
     """A plain run, which continues from a prefix if it can."""
-    held = hold(request, None)
+    held = held_for(request, source, None)
     prefix = _prefix_of(request.batch)
     if prefix is not None and request.continues_from(prefix.rest(request.batch)):
         return continued(tests.engine, request, held, prefix.cache(request.batch), prefix.rest(request.batch))
     return TILES.run(tests.engine, request, held)
 
 
-def _generate(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefill | None) -> Run:
+def _generate(tests: SelfTests, request: RunRequest, source: Source, prefill: Prefill | None) -> Run:
     """Answers, which continue from the prompts' KV cache if they can."""
     batch = request.batch
     is_hopeless = prefill is None and tests.flaw(answers_case(batch, shares_prefix=True), batch.beside_image)
@@ -194,9 +216,9 @@ def _generate(tests: SelfTests, request: RunRequest, hold: Hold, prefill: Prefil
         if known.cache is not None:
             case = answers_case(batch, known.cache.shares_prefix)
             if not tests.flaw_of(ANSWERS, case, batch, known):
-                made = ANSWERS.run(tests.engine, request, hold(request, prefill), known)
+                made = ANSWERS.run(tests.engine, request, held_for(request, source, prefill), known)
                 return replace(made, layout=ANSWERS.name)
-    made = TILES.run(tests.engine, request, hold(request, prefill))
+    made = TILES.run(tests.engine, request, held_for(request, source, prefill))
     return replace(made, why="answers are generated" if request.lanes > 1 else "")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from guardlens.data.images import as_images, opened
 from guardlens.data.presentations import Presentation, Prompt
 from guardlens.data.queries import Query
-from guardlens.errors import ModelError, PresentationError, QueryError, require_type
+from guardlens.errors import ArgumentError, ModelError, PresentationError, QueryError, require_type
 from guardlens.models.processing.image_batching import preprocessing_once
 
 
@@ -35,6 +35,25 @@ def padding_token(tokenizer: Any) -> Iterator[str]:
         yield tokenizer.pad_token
     finally:
         tokenizer.pad_token = None
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Return the id that answers are padded with."""
+    with padding_token(tokenizer):
+        return tokenizer.pad_token_id
+
+
+def decoded(tokenizer: Any, tokens: Any) -> list[str]:
+    """Return token ids as text, without special tokens.
+
+    Raises:
+        ArgumentError: They are no ids of this tokenizer.
+    """
+    try:
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    except (TypeError, ValueError, OverflowError, KeyError) as error:
+        raise ArgumentError(f"token ids that are none ({error})", "whole numbers of the vocabulary", "hand in run.tokens[lane]") from None
+    return [text.strip() for text in texts]
 
 
 def presented(queries: Sequence[Query], presentation: Presentation) -> list[Prompt]:

@@ -18,7 +18,7 @@ from guardlens.models.engine import limits, scheduler
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.selftests import SelfTests
 from guardlens.models.engine.strategies import BRANCHES, branches
-from guardlens.models.run_arguments import pad_token_id
+from guardlens.models.processing.chat_template import pad_token_id
 from tests.models.architectures.test_families import BY_NAME, a_push, batch_of, close, loaded, picture, pushing
 from tests.models.engine.strategies.test_branches import interventions_of
 from tests.zoo.family import TEXTS, tokenizer

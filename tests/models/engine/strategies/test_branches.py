@@ -15,7 +15,7 @@ from guardlens.models.engine.layout import Layout
 from guardlens.models.engine.strategies import FORKS
 from guardlens.models.engine.strategies.answers import answers_case
 from guardlens.models.engine.strategies.tiles import Tiles
-from guardlens.models.run_arguments import pad_token_id
+from guardlens.models.processing.chat_template import pad_token_id
 from tests.models.architectures.test_families import BY_NAME, a_push, asked, batch_of, close, loaded, pushing
 from tests.strategies import make_batch
 
