@@ -123,10 +123,11 @@ class HookedModel(LoadedModel):
             SiteError, InterventionError: An intervention asks for something that this model, run or layout does not have.
             NumericsError: NaN or infinity in a read or in the logits; layer and query are named.
         """
+        self.require_own(batch)
         prefill = batch if isinstance(batch, Prefill) else None
         prompts = batch.batch if isinstance(batch, Prefill) else batch
-        self.require_own(batch)
-        asked = RunRequest.checked(self.cfg, self.ids, prompts, interventions, read, logits, new_tokens, seed)
+        ids = self.ids if prefill is None else (prefill.models[0], prefill.models[1])  # reading the ids walks all modules
+        asked = RunRequest.checked(self.cfg, ids, prompts, interventions, read, logits, new_tokens, seed)
         options = options_of(self.hf, self.tokenizer, generation, prompts.inputs, asked.new_tokens)
         with ready_turn(self.hf):
             return scheduler.run(self._tests, replace(asked, options=options), self.source, prefill, layout)

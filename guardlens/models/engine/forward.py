@@ -20,6 +20,7 @@ from guardlens.models.engine.compiler import Tap
 from guardlens.models.engine.drivers.nnsight_trace import drive, wrap
 from guardlens.models.engine.generation_options import OUTPUTS, REFUSALS, merged, refused
 from guardlens.models.engine.model_lock import nested, running
+from guardlens.models.engine.unedited_run import UneditedRun
 
 Places = tuple[Int[Tensor, "state"], Int[Tensor, "state"]]
 """Rows and columns of tokens."""
@@ -116,7 +117,7 @@ class Engine:
         """Run the decoder alone on tokens that continue from a KV cache. Returns the logits `at` some rows and columns, or None."""
         return self._drive(lambda **inputs: self._logits(self.decoder(**inputs)[0], taps, at), dict(inputs), taps, batch)
 
-    def unedited(self, batch: Batch, layers: Collection[int]) -> "UneditedRun":
+    def unedited(self, batch: Batch, layers: Collection[int]) -> UneditedRun:
         """Run the model unedited, recording the inputs of the decoder and of the given layers."""
         run = UneditedRun({}, {}, {})
         taps = [Tap(Point("resid_pre", layer), partial(run.record_states, layer)) for layer in sorted(layers)]
@@ -129,7 +130,7 @@ class Engine:
                 handle.remove()
         return run
 
-    def forked(self, unedited: "UneditedRun", first: int, taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
+    def forked(self, unedited: UneditedRun, first: int, taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
         """Run the decoder from the layer `first` on, from the states of an unedited run. Returns the logits `at` some places, or None."""
 
         def call(input_ids: Tensor) -> Any:
@@ -238,54 +239,3 @@ def alone(*modules: nn.Module) -> Iterator[list[nn.Module]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(eq=False)
-class UneditedRun:
-    """What an unedited run leaves for forks to continue from.
-
-    Attributes:
-        inputs: The arguments of the decoder.
-        states: The inputs of some layers, by layer.
-        gives_tuple: Whether each layer that ran returns a tuple.
-    """
-
-    inputs: dict[str, Any]
-    states: dict[int, Float[Tensor, "row width d"]]
-    gives_tuple: dict[nn.Module, bool]
-
-    def record_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record the arguments of the decoder (a forward pre-hook)."""
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.inputs.update(dict(zip(names, args, strict=False)) | kwargs)
-
-    def record_form(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Record whether a layer returns a tuple (a forward hook)."""
-        self.gives_tuple[module] = isinstance(output, tuple)
-
-    def record_states(self, layer: int, states: Float[Tensor, "row width d"], step: int) -> None:
-        """Record the input of a layer (a tap)."""
-        self.states[layer] = states.clone()
-
-    @contextmanager
-    def skipping(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        """Make these layers return their input, and restore them at the end.
-
-        A forward hook could only change what a layer returns after it has run, so the bound `forward` is replaced meanwhile.
-        """
-        before = [block.__dict__.get("forward") for block in blocks]
-        try:
-            for block in blocks:
-                block.forward = partial(_identity, self.gives_tuple.get(block, False))
-            yield
-        finally:
-            for block, forward in zip(blocks, before, strict=True):
-                if forward is None:
-                    del block.__dict__["forward"]
-                else:
-                    block.forward = forward
-
-
-def _identity(gives_tuple: bool, *args: Any, **kwargs: Any) -> Any:
-    states = args[0] if args else kwargs["hidden_states"]
-    return (states,) if gives_tuple else states

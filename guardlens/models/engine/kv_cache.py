@@ -7,7 +7,7 @@ continuation is the rest of a prompt. A `Prefill` is a batch whose prompts are c
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,8 +61,8 @@ class KVCache:
         position_ids = torch.cat([self.position_ids, self.position_ids[..., -1:] + new], dim=-1)
         return replace(self, batch=batch, column=column, position_ids=position_ids)
 
-    def continuations(self, ends: Bool[Tensor, "query seq"], lanes: int) -> Layout:
-        """Copies of the prompts' ends, one per lane, in the rows of their cached beginnings."""
+    def continuations(self, ends: Bool[Tensor, "query seq"], lanes: Sequence[int]) -> Layout:
+        """Copies of the prompts' ends, one per lane and in this order, in the rows of their cached beginnings."""
         return Layout.continuations(ends, self.row, lanes)
 
     def inputs(self, layout: Layout, config: Any, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How lanes lie on the rows of a batch. Index algebra only: no model, no edits."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,19 +63,19 @@ class Layout:
         return cls.tile(queries, width, lanes=1, device=mask.device)
 
     @classmethod
-    def continuations(cls, ends: Bool[Tensor, "query seq"], row: Int[Tensor, "query"], lanes: int) -> "Layout":
-        """`lanes` copies of the prompts' ends, side by side; the tokens before them are in the KV cache.
+    def continuations(cls, ends: Bool[Tensor, "query seq"], row: Int[Tensor, "query"], lanes: Sequence[int]) -> "Layout":
+        """A copy of the prompts' ends for each lane, side by side; the tokens before them are in the KV cache.
 
         Args:
             ends: The tokens of the ends.
             row: The row of the KV cache that each query is in, and so the row of its ends.
-            lanes: The number of copies.
+            lanes: The lanes, in the order in which they lie in a row.
         """
         query, column = ends.nonzero(as_tuple=True)
         device = ends.device
-        lane = torch.arange(lanes, device=device).repeat_interleave(len(query))
-        query = query.repeat(lanes)
-        column = column.repeat(lanes)
+        lane = torch.tensor(lanes, device=device).repeat_interleave(len(query))
+        query = query.repeat(len(lanes))
+        column = column.repeat(len(lanes))
         order = row[query].argsort(stable=True)
         rows = row[query][order]
         sizes = torch.bincount(row[query], minlength=int(row.max()) + 1)
@@ -86,7 +86,7 @@ class Layout:
             return blank.index_put((rows, places), values[order])
 
         last = ends.shape[1] - 1
-        return cls("plain" if lanes == 1 else "branch", lanes, placed(query, 0), placed(column, last), placed(lane, HOLE))
+        return cls("plain" if len(lanes) == 1 else "branch", len(lanes), placed(query, 0), placed(column, last), placed(lane, HOLE))
 
     def gather(self, values: Shaped[Tensor, "query seq"]) -> Shaped[Tensor, "row width"]:
         """The batch's values at the physical tokens."""

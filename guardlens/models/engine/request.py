@@ -92,6 +92,11 @@ class RunRequest:
         """For each lane, the first layer that it touches; the last layer if it touches none."""
         return [self._first_layer(intervention) for intervention in self.interventions]
 
+    @property
+    def is_early(self) -> bool:
+        """Whether something before the blocks is edited or read, such as the embedding."""
+        return any(HOOKS[point.hook].stage < BLOCKS for point in self.points)
+
     @cached_property
     def ends(self) -> Bool[Tensor, "query seq"]:
         """The ends of the prompts, from the first token that is edited or read; answers included."""

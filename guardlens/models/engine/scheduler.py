@@ -1,6 +1,7 @@
 """Which strategy runs a request. The choice is made here alone, so a sweep that groups interventions and the run of a group agree.
 
-The rule: branches, if the ends of the prompts that they copy are at most half of the prompts; else forks, if the layers that they skip
+The rule: branches, if the ends of the prompts that they copy are at most half of the prompts (late ones, if the layers that they skip
+add up to more than one branch); else forks, if the layers that they skip
 add up to more than the one run that they begin with; else tiles. `docs/explanation/sweeps.md` has the reasons.
 """
 
@@ -20,7 +21,7 @@ from guardlens.models.engine.kv_cache import KVCache, Prefill, Prefix, cache_pre
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run, checked
 from guardlens.models.engine.selftests import SelfTests
-from guardlens.models.engine.strategies import ANSWERS, BRANCHES, FORKS, TILES, Strategy
+from guardlens.models.engine.strategies import ANSWERS, BRANCHES, FORKS, LATE_BRANCHES, TILES, Strategy
 from guardlens.models.engine.strategies.answers import answers_case
 from guardlens.models.engine.strategies.branches import check_prefix, check_unedited, continued, grown
 
@@ -78,7 +79,7 @@ def choose(tests: SelfTests, request: RunRequest, prefill: Prefill | None, layou
     if layout != "fork":
         why = _unsuited_for_branches(tests, request) or ("" if prefill is None else prefill.flaw)
     if not why:
-        return Choice(BRANCHES)
+        return Choice(_branches(tests, request, prefill))
     if layout == "branch":
         raise InterventionError(f"Interventions can't run as branches: {why}.", next_step='choose layout="auto"')
     if layout == "fork" or FORKS.cost(request) < TILES.cost(request):
@@ -196,6 +197,12 @@ def _unsuited_for_branches(tests: SelfTests, request: RunRequest) -> str:
     if request.batch.answered and tests.engine.stretches:
         return "an answer may stretch what positions mean"
     return tests.flaw("branches", request.batch.beside_image)
+
+
+def _branches(tests: SelfTests, request: RunRequest, prefill: Prefill | None) -> Strategy:
+    """Branches that begin late, if that saves work and gives the same numbers in this model."""
+    is_late = not LATE_BRANCHES.unsuited(request) and not tests.flaw_of(LATE_BRANCHES, "late branches", request.batch, prefill)
+    return LATE_BRANCHES if is_late else BRANCHES
 
 
 def _run_alone(tests: SelfTests, request: RunRequest, source: Source) -> Run:

@@ -63,8 +63,17 @@ def asked(family, images=1):
 
 
 def batch_of(family, model, rows=range(len(TEXTS)), **options):
+    """The test's queries as a batch, which tests share and must not change."""
+    if model is loaded(family.name) and rows == range(len(TEXTS)) and not options:
+        return whole_batch(family.name)
     shown, presentation = asked(family)
     return model.batch([shown[row] for row in rows], presentation, **options)
+
+
+@cache
+def whole_batch(name):
+    shown, presentation = asked(BY_NAME[name])
+    return loaded(name).batch(shown, presentation)
 
 
 def close(mine, expected, tolerance=1e-5):
@@ -110,6 +119,35 @@ def kept(model, batch, path, side="output"):
     with hooked(model.hf, path, keep, side):
         raw(model, batch)
     return values[0]
+
+
+@cache
+def stream(name, layer, side):
+    """The residual stream on one side of a block, in a plain forward of the test's queries."""
+    return kept(loaded(name), whole_batch(name), f"{BY_NAME[name].blocks}.{layer}", side)
+
+
+@cache
+def plain_answers(name):
+    batch = whole_batch(name)
+    return loaded(name).hf.generate(**batch.inputs, **options_of_answers(name), do_sample=False)
+
+
+def options_of_answers(name):
+    return {"max_new_tokens": 5, "pad_token_id": loaded(name).tokenizer.pad_token_id}
+
+
+@cache
+def unedited_answers(name):
+    return loaded(name).run(whole_batch(name), new_tokens=5).tokens[0]
+
+
+@cache
+def alone(name, row, presentation):
+    """A run of one of the test's queries alone, which reads at all positions that it has."""
+    model, image = loaded(name), ("image",) if presentation is presentations.own_images else ()
+    sites = [Site(positions=where) for where in ("last", "instruction", "all", "post_instruction", *image)]
+    return model.run(model.batch(asked(BY_NAME[name])[0][row], presentation), read=sites)
 
 
 def at(mask, push):
@@ -165,7 +203,7 @@ def test_reads_equal_raw_hooks(family, model, positions):
         for layer in range(model.cfg.n_layers):
             if layer in model.cfg.image_layers and hook == "resid_pre":
                 continue
-            states = kept(model, batch, f"{family.blocks}.{layer}", side)
+            states = stream(family.name, layer, side)
             close(mine[:, layer], torch.stack([row[mask].mean(0) for row, mask in zip(states, chosen, strict=True)]))
 
 
@@ -318,9 +356,9 @@ def test_states_are_the_same_in_any_batch_in_any_order_with_any_padding(name, da
     site = Site(positions=data.draw(st.sampled_from(names)))
     together = model.run(model.batch([shown[row] for row in rows], presentation, padding_side=side), read=[site])
     for index, row in enumerate(rows):
-        alone = model.run(model.batch(shown[row], presentation), read=[site])
-        close(together.reads[site][0, index], alone.reads[site][0, 0], 1e-4)
-        close(together.logits[0, index], alone.logits[0, 0], 1e-4)
+        expected = alone(name, row, presentation)
+        close(together.reads[site][0, index], expected.reads[site][0, 0], 1e-4)
+        close(together.logits[0, index], expected.logits[0, 0], 1e-4)
 
 
 def test_image_positions_are_what_the_image_changes(family, model):
@@ -417,8 +455,7 @@ def test_generation_equals_raw_hooks(family, model, phase):
         value[:, -1] += push.to(value)
         return value
 
-    options = {"max_new_tokens": 5, "pad_token_id": model.tokenizer.pad_token_id}
-    plain = model.hf.generate(**batch.inputs, **options, do_sample=False)
+    options, plain = options_of_answers(family.name), plain_answers(family.name)
     with hooked(model.hf, f"{family.blocks}.1", fn):
         greedy = model.hf.generate(**batch.inputs, **options, do_sample=False)
         torch.manual_seed(11)
@@ -427,7 +464,7 @@ def test_generation_equals_raw_hooks(family, model, phase):
     assert torch.equal(model.run(batch, intervention, new_tokens=5).tokens[0], greedy[:, width:])
     sampling = {"do_sample": True, "temperature": 1.5}
     assert torch.equal(model.run(batch, intervention, new_tokens=5, seed=11, generation=sampling).tokens[0], sampled[:, width:])
-    assert torch.equal(model.run(batch, new_tokens=5).tokens[0], plain[:, width:])
+    assert torch.equal(unedited_answers(family.name), plain[:, width:])
     assert greedy.shape != plain.shape or not torch.equal(greedy, plain)
 
 

@@ -75,16 +75,27 @@ class Branches:
 
 def continued(engine: Engine, request: RunRequest, held: Held, cache: KVCache, ends: Bool[Tensor, "query seq"]) -> Run:
     """Run the `ends` of the prompts in every lane, after what is cached of them. The KV cache stays as it is."""
-    layout = cache.continuations(ends, request.lanes)
+    layout = cache.continuations(ends, range(request.lanes))
     with cache.unchanged():
-        return _continued(engine, request, held, cache, layout)
+        return continued_in(layout, engine, request, held, cache)
+
+
+def continued_in(layout: Layout, engine: Engine, request: RunRequest, held: Held, cache: KVCache) -> Run:
+    """Run continuations in a layout, which may have more lanes than the request. The KV cache grows by them."""
+    batch = request.batch
+    taps, record = compile_taps(request.interventions, request.read, layout, batch, engine.cfg.n_layers, held)
+    inputs = cache.inputs(layout, engine.config, engine.hf.dtype)
+    raw = engine.continued(inputs, taps, batch, _places(layout, request))
+    reads = reads_of(record, request.read, batch, engine.cfg.n_layers)
+    of_lanes = {site: states[: request.lanes] for site, states in reads.items()}
+    return Run(of_lanes, by_query(raw, request, request.lanes), None, record.decisions, layout.name)
 
 
 def grown(engine: Engine, batch: Batch, prefix: Prefix) -> tuple[KVCache, Float[Tensor, "query vocab"]]:
     """The KV cache of whole prompts that begin with a prefix, and the logits at their last tokens."""
     cache = prefix.cache(batch)
-    layout = cache.continuations(prefix.rest(batch), lanes=1)
-    logits = _continued(engine, RunRequest(engine.cfg, batch, [nothing]), {}, cache, layout).logits
+    layout = cache.continuations(prefix.rest(batch), lanes=[0])
+    logits = continued_in(layout, engine, RunRequest(engine.cfg, batch, [nothing]), {}, cache).logits
     assert logits is not None
     return cache.grown(layout), logits[0]
 
@@ -116,20 +127,11 @@ def check_prefix(engine: Engine, prefix: Prefix, pair: Batch) -> None:
     require_agreement(behind.reads[site], plain.reads[site][0], differ)
 
 
-def _continued(engine: Engine, request: RunRequest, held: Held, cache: KVCache, layout: Layout) -> Run:
-    batch = request.batch
-    taps, record = compile_taps(request.interventions, request.read, layout, batch, engine.cfg.n_layers, held)
-    inputs = cache.inputs(layout, engine.config, engine.hf.dtype)
-    raw = engine.continued(inputs, taps, batch, _places(layout, request))
-    reads = reads_of(record, request.read, batch, engine.cfg.n_layers)
-    return Run(reads, by_query(raw, request, request.lanes), None, record.decisions, layout.name)
-
-
 def _places(layout: Layout, request: RunRequest) -> Places | None:
-    """Where the scored tokens of all lanes are, lane by lane."""
+    """Where the scored tokens of the request's lanes are, lane by lane."""
     if request.logits is None:
         return None
-    found = layout.find(scored_tokens(request.batch, request.logits))
+    found = layout.find(scored_tokens(request.batch, request.logits))[: request.lanes]
     return torch.cat([places.rows for places in found]), torch.cat([places.columns for places in found])
 
 

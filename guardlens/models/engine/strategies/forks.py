@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guardlens.hooks import BLOCKS, HOOKS
 from guardlens.interventions import Intervention
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held, compile_taps
-from guardlens.models.engine.forward import Engine, Places, UneditedRun
+from guardlens.models.engine.forward import Engine, Places
 from guardlens.models.engine.kv_cache import Prefill
 from guardlens.models.engine.layout import Layout
 from guardlens.models.engine.request import RunRequest, scored_tokens
@@ -20,6 +19,7 @@ from guardlens.models.engine.run import Run, reads_of
 from guardlens.models.engine.strategies.selftest_edit import push
 from guardlens.models.engine.strategies.strategy import by_query, lanes_by_logits, require_agreement
 from guardlens.models.engine.strategies.tiles import Tiles
+from guardlens.models.engine.unedited_run import UneditedRun
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Forks:
             return "answers are generated"
         if request.beyond_decoder:
             return request.beyond_decoder
-        is_early = any(HOOKS[point.hook].stage < BLOCKS for point in request.points)
-        return "something before the blocks is edited or read" if is_early else ""
+        return "something before the blocks is edited or read" if request.is_early else ""
 
     def cost(self, request: RunRequest) -> float:
         """Return the unedited run, and for each lane the share of the layers that it runs."""

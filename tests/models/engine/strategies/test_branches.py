@@ -21,6 +21,8 @@ from tests.strategies import make_batch
 
 TEXTS = ["how to forge the badge ?", "please explain how to wash the hat .", "i want to push the radio ?", "tell me how to mend the fern ."]
 GREY = presentations.blank("grey", 32)
+SHARE_KEYS = {"Gemma 4"}
+"""Families in which a layer attends to the keys of another, so that both must run on the same tokens."""
 
 
 @pytest.fixture(params=list(BY_NAME), scope="module")
@@ -44,7 +46,8 @@ class TestEveryFamily:
     def test_branches_equal_whole_runs(self, name):
         family, model = BY_NAME[name], loaded(name)
         batch, interventions, site = batch_of(family, model), interventions_of(model), Site()
-        tiles = model.run(batch, interventions, read=[site], layout="tile")
+        last = Site(layers=(model.cfg.n_layers - 1,))
+        tiles = model.run(batch, interventions, read=[site, last], layout="tile")
         if family.lacks("branches"):
             fallen_back = model.run(batch, interventions, read=[site])
             assert fallen_back.layout == "tile" and fallen_back.why
@@ -56,6 +59,11 @@ class TestEveryFamily:
         assert (branches.layout, branches.why) == ("branch", "")
         close(branches.logits, tiles.logits)
         close(branches.reads[site], tiles.reads[site])
+        late = model.run(batch, interventions, read=[last])
+        flaw = model._tests.flaws["late branches", batch.beside_image]
+        assert bool(flaw) == (name in SHARE_KEYS)
+        close(late.logits, tiles.logits)
+        close(late.reads[last], tiles.reads[last])
         assert (tiles.logits[1:-1] - tiles.logits[0]).flatten(1).abs().amax(1).min() > 1e-3
 
     def test_copies_of_longer_ends_equal_whole_runs(self, name):
@@ -240,7 +248,7 @@ def test_an_error_in_an_edit_leaves_what_is_kept_whole(vlm, batch, basis):
 def test_tails_lie_beside_each_other_in_the_rows_of_their_beginnings(rows):
     batch = make_batch((3, 5, 4))
     tail = batch.mask & (batch.mask.cumsum(1) > torch.tensor([2, 1, 3])[:, None])
-    layout = Layout.continuations(tail, torch.tensor([*rows, 0]), 2)
+    layout = Layout.continuations(tail, torch.tensor([*rows, 0]), range(2))
     assert (layout.name, layout.lanes, int((layout.lane >= 0).sum())) == ("branch", 2, 2 * (1 + 4 + 1))
     ids = batch.inputs["input_ids"]
     for lane in range(2):
