@@ -159,9 +159,9 @@ print("same layer: ", difference((push >> out.at(layers=5)), (out.at(layers=5) >
 print("two layers: ", difference((push >> out.at(layers=3)), (out.at(layers=3) >> push)))
 
 # %% [markdown]
-# Now we compose a guard of our own. At layer 5 it gives each request whose twin looks harmful the twin's component back; at layer 7 it adds a
-# push, but only for requests whose twin is harmful *and* whose run still looks harmless there. Each step
-# has its own gate, and the intervention prints all of it.
+# Now we compose a guard of our own. At layer 5 it gives each request whose twin looks harmful the twin's component back. At layer 7 it adds
+# a push, but only for requests whose twin is harmful *and* whose run still looks harmless there. Each step has its own gate, and the
+# intervention prints all of it.
 
 # %%
 still_hidden = gates.harmful(ssd) & ~gates.harmful(ssd, state=iv.own_state)

@@ -110,7 +110,7 @@ def _encode_custom(edit: Custom, tensors: dict[str, Tensor], key: str) -> dict[s
 
 
 def _unsaveable(value: Any) -> StorageError:
-    next_step = "rebuild an intervention with custom functions in code; save the rest of it"
+    next_step = "make it of the edits, gates and presentations of guardlens, or rebuild this part in code and save the rest"
     return StorageError(f"{value!r} in the intervention", "data only", next_step)
 
 

@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,7 +194,19 @@ def _pickled(value: Any, what: str, within: tuple[Any, ...]) -> Parts:
         ) from None
     if isinstance(made, str):
         return [type(value), made]
-    return [type(value), *(list(part) if isinstance(part, Iterator) else _uncached(type(value), part) for part in made)]
+    return [
+        type(value),
+        *_held_by_class(value),
+        *(list(part) if isinstance(part, Iterator) else _uncached(type(value), part) for part in made),
+    ]
+
+
+def _held_by_class(value: Any) -> Parts:
+    """The values of a dataclass's fields that its class holds for all instances, such as the version of a judge; pickle leaves them out."""
+    if not is_dataclass(value):
+        return []
+    own = getattr(value, "__dict__", {})
+    return [part for each in fields(value) if each.name not in own for part in (each.name, getattr(value, each.name, None))]
 
 
 def _uncached(kind: type, state: Any) -> Any:

@@ -2,6 +2,7 @@ import pytest
 
 from guardlens import Query
 from guardlens.evaluation.judges import REFUSALS, Judge, Keyword, keyword
+from guardlens.models.content_digest import content
 
 Q = Query("how ?")
 
@@ -70,6 +71,12 @@ def test_reach_counts_words():
 def test_a_version_is_part_of_what_a_judge_is():
     """Verdicts of another rule are not comparable, though the name in tables is the same."""
     assert "version=2" in repr(keyword) and Keyword(reach=3) != keyword == Keyword()
+
+
+def test_a_new_version_is_another_judge_to_a_run_directory(monkeypatch):
+    before = content(keyword)
+    monkeypatch.setattr(Keyword, "version", 3)
+    assert content(keyword) != before
 
 
 def test_own_phrases_and_length():

@@ -234,7 +234,7 @@ def test_fingerprints_tell_interventions_apart():
 def test_custom_cannot_be_saved(tmp_path):
     with pytest.raises(
         errors.StorageError,
-        match=r"in the intervention\.\nExpected data only\.\nNext: rebuild an intervention with custom functions in code",
+        match=r"in the intervention\.\nExpected data only\.\nNext: make it of the edits, gates and presentations of guardlens",
     ):
         iv.custom(lambda h, c: h).save(tmp_path / "p")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """The names that families of transformers give to their parts: everything that is specific to a family is data in this module.
 
-To add a family, see docs/how-to/family.md. Most families need no line here, since their names repeat.
+To add a family, see docs/how-to/family.md. Most families need a line in `PROVEN` alone, since their names repeat.
 """
 
 from collections.abc import Mapping

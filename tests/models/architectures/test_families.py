@@ -63,17 +63,14 @@ def asked(family, images=1):
 
 
 def batch_of(family, model, rows=range(len(TEXTS)), **options):
-    """The test's queries as a batch, which tests share and must not change."""
-    if model is loaded(family.name) and rows == range(len(TEXTS)) and not options:
-        return whole_batch(family.name)
     shown, presentation = asked(family)
     return model.batch([shown[row] for row in rows], presentation, **options)
 
 
 @cache
-def whole_batch(name):
-    shown, presentation = asked(BY_NAME[name])
-    return loaded(name).batch(shown, presentation)
+def whole_batch(family, model):
+    """The test's queries as a batch, which tests share and must not change."""
+    return batch_of(family, model)
 
 
 def close(mine, expected, tolerance=1e-5):
@@ -122,32 +119,29 @@ def kept(model, batch, path, side="output"):
 
 
 @cache
-def stream(name, layer, side):
+def stream(family, model, layer, side):
     """The residual stream on one side of a block, in a plain forward of the test's queries."""
-    return kept(loaded(name), whole_batch(name), f"{BY_NAME[name].blocks}.{layer}", side)
+    return kept(model, whole_batch(family, model), f"{family.blocks}.{layer}", side)
+
+
+def options_of_answers(model):
+    return {"max_new_tokens": 5, "pad_token_id": model.tokenizer.pad_token_id}
 
 
 @cache
-def plain_answers(name):
-    batch = whole_batch(name)
-    return loaded(name).hf.generate(**batch.inputs, **options_of_answers(name), do_sample=False)
-
-
-def options_of_answers(name):
-    return {"max_new_tokens": 5, "pad_token_id": loaded(name).tokenizer.pad_token_id}
-
-
-@cache
-def unedited_answers(name):
-    return loaded(name).run(whole_batch(name), new_tokens=5).tokens[0]
+def plain_answers(family, model):
+    """What transformers' own `generate` says, and what guardlens says without an intervention."""
+    batch = whole_batch(family, model)
+    theirs = model.hf.generate(**batch.inputs, **options_of_answers(model), do_sample=False)
+    return theirs, model.run(batch, new_tokens=5).tokens[0]
 
 
 @cache
-def alone(name, row, presentation):
+def alone(family, model, row, presentation):
     """A run of one of the test's queries alone, which reads at all positions that it has."""
-    model, image = loaded(name), ("image",) if presentation is presentations.own_images else ()
+    image = ("image",) if presentation is presentations.own_images else ()
     sites = [Site(positions=where) for where in ("last", "instruction", "all", "post_instruction", *image)]
-    return model.run(model.batch(asked(BY_NAME[name])[0][row], presentation), read=sites)
+    return model.run(model.batch(asked(family)[0][row], presentation), read=sites)
 
 
 def at(mask, push):
@@ -172,7 +166,7 @@ def pushing(push):
 
 
 def test_a_plain_run_is_bit_identical_to_transformers(family, model):
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     expected = raw(model, batch)
     assert torch.equal(model.run(batch, logits="all").logits[0], expected)
     close(model.run(batch).logits[0], expected[:, -1])
@@ -191,7 +185,7 @@ def test_the_parts_are_those_that_the_source_names(family, model):
 
 @pytest.mark.parametrize("positions", ["last", "all", "image", "instruction", (1, 4)])
 def test_reads_equal_raw_hooks(family, model, positions):
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     if positions == "image" and not family.vision:
         with pytest.raises(errors.SiteError, match="no token at positions 'image'"):
             batch.select("image")
@@ -203,12 +197,12 @@ def test_reads_equal_raw_hooks(family, model, positions):
         for layer in range(model.cfg.n_layers):
             if layer in model.cfg.image_layers and hook == "resid_pre":
                 continue
-            states = stream(family.name, layer, side)
+            states = stream(family, model, layer, side)
             close(mine[:, layer], torch.stack([row[mask].mean(0) for row, mask in zip(states, chosen, strict=True)]))
 
 
 def test_the_cache_has_transformerlens_names_and_shapes(family, model):
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     logits, cache = model.run_with_cache(batch)
     close(logits, raw(model, batch), 1e-6)
     cfg, (n, seq) = model.cfg, batch.mask.shape
@@ -237,7 +231,7 @@ def cfg_free_logits(model, batch):
 
 
 def test_the_residual_stream_is_the_sum_of_its_parts(family, model):
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     _, cache = model.run_with_cache(batch)
     for layer in range(model.cfg.n_layers + 1):
         terms, names = cache.decompose_resid(layer if layer < model.cfg.n_layers else None)
@@ -249,14 +243,14 @@ def test_the_residual_stream_is_the_sum_of_its_parts(family, model):
 
 
 def test_the_logit_lens_ends_in_the_logits(family, model):
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     logits, cache = model.run_with_cache(batch)
     close(cache.logit_lens()[-1], logits[:, -1])
     assert len(cache.logit_lens()) == model.cfg.n_layers
 
 
 def test_patterns_mix_the_values_into_z(family, model):
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     _, cache = model.run_with_cache(batch)
     layers = [layer for layer in range(model.cfg.n_layers) if ("pattern", layer) in cache and ("v", layer) in cache]
     assert bool(layers) != bool(family.lacks("attention heads") or family.lacks("keys and values"))
@@ -272,7 +266,7 @@ def test_patterns_mix_the_values_into_z(family, model):
 
 def test_z_is_what_the_attention_output_is_made_of(family, model):
     """Without it, nothing but a constant is left of the attention."""
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     layers = [part.layer for part in model.cfg.parts if part.hook == "z"]
     if family.lacks("attention heads"):
         assert not layers
@@ -320,7 +314,7 @@ def test_neurons_are_what_the_down_projection_takes(family, model):
 def test_edits_equal_raw_hooks(family, model, positions):
     if positions == "image" and not family.vision:
         return
-    batch, push = batch_of(family, model), a_push(model)
+    batch, push = whole_batch(family, model), a_push(model)
     chosen = batch.select(positions)
     plain = raw(model, batch)[:, -1]
     # What windows and recurrences pass on of an image is little, and less from a late layer.
@@ -334,7 +328,7 @@ def test_edits_equal_raw_hooks(family, model, positions):
 
 
 def test_edits_of_what_is_added_equal_edits_of_the_stream(family, model):
-    batch, push, final = batch_of(family, model), a_push(model), model.cfg.n_layers - 1
+    batch, push, final = whole_batch(family, model), a_push(model), model.cfg.n_layers - 1
     if "rest" in family.adds:
         return
     there = model.run(batch, pushing(push).at(hook="mlp_out", layers=[final])).logits
@@ -356,7 +350,7 @@ def test_states_are_the_same_in_any_batch_in_any_order_with_any_padding(name, da
     site = Site(positions=data.draw(st.sampled_from(names)))
     together = model.run(model.batch([shown[row] for row in rows], presentation, padding_side=side), read=[site])
     for index, row in enumerate(rows):
-        expected = alone(name, row, presentation)
+        expected = alone(family, model, row, presentation)
         close(together.reads[site][0, index], expected.reads[site][0, 0], 1e-4)
         close(together.logits[0, index], expected.logits[0, 0], 1e-4)
 
@@ -414,7 +408,7 @@ def test_several_images_in_a_prompt(family, model):
 
 
 def test_instruction_positions_are_the_querys_text(family, model):
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     ids, text = batch.inputs["input_ids"], batch.select("instruction")
     for row, words in enumerate(TEXTS):
         assert model.tokenizer.decode(ids[row][text[row]]).strip() == words
@@ -446,7 +440,7 @@ def test_system_prompt_and_prefill(family, model):
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "always"])
 def test_generation_equals_raw_hooks(family, model, phase):
-    batch, push = batch_of(family, model), a_push(model, 6.0)
+    batch, push = whole_batch(family, model), a_push(model, 6.0)
 
     def fn(value):
         if phase != "always" and (value.shape[1] > 1) != (phase == "prefill"):
@@ -455,7 +449,8 @@ def test_generation_equals_raw_hooks(family, model, phase):
         value[:, -1] += push.to(value)
         return value
 
-    options, plain = options_of_answers(family.name), plain_answers(family.name)
+    options = options_of_answers(model)
+    plain, mine = plain_answers(family, model)
     with hooked(model.hf, f"{family.blocks}.1", fn):
         greedy = model.hf.generate(**batch.inputs, **options, do_sample=False)
         torch.manual_seed(11)
@@ -464,7 +459,7 @@ def test_generation_equals_raw_hooks(family, model, phase):
     assert torch.equal(model.run(batch, intervention, new_tokens=5).tokens[0], greedy[:, width:])
     sampling = {"do_sample": True, "temperature": 1.5}
     assert torch.equal(model.run(batch, intervention, new_tokens=5, seed=11, generation=sampling).tokens[0], sampled[:, width:])
-    assert torch.equal(unedited_answers(family.name), plain[:, width:])
+    assert torch.equal(mine, plain[:, width:])
     assert greedy.shape != plain.shape or not torch.equal(greedy, plain)
 
 
@@ -472,7 +467,7 @@ def test_generation_equals_raw_hooks(family, model, phase):
 def test_generation_without_a_cache_gives_the_same_tokens(family, model, phase):
     if family.lacks("generation without a cache"):
         return
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     intervention = pushing(a_push(model, 6.0)).at(layers=[1]).during(phase)
     # A random model may say the image token, and then it would be asked for an image.
     plain_words = {"suppress_tokens": list(range(340, model.cfg.d_vocab))}
@@ -481,7 +476,7 @@ def test_generation_without_a_cache_gives_the_same_tokens(family, model, phase):
 
 
 def test_lanes_and_generation_of_lanes_equal_separate_runs(family, model):
-    batch = batch_of(family, model)
+    batch = whole_batch(family, model)
     interventions = [
         iv.nothing,
         pushing(a_push(model)).at(layers=[1]),

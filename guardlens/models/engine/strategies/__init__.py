@@ -1,4 +1,4 @@
-"""The strategies: the ways to run many lanes at once. A new one is a file here, and a name in this table.
+"""The strategies: the ways to run many lanes at once. A new one is a file here, a name in this table, and a place in the scheduler's rule.
 
 strategy        suits                                  costs
 Tiles           everything                             a forward pass for each lane

@@ -16,7 +16,7 @@ from guardlens.models.engine.strategies import FORKS
 from guardlens.models.engine.strategies.answers import answers_case
 from guardlens.models.engine.strategies.tiles import Tiles
 from guardlens.models.processing.chat_template import pad_token_id
-from tests.models.architectures.test_families import BY_NAME, a_push, asked, batch_of, close, loaded, pushing
+from tests.models.architectures.test_families import BY_NAME, a_push, asked, batch_of, close, loaded, pushing, whole_batch
 from tests.strategies import make_batch
 
 TEXTS = ["how to forge the badge ?", "please explain how to wash the hat .", "i want to push the radio ?", "tell me how to mend the fern ."]
@@ -45,7 +45,7 @@ def interventions_of(model):
 class TestEveryFamily:
     def test_branches_equal_whole_runs(self, name):
         family, model = BY_NAME[name], loaded(name)
-        batch, interventions, site = batch_of(family, model), interventions_of(model), Site()
+        batch, interventions, site = whole_batch(family, model), interventions_of(model), Site()
         last = Site(layers=(model.cfg.n_layers - 1,))
         tiles = model.run(batch, interventions, read=[site, last], layout="tile")
         if family.lacks("branches"):
@@ -71,7 +71,7 @@ class TestEveryFamily:
         family, model = BY_NAME[name], loaded(name)
         if family.lacks("branches"):
             return
-        batch, site = batch_of(family, model), Site(layers=(model.cfg.n_layers - 1,), positions=(-2, None))
+        batch, site = whole_batch(family, model), Site(layers=(model.cfg.n_layers - 1,), positions=(-2, None))
         interventions = [
             intervention.at(positions=where) for intervention in interventions_of(model)[:4] for where in ((-3, -2), (-3, None))
         ]
@@ -81,7 +81,7 @@ class TestEveryFamily:
 
     def test_forks_equal_whole_runs(self, name):
         family, model = BY_NAME[name], loaded(name)
-        batch, site = batch_of(family, model), Site(layers=(model.cfg.n_layers - 1,))
+        batch, site = whole_batch(family, model), Site(layers=(model.cfg.n_layers - 1,))
         interventions = [intervention.at(positions="all") for intervention in interventions_of(model)]
         if family.lacks("forks"):
             assert model._tests.flaw_of(FORKS, "forks", batch)
@@ -95,7 +95,7 @@ class TestEveryFamily:
         family, model = BY_NAME[name], loaded(name)
         if family.lacks("branches"):
             return
-        batch, site = batch_of(family, model), Site()
+        batch, site = whole_batch(family, model), Site()
         interventions = [intervention.during(phase) for intervention in interventions_of(model)[:3] for phase in ("always", "decode")]
         kept = model.prefill(batch)
         size = kept.bytes
@@ -107,7 +107,7 @@ class TestEveryFamily:
     def test_answers_put_into_the_models_mouth(self, name):
         """Behind what is kept, and as longer prompts, edited while it reads the answer too; forced answers are those it would give."""
         family, model = BY_NAME[name], loaded(name)
-        batch, kept = batch_of(family, model), model.prefill(batch_of(family, model))
+        batch, kept = whole_batch(family, model), model.prefill(whole_batch(family, model))
         interventions = [intervention.during("always") for intervention in interventions_of(model)[:4]]
         said = kept.answering(batch.inputs["input_ids"][:1, -5:].expand(len(kept), 5))
         if family.lacks("forced answers"):
@@ -131,10 +131,10 @@ class TestEveryFamily:
         for parameter in hf.parameters():  # as a checkpoint is loaded; tables of positions stay as they are
             parameter.data = parameter.data.to(torch.bfloat16)
         half = gl.load(hf, processor=exact.processor, self_check=False)
-        batch, interventions = batch_of(family, half), interventions_of(exact)
+        batch, interventions = batch_of(family, half), interventions_of(exact)[:4]
         for where in ("last", "all"):
             moved = [intervention.at(positions=where) for intervention in interventions]
-            truth = exact.run(batch_of(family, exact), moved, layout="tile").logits
+            truth = exact.run(whole_batch(family, exact), moved, layout="tile").logits
             tiles, mine = half.run(batch, moved, layout="tile"), half.run(batch, moved)
             lacks = family.lacks("branches" if where == "last" else "forks")
             assert mine.layout == {"last": "fork" if lacks else "branch", "all": "tile" if lacks else "fork"}[where]
@@ -145,7 +145,7 @@ class TestEveryFamily:
         family, model = BY_NAME[name], loaded(name)
         if family.lacks("branches"):
             return
-        batch, interventions = batch_of(family, model), interventions_of(model)
+        batch, interventions = whole_batch(family, model), interventions_of(model)
         kept = model.prefill(batch)
         first = model.run(kept, interventions)
         close(first.logits[0], kept.logits)
