@@ -146,11 +146,8 @@ def _opens_with_refusal(
     """Whether the likeliest opening of an answer is a refusal."""
 
     def work(prefill: Prefill) -> Bool[Tensor, "intervention query"]:
-        refused = []
-        for part in model.groups(prefill, interventions):
-            logits = model.run(prefill, part).logits
-            assert logits is not None
-            refused += [(refusal_logodds(lane, lane, model.tokenizer) > 0).cpu() for lane in logits]
-        return torch.stack(refused)
+        refused: list[Tensor] = []
+        model.run_each(prefill, interventions, lambda logits: refused.append(refusal_logodds(logits, logits, model.tokenizer) > 0))
+        return torch.stack(refused).cpu()
 
     return in_query_order(over_prefills(model, queries, presentation, work), len(queries), axis=1).numpy()

@@ -21,7 +21,8 @@ from guardlens.evaluation.records import Record, depends_on, in_call_order, key_
 from guardlens.evaluation.table import Evaluation
 from guardlens.interventions import Intervention
 from guardlens.models.engine.generation_options import as_new_tokens, generation_settings
-from guardlens.models.hooked_model import HookedModel, Queries, require_model
+from guardlens.models.hooked_model import HookedModel, Queries
+from guardlens.models.loaded_model import require_model
 from guardlens.results.progress import track
 from guardlens.results.run_directory import RunDirectory
 

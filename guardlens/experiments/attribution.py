@@ -33,7 +33,8 @@ from guardlens.hooks import Site, as_layer
 from guardlens.models.batching import BatchResult, in_query_order, over_batches
 from guardlens.models.checks import warn_of_other_residual_terms
 from guardlens.models.engine.batch import Batch
-from guardlens.models.hooked_model import HookedModel, Queries, require_model
+from guardlens.models.hooked_model import HookedModel, Queries
+from guardlens.models.loaded_model import require_model
 from guardlens.results.intervals import resample_counts
 from guardlens.results.progress import track
 from guardlens.results.provenance import require_same_model

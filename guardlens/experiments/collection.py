@@ -19,8 +19,9 @@ from guardlens.hooks import Site
 from guardlens.interventions.intervention import Intervention, nothing, require_intervention
 from guardlens.models.batching import BatchResult, in_query_order, over_batches
 from guardlens.models.engine.batch import Batch
-from guardlens.models.hooked_model import HookedModel, Queries, require_model
+from guardlens.models.hooked_model import HookedModel, Queries
 from guardlens.models.identity import configuration, of_intervention
+from guardlens.models.loaded_model import require_model
 from guardlens.results.progress import track
 
 LARGEST = 32

@@ -24,7 +24,8 @@ from guardlens.experiments.tidy import crossed, per_query
 from guardlens.hooks import HOOKS, Point, as_layers, parse
 from guardlens.interventions.intervention import Intervention
 from guardlens.models.checks import warn_of_other_residual_terms
-from guardlens.models.hooked_model import HookedModel, Queries, require_model
+from guardlens.models.hooked_model import HookedModel, Queries
+from guardlens.models.loaded_model import require_model
 from guardlens.models.prompt_cache import PromptCache, queries_and_presentation
 from guardlens.results.intervals import per_gap, percentile, resample_counts
 from guardlens.results.tables import Frame, Table, cached_frame

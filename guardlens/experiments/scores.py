@@ -1,8 +1,9 @@
 """One number per query: from the logits at the prompt's last token, or at every token of an answer. Never aggregated here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,6 +75,23 @@ class AnswerScore(Protocol):
     ) -> Float[Tensor, "query"]: ...
 
 
+@runtime_checkable
+class AgainstBase(Protocol):
+    """A score that computes what depends on the unedited run alone once, instead of once for every edited run.
+
+    `against(base, beside)` returns a function of the edited logits that gives what the score itself gives; `beside` is what the score takes
+    beside the logits. A class that overrides `__call__` overrides `against`, too, or is called as it is.
+    """
+
+    def against(self, base: Any, beside: Any) -> Callable[[Tensor], Tensor]: ...
+
+
+def has_constants(score: Any) -> TypeGuard[AgainstBase]:
+    """Whether to ask `against` of a score: its class has that method, and no subclass has replaced `__call__` alone."""
+    owners = {name: next((kind for kind in type(score).__mro__ if name in vars(kind)), object) for name in ("against", "__call__")}
+    return owners["against"] is not object and issubclass(owners["against"], owners["__call__"])
+
+
 @dataclass(frozen=True)
 class RefusalLogOdds:
     """log p(R) - log(1 - p(R)), where R is the set of first tokens of refusals. It needs no generation.
@@ -121,11 +139,17 @@ class RefusalLogOdds:
         return known
 
     def __call__(self, logits: Float[Tensor, "query vocab"], base: Float[Tensor, "query vocab"], tokenizer: Any) -> Float[Tensor, "query"]:
-        log_p = torch.log_softmax(logits.float(), dim=-1)
-        ids = self.token_ids(tokenizer)
-        others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        others[ids] = False
-        return torch.logsumexp(log_p[:, ids], dim=-1) - torch.logsumexp(log_p[:, others], dim=-1)
+        return self.against(base, tokenizer)(logits)
+
+    def against(self, base: Float[Tensor, "query vocab"], tokenizer: Any) -> Callable[[Tensor], Tensor]:
+        """The score as a function of logits; the openings are tokenized once."""
+        ids = torch.tensor(self.token_ids(tokenizer), device=base.device)
+
+        def of_logits(logits: Float[Tensor, "query vocab"]) -> Float[Tensor, "query"]:
+            others = logits.float().index_fill(-1, ids, -torch.inf)
+            return torch.logsumexp(logits[:, ids].float(), dim=-1) - torch.logsumexp(others, dim=-1)
+
+        return of_logits
 
 
 @dataclass(frozen=True)
@@ -142,9 +166,11 @@ class KL:
     unit: str = "KL divergence from unedited (nats)"
 
     def __call__(self, logits: Float[Tensor, "query vocab"], base: Float[Tensor, "query vocab"], tokenizer: Any) -> Float[Tensor, "query"]:
-        log_q = torch.log_softmax(logits.float(), dim=-1)
-        log_p = torch.log_softmax(base.float(), dim=-1)
-        return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+        return self.against(base, tokenizer)(logits)
+
+    def against(self, base: Float[Tensor, "query vocab"], tokenizer: Any) -> Callable[[Tensor], Tensor]:
+        """The score as a function of logits; the unedited run's probabilities are computed once."""
+        return partial(_kl, torch.log_softmax(base.float(), dim=-1))
 
 
 @dataclass(frozen=True)
@@ -237,11 +263,19 @@ class AnswerKL:
     def __call__(
         self, logits: Float[Tensor, "query token vocab"], base: Float[Tensor, "query token vocab"], answer: Answer
     ) -> Float[Tensor, "query"]:
-        log_q = torch.log_softmax(logits.float(), dim=-1)
-        log_p = torch.log_softmax(base.float(), dim=-1)
-        per_token = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-        real = answer.real.to(per_token)
-        return (per_token * real).sum(1) / real.sum(1)
+        return self.against(base, answer)(logits)
+
+    def against(self, base: Float[Tensor, "query token vocab"], answer: Answer) -> Callable[[Tensor], Tensor]:
+        """The score as a function of logits; the unedited run's probabilities are computed once."""
+        kl_per_token = partial(_kl, torch.log_softmax(base.float(), dim=-1))
+        real = answer.real.to(base.device, torch.float32)
+        return lambda logits: (kl_per_token(logits) * real).sum(1) / real.sum(1)
+
+
+def _kl(log_p: Float[Tensor, "*token vocab"], logits: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token"]:
+    """KL(p || q) over the vocabulary, where q is the softmax of the logits."""
+    log_q = torch.log_softmax(logits.float(), dim=-1)
+    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
 
 
 refusal_logodds = RefusalLogOdds()

@@ -4,9 +4,9 @@ All interventions are scored on the same prefilled prompts. Scores of the next t
 needs its own, since the answer is appended to the prompts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from guardlens.data.presentations import Presentation
 from guardlens.data.queries import Query
 from guardlens.errors import ArgumentError, NumericsError, is_several, require_type, type_of
-from guardlens.experiments.scores import AnswerScore, Score
+from guardlens.experiments.scores import AnswerScore, Score, has_constants
 from guardlens.interventions.intervention import Intervention
 from guardlens.models.batching import in_query_order
 from guardlens.models.engine.batch import Batch
@@ -50,6 +50,43 @@ def require_scores(scores: Any) -> None:
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise ArgumentError(f"two scores of one name, {repeated!r}", "a name for each", "say scores.AnswerLogProb(text, name=...)")
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A score beside one unedited run: a function of logits, which it may write to.
+
+    Attributes:
+        score: The score.
+        base: The logits of the unedited run.
+        beside: What else the score takes: the tokenizer, or the answer.
+    """
+
+    score: AnyScore
+    base: Float[Tensor, "query ..."]
+    beside: Any
+
+    def __call__(self, logits: Float[Tensor, "query ..."]) -> Float[Tensor, "query"]:
+        """The values of the score as floating-point numbers.
+
+        Raises:
+            ArgumentError: The score gives something else than one number per query.
+        """
+        with at_work("the score", self.score):
+            values = self._of_logits(logits)
+        shape = (len(logits),)
+        if not isinstance(values, Tensor) or values.shape != shape or values.is_complex():
+            found = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type_of(values)
+            expected = f"a tensor of one number per query, of shape {shape}"
+            raise ArgumentError(f"{found} from the score {self.score.name!r}", expected, "score each row of the logits")
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+    @cached_property
+    def _of_logits(self) -> Callable[[Tensor], Any]:
+        """The score as a function of edited logits. What depends on the unedited run alone is computed once, if the score can."""
+        if has_constants(self.score):
+            return self.score.against(self.base, self.beside)
+        return lambda logits: self.score(logits, self.base.clone(), self.beside)
 
 
 @dataclass
@@ -105,31 +142,37 @@ class Scorer:
             return {}
         base = prefill.logits
         unedited = (_first(donor.run(batch)).to(base.device) for donor, batch in donors)
-        values: dict[str, list[Tensor]] = {score.name: [] for score in scores}
-        for logits in chain(self._edited(prefill), [base], unedited):
-            for score in scores:
-                values[score.name].append(_scored(score, logits, base, self.model.tokenizer))
-        return {name: torch.stack(each) for name, each in values.items()}
+        measured = [Measured(score, base, self.model.tokenizer) for score in scores]
+        return self._over_runs(prefill, measured, unedited)
 
     def _of_answer(self, score: AnswerScore, prefill: Prefill, donors: Sequence[tuple[HookedModel, Batch]]) -> Float[Tensor, "run query"]:
         """The values of a score along an answer."""
         answer = score.answer(self.model, prefill)
         answered = prefill.answering(answer.tokens)
         base = self._unedited(self.model, answered)
-        unedited = [self._unedited(donor, donor.prefill(batch).answering(answer.tokens)).to(base.device) for donor, batch in donors]
-        return torch.stack([_scored(score, logits, base, answer) for logits in chain(self._edited(answered), [base], unedited)])
+        unedited = (self._unedited(donor, donor.prefill(batch).answering(answer.tokens)).to(base.device) for donor, batch in donors)
+        return self._over_runs(answered, [Measured(score, base, answer)], unedited)[score.name]
 
     @staticmethod
     def _unedited(model: HookedModel, answered: Prefill) -> Float[Tensor, "query token vocab"]:
         return _first(model.run(answered, logits="answer"))
 
-    def _edited(self, prefill: Prefill) -> Iterator[Float[Tensor, "query ..."]]:
-        """The logits of each intervention; as many interventions share a forward pass as fit."""
-        for part in self.model.groups(prefill, self.interventions):
-            run = self.model.run(prefill, part, logits="answer" if prefill.batch.answered else "last")
-            assert run.logits is not None
+    def _over_runs(
+        self, prefill: Prefill, measured: Sequence[Measured], donors: Iterable[Float[Tensor, "query ..."]]
+    ) -> dict[str, Float[Tensor, "run query"]]:
+        """Name -> values: of the runs with each intervention, of the unedited one, and of the donors."""
+        values: dict[str, list[Tensor]] = {each.score.name: [] for each in measured}
+
+        def take(logits: Float[Tensor, "query ..."]) -> None:
+            for number, each in enumerate(measured, start=1):
+                is_last = number == len(measured)
+                values[each.score.name].append(each(logits if is_last else logits.clone()))
+
+        for run in self.model.run_each(prefill, self.interventions, take):
             self.layouts.add(f"{run.layout}: {run.why}" if run.why else run.layout)
-            yield from run.logits
+        for unedited in (measured[0].base, *donors):
+            take(unedited.clone())
+        return {name: torch.stack(of_runs) for name, of_runs in values.items()}
 
     def _require_finite(self, values: Scores, batch: Batch) -> None:
         """Refuse scores that are nan or infinite.
@@ -153,20 +196,3 @@ def _first(run: Run) -> Float[Tensor, "query ..."]:
     """The logits of a run's only lane."""
     assert run.logits is not None
     return run.logits[0]
-
-
-def _scored(score: AnyScore, logits: Tensor, base: Tensor, beside: Any) -> Float[Tensor, "query"]:
-    """The values of a score as floating-point numbers. The score gets copies, which it may write to.
-
-    Raises:
-        ArgumentError: The score gives something else than one number per query.
-    """
-    with at_work("the score", score):
-        values = score(logits.clone(), base.clone(), beside)
-    shape = (len(logits),)
-    if not isinstance(values, Tensor) or values.shape != shape or values.is_complex():
-        found = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type_of(values)
-        raise ArgumentError(
-            f"{found} from the score {score.name!r}", f"a tensor of one number per query, of shape {shape}", "score each row of the logits"
-        )
-    return values.to(torch.promote_types(values.dtype, torch.float32))

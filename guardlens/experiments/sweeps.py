@@ -27,7 +27,8 @@ from guardlens.experiments.scoring import AnyScore, Scorer, require_scores
 from guardlens.experiments.tidy import crossed, per_query
 from guardlens.hooks import Layers, as_layers
 from guardlens.interventions.intervention import Intervention, require_intervention
-from guardlens.models.hooked_model import HookedModel, Queries, require_model
+from guardlens.models.hooked_model import HookedModel, Queries
+from guardlens.models.loaded_model import require_model
 from guardlens.models.prompt_cache import PromptCache, queries_and_presentation
 from guardlens.results.intervals import percentile, resample_counts
 from guardlens.results.tables import Frame, Table, cached_frame

@@ -1,6 +1,6 @@
 """`HookedModel`: a VLM or LLM of transformers under nnsight, with TransformerLens's hook names."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from torch import Tensor
 from guardlens.data.presentations import Presentation, WithoutImages, text_only
 from guardlens.data.presentations.protocol import require_presentation
 from guardlens.data.queries import Query, QueryPairs, as_queries
-from guardlens.errors import ArgumentError, InterventionError, MismatchError, ModelError, require_type, warn
+from guardlens.errors import ArgumentError, InterventionError, MismatchError, require_type, warn
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention, nothing
 from guardlens.interventions.intervention import require_intervention
@@ -126,7 +126,7 @@ class HookedModel(LoadedModel):
         self.require_own(batch)
         prefill = batch if isinstance(batch, Prefill) else None
         prompts = batch.batch if isinstance(batch, Prefill) else batch
-        ids = self.ids if prefill is None else (prefill.models[0], prefill.models[1])  # reading the ids walks all modules
+        ids = self.ids if prefill is None else prefill.ids  # reading the model's own walks all modules
         asked = RunRequest.checked(self.cfg, ids, prompts, interventions, read, logits, new_tokens, seed)
         options = options_of(self.hf, self.tokenizer, generation, prompts.inputs, asked.new_tokens)
         with ready_turn(self.hf):
@@ -160,9 +160,16 @@ class HookedModel(LoadedModel):
             made = scheduler.share(self._tests, batch, lambda few: self.batch(batch.queries[:few], batch.presentation))
         return None if made is None else replace(made, model=self.id)
 
-    def groups(self, prefill: Prefill, interventions: Iterable[Intervention]) -> Iterator[list[Intervention]]:
-        """The interventions in their order, as many at a time as fit in one run on these prompts."""
-        return scheduler.groups(self._tests, prefill, interventions)
+    def run_each(self, prefill: Prefill, interventions: Sequence[Intervention], take: Callable[[Tensor], None]) -> list[Run]:
+        """Run interventions on these prompts, as many at a time as fit, and hand the logits of one after the other to `take`.
+
+        The runs do not keep them, so memory holds those of a few interventions, however many there are. `take` may write to them.
+        """
+        self.require_own(prefill)
+        logits = "answer" if prefill.batch.answered else "last"
+        asked = RunRequest.checked(self.cfg, prefill.ids, prefill.batch, interventions, (), logits, 0, None)
+        with ready_turn(self.hf):
+            return scheduler.run_each(self._tests, replace(asked, take=take), self.source, prefill)
 
     def require_own(self, prompts: Batch | Prefill) -> None:
         """Refuse prompts that were made or computed by another model, beside another LLM, or before this model was changed.
@@ -289,12 +296,3 @@ class HookedModel(LoadedModel):
         if presentation is None and self.sees_images and any(query.images for query in items):
             warn("images of queries are not shown: ask with presentations.own_images to show them, or with text_only")
         return self.batch(items, text_only if presentation is None else presentation)
-
-
-def require_model(model: Any) -> None:
-    """Refuse anything but a `HookedModel`, such as a model of transformers.
-
-    Raises:
-        ModelError: It is something else.
-    """
-    require_type(model, HookedModel, ModelError, "load it: gl.load('organism'), or gl.load(model, processor=processor)")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from guardlens.errors import MismatchError
+from guardlens.errors import MismatchError, ModelError, require_type
 from guardlens.models.architectures import KNOWN, Architecture, Names, constants, find, fingerprint
 from guardlens.models.engine.forward import Engine
 from guardlens.models.engine.selftests import SelfTests
@@ -116,3 +116,12 @@ class LoadedModel:
             "revision": self.revision,
         }
         return captioned(repr(self), facts(rows))
+
+
+def require_model(model: Any) -> None:
+    """Refuse anything but a `HookedModel`, such as a model of transformers.
+
+    Raises:
+        ModelError: It is something else.
+    """
+    require_type(model, LoadedModel, ModelError, "load it: gl.load('organism'), or gl.load(model, processor=processor)")

@@ -10,7 +10,8 @@ from guardlens.data.queries import Query, as_queries, label_counts
 from guardlens.errors import MismatchError
 from guardlens.models.batching import BatchResult, over_batches
 from guardlens.models.engine.kv_cache import Prefill
-from guardlens.models.hooked_model import HookedModel, Queries, require_model
+from guardlens.models.hooked_model import HookedModel, Queries
+from guardlens.models.loaded_model import require_model
 from guardlens.results.notebook_html import captioned, facts
 from guardlens.results.progress import track
 

@@ -136,7 +136,7 @@ class Architecture:
 
     def finish(self, logits: Tensor) -> Tensor:
         """Apply what follows the unembedding in the model: the logit scale and the soft cap."""
-        scaled = logits * self.logit_scale
+        scaled = logits if self.logit_scale == 1 else logits * self.logit_scale  # a product would copy them all
         if self.softcap is None:
             return scaled
         return self.softcap * (scaled / self.softcap).tanh()

@@ -100,6 +100,15 @@ class Batch:
         """The same prompts, whose runs continue from a prefix if they can; None for runs of whole prompts."""
         return self if prefix is self.prefix else replace(self, prefix=prefix)
 
+    def of(self, queries: Int[Tensor, "chosen"]) -> "Batch":
+        """Some of the prompts, as tokens alone: for runs that continue from a KV cache, which need no images."""
+        masks = {name: getattr(self, name)[queries] for name in ("mask", "image", "instruction")}
+        numbers = queries.tolist()
+        digests = tuple(self.image_digests[number] for number in numbers) if self.image_digests else ()
+        chosen = tuple(self.queries[number] for number in numbers)
+        inputs = {"input_ids": self.inputs["input_ids"][queries]}
+        return replace(self, queries=chosen, inputs=inputs, image_digests=digests, prefix=None, **masks)
+
     def answering(self, tokens: Int[Tensor, "query new"]) -> "Batch":
         """The prompts with an answer after each, as if the model had given it. Rows of unlike length may end in any token.
 

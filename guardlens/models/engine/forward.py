@@ -30,6 +30,27 @@ Watch = Callable[[Float[Tensor, "row vocab"], int], None]
 
 
 @dataclass(frozen=True, eq=False)
+class EndStates:
+    """The last states of some tokens, whose logits are computed when they are asked for.
+
+    Attributes:
+        values: What the unembedding takes; the logits themselves if a tap has seen them.
+        unembed: From these to logits.
+    """
+
+    values: Float[Tensor, "state value"]
+    unembed: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @torch.no_grad()
+    def logits(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "state vocab"]:
+        """The logits of the tokens from `start` to `stop`."""
+        return self.unembed(self.values[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
 class Engine:
     """A Hugging Face model, where its parts are, and how it is called."""
 
@@ -110,12 +131,11 @@ class Engine:
     def lens(self, states: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape vocab"]:
         """The logit lens: the final norm, then the unembedding."""
         norm = self.hf.get_submodule(self.cfg.norm)
-        unembed = self.hf.get_submodule(self.cfg.unembed)
-        return self.cfg.finish(unembed(norm(states)))
+        return self._unembedded(norm(states))
 
-    def continued(self, inputs: Mapping[str, Any], taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
-        """Run the decoder alone on tokens that continue from a KV cache. Returns the logits `at` some rows and columns, or None."""
-        return self._drive(lambda **inputs: self._logits(self.decoder(**inputs)[0], taps, at), dict(inputs), taps, batch)
+    def continued(self, inputs: Mapping[str, Any], taps: Sequence[Tap], batch: Batch, at: Places | None) -> EndStates | None:
+        """Run the decoder alone on tokens that continue from a KV cache. Returns the last states `at` some rows and columns."""
+        return self._drive(lambda **inputs: self._ends(self.decoder(**inputs)[0], taps, at), dict(inputs), taps, batch)
 
     def unedited(self, batch: Batch, layers: Collection[int]) -> UneditedRun:
         """Run the model unedited, recording the inputs of the decoder and of the given layers."""
@@ -130,24 +150,26 @@ class Engine:
                 handle.remove()
         return run
 
-    def forked(self, unedited: UneditedRun, first: int, taps: Sequence[Tap], batch: Batch, at: Places | None) -> Any:
-        """Run the decoder from the layer `first` on, from the states of an unedited run. Returns the logits `at` some places, or None."""
+    def forked(self, unedited: UneditedRun, first: int, taps: Sequence[Tap], batch: Batch, at: Places | None) -> EndStates | None:
+        """Run the decoder from the layer `first` on, from the states of an unedited run. Returns the last states `at` some places."""
 
         def call(input_ids: Tensor) -> Any:
-            return self._logits(self.decoder(**unedited.inputs)[0], taps, at)
+            return self._ends(self.decoder(**unedited.inputs)[0], taps, at)
 
         begin = Tap(Point("resid_pre", first), lambda states, step: unedited.states[first])
         with unedited.skipping(self.blocks[:first]):
             return self._drive(call, {"input_ids": batch.inputs["input_ids"]}, [begin, *taps], batch)
 
-    def _logits(self, states: Float[Tensor, "row width d"], taps: Sequence[Tap], at: Places | None) -> Any:
-        unembed = self.hf.get_submodule(self.cfg.unembed)
+    def _ends(self, states: Float[Tensor, "row width d"], taps: Sequence[Tap], at: Places | None) -> EndStates | None:
         is_tapped = any(tap.point.hook == "unembed" for tap in taps)  # taps there count on all tokens
-        logits = self.cfg.finish(unembed(states)) if is_tapped else None
+        values = self._unembedded(states) if is_tapped else states
         if at is None:
             return None
-        places = tuple(index.to(states.device) for index in at)
-        return self.cfg.finish(unembed(states[places])) if logits is None else logits[places]
+        chosen = values[tuple(index.to(states.device) for index in at)]
+        return EndStates(chosen, (lambda logits: logits) if is_tapped else self._unembedded)
+
+    def _unembedded(self, states: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape vocab"]:
+        return self.cfg.finish(self.hf.get_submodule(self.cfg.unembed)(states))
 
     def generate(
         self, batch: Batch, taps: Sequence[Tap], new_tokens: int, seed: int | None, options: Mapping[str, Any], watch: Watch

@@ -6,7 +6,6 @@ it attend to in its own prompt and lane, and to nothing of the others. A `Prefix
 continuation is the rest of a prompt. A `Prefill` is a batch whose prompts are cached to the end.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 
 from guardlens.errors import MismatchError
 from guardlens.models.engine import limits
+from guardlens.models.engine.attention_masks import additive, visibility_of
 from guardlens.models.engine.batch import Batch
+from guardlens.models.engine.cache_layers import read_only, rows_of, view_of
 from guardlens.models.engine.layout import HOLE, Layout
-
-Visibility = dict[str, Bool[Tensor, "query new seq"]]
-"""Which tokens of its own prompt each of the newest tokens attends to, by layer type if a family has several, else under an empty name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +59,17 @@ class KVCache:
         position_ids = torch.cat([self.position_ids, self.position_ids[..., -1:] + new], dim=-1)
         return replace(self, batch=batch, column=column, position_ids=position_ids)
 
+    def read_only(self) -> "KVCache":
+        """The same keys and values, to which no run adds any."""
+        return replace(self, past=read_only(self.past))
+
+    def of(self, queries: Int[Tensor, "chosen"]) -> "KVCache":
+        """The KV cache of some of the prompts, with which they can be continued."""
+        rows, row = self.row[queries].unique(return_inverse=True)
+        position_ids = self.position_ids[..., queries, :]
+        batch, past = self.batch.of(queries), rows_of(self.past, rows)
+        return replace(self, batch=batch, past=past, row=row, column=self.column[queries], position_ids=position_ids)
+
     def continuations(self, ends: Bool[Tensor, "query seq"], lanes: Sequence[int]) -> Layout:
         """Copies of the prompts' ends, one per lane and in this order, in the rows of their cached beginnings."""
         return Layout.continuations(ends, self.row, lanes)
@@ -69,7 +78,7 @@ class KVCache:
         """The decoder's inputs for continuations."""
         first = int(layout.column[layout.lane != HOLE].min())
         visibility = visibility_of(config, self.batch.mask, self.batch.mask.shape[1] - first, dtype)
-        masks = {kind: _additive(self._visible(layout, seen, first), dtype) for kind, seen in visibility.items()}
+        masks = {kind: additive(self._visible(layout, seen, first), dtype) for kind, seen in visibility.items()}
         return {
             "input_ids": layout.gather(self.batch.inputs["input_ids"]),
             "attention_mask": masks.get("", masks),
@@ -164,6 +173,11 @@ class Prefill:
 
     def __repr__(self) -> str:
         return f"Prefill({self.batch!r}, {self.flaw or f'{self.bytes / 2**20:.1f} MiB'})"
+
+    @property
+    def ids(self) -> tuple[str, str]:
+        """The ids of the model and of the LLM beside it."""
+        return self.models[0], self.models[1]
 
     @property
     def bytes(self) -> int:
@@ -261,48 +275,6 @@ class Prefix:
     def rest(self, batch: Batch) -> Bool[Tensor, "query seq"]:
         """The tokens that follow it in a batch's prompts."""
         return batch.mask & (batch.mask.cumsum(1) > len(self))
-
-
-def view_of(past: Any, rows: int | None = None) -> Any:
-    """A cache of transformers with the same keys and values, repeated along `rows` rows if a number is given.
-
-    The keys and values are views. What is added later is concatenated in new tensors, so the original stays as it is.
-    """
-    found = copy.copy(past)
-    found.layers = [copy.copy(layer) for layer in past.layers]
-    for layer in found.layers:
-        if rows is not None and layer.is_initialized:  # layers that share another layer's keys never are
-            layer.keys, layer.values = (tensor.expand(rows, *tensor.shape[1:]) for tensor in (layer.keys, layer.values))
-    return found
-
-
-def visibility_of(config: Any, mask: Bool[Tensor, "query seq"], new: int, dtype: torch.dtype) -> Visibility:
-    """What the newest tokens of prompts attend to, by the model's own rules (sliding windows, chunks).
-
-    Args:
-        config: The language model's config.
-        mask: Real tokens.
-        new: How many last columns count as new.
-        dtype: The model's dtype.
-    """
-    from transformers import DynamicCache
-    from transformers.masking_utils import create_masks_for_generate
-
-    eager = copy.copy(config)
-    eager._attn_implementation = "eager"  # the one attention whose masks are always written out
-    before = DynamicCache()
-    if mask.shape[1] > new:
-        blank = torch.zeros(1, 1, mask.shape[1] - new, 1, device=mask.device)  # only its length counts
-        before.update(blank, blank, 0)
-    inputs = torch.zeros(len(mask), new, 1, dtype=dtype, device=mask.device)
-    masks: Any = create_masks_for_generate(eager, inputs, mask.long(), before)
-    by_kind = masks if isinstance(masks, dict) else {"": masks}
-    return {kind: additive[:, 0] == 0 for kind, additive in by_kind.items()}
-
-
-def _additive(visible: Bool[Tensor, "row width key"], dtype: torch.dtype) -> Float[Tensor, "row 1 width key"]:
-    """A mask in the form that every attention adds to its scores: 0 for a visible key."""
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 @contextmanager

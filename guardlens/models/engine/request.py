@@ -1,6 +1,6 @@
 """What a run is asked to do, and what that touches: which tokens, which layers, which modules."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,7 @@ class RunRequest:
         new_tokens: The largest number of tokens to generate.
         seed: The seed of the draws, if tokens are sampled.
         options: Options of transformers' `generate`.
+        take: Takes the logits of one lane after the other, which the run then does not keep; None if it keeps them.
     """
 
     cfg: Architecture
@@ -44,6 +45,7 @@ class RunRequest:
     new_tokens: int = 0
     seed: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    take: Callable[[Tensor], None] | None = None
 
     @classmethod
     def checked(

@@ -60,7 +60,7 @@ def reads_of(record: Record, sites: Sequence[Site], batch: Batch, n_layers: int)
 
 
 def checked(
-    logits: Float[Tensor, "lane query *token vocab"], batch: Batch, real: Bool[Tensor, "query token"] | None = None
+    logits: Float[Tensor, "lane query *token vocab"], batch: Batch, real: Bool[Tensor, "query token"] | None = None, first_lane: int = 0
 ) -> Float[Tensor, "lane query *token vocab"]:
     """Return `logits` unchanged if all are finite.
 
@@ -68,15 +68,16 @@ def checked(
         logits: The logits of some tokens.
         batch: The prompts.
         real: Which tokens count; all by default.
+        first_lane: The number of the first of these lanes.
 
     Raises:
         NumericsError: NaN or infinity; lane and query are named.
     """
-    bad = ~torch.isfinite(logits).all(dim=-1)
+    bad = _not_finite(logits)
     bad = bad if real is None else bad & real.to(bad.device)
     if bad.any():
         lane, query = (int(place) for place in bad.nonzero()[0][:2])
-        raise not_finite(f"the logits of lane {lane}, query {batch.queries[query].id!r}")
+        raise not_finite(f"the logits of lane {first_lane + lane}, query {batch.queries[query].id!r}")
     return logits
 
 
@@ -92,10 +93,17 @@ def require_finite_step(record: Record, queries: Sequence[Query], logits: Float[
     Raises:
         NumericsError: The edit is named, else the step; and the query.
     """
-    bad = ~torch.isfinite(logits).all(dim=-1)
+    bad = _not_finite(logits)
     if bad.any():
         record.require_finite(queries)
         raise not_finite(f"the logits of step {step}, query {queries[int(bad.nonzero()[0]) % len(queries)].id!r}")
+
+
+def _not_finite(logits: Float[Tensor, "*token vocab"]) -> Bool[Tensor, "*token"]:
+    """Which tokens have a logit that is NaN or infinite. A sum over the vocabulary tells, and copies nothing."""
+    total = logits.sum(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    bad = ~torch.isfinite(total)
+    return ~torch.isfinite(logits).all(dim=-1) if bad.any() else bad
 
 
 def not_finite(where: str) -> NumericsError:

@@ -5,7 +5,7 @@ add up to more than one branch); else forks, if the layers that they skip
 add up to more than the one run that they begin with; else tiles. `docs/explanation/sweeps.md` has the reasons.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
@@ -91,23 +91,23 @@ def choose(tests: SelfTests, request: RunRequest, prefill: Prefill | None, layou
     return Choice(TILES, why)
 
 
-def groups(tests: SelfTests, prefill: Prefill, interventions: Iterable[Intervention]) -> Iterator[list[Intervention]]:
-    """The interventions in their order, as many at a time as fit in one run on these prompts."""
-    logits = "answer" if prefill.batch.answered else "last"
+def run_each(tests: SelfTests, request: RunRequest, source: Source, prefill: Prefill) -> list[Run]:
+    """Run a request in parts, whose lanes come in their order and fit in one run on these prompts."""
+    return [run(tests, part, source, prefill, "auto") for part in parts(tests, request, prefill)]
 
-    def request(lanes: Sequence[Intervention]) -> RunRequest:
-        return RunRequest(tests.engine.cfg, prefill.batch, lanes, logits=logits)
+
+def parts(tests: SelfTests, request: RunRequest, prefill: Prefill) -> Iterator[RunRequest]:
+    """The request in parts, each of as many lanes as fit in one run."""
 
     def against_branches(lane: Intervention) -> str:
-        return _unsuited_for_branches(tests, request([lane])) or prefill.flaw
+        return _unsuited_for_branches(tests, replace(request, interventions=[lane])) or prefill.flaw
 
-    for _, alike in groupby(interventions, against_branches):
-        lanes = list(alike)
-        whole = request(lanes)
+    for _, alike in groupby(request.interventions, against_branches):
+        whole = replace(request, interventions=list(alike))
         size = choose(tests, whole, prefill).strategy.lanes_per_forward(whole, prefill)
-        rest = iter(lanes)
-        while group := list(islice(rest, size)):
-            yield group
+        rest = iter(whole.interventions)
+        while lanes := list(islice(rest, size)):
+            yield replace(request, interventions=lanes)
 
 
 def fill(tests: SelfTests, batch: Batch) -> Prefill:

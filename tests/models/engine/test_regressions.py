@@ -366,10 +366,15 @@ class TestWhatTheThirdReadersMissed:
     def test_a_row_of_branches_is_bounded(self, vlm, basis):
         kept = vlm.prefill(vlm.batch(WORDS, GREY))
         interventions = [iv.amplify(basis).at(layers=[0])] * 5000
-        sizes = [len(part) for part in vlm.groups(kept, interventions)]
+
+        def sizes_of(lanes):
+            request = RunRequest(vlm.cfg, kept.batch, lanes)
+            return [part.lanes for part in scheduler.parts(vlm._tests, request, kept)]
+
+        sizes = sizes_of(interventions)
         assert max(sizes) == limits.BRANCH_TOKENS_PER_ROW and sum(sizes) == 5000
         everywhere = [intervention.at(positions="all") for intervention in interventions[:9]]
-        assert [len(part) for part in vlm.groups(kept, everywhere)] == [limits.TILES_PER_FORWARD, limits.TILES_PER_FORWARD, 1]
+        assert sizes_of(everywhere) == [limits.TILES_PER_FORWARD, limits.TILES_PER_FORWARD, 1]
 
 
 class TestWhatIsTakenForSomethingElse:

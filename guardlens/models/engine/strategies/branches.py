@@ -5,7 +5,7 @@ cache of a shared prefix in place of the whole prompts, continues prompts that b
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,13 +16,13 @@ from guardlens.interventions import Intervention, nothing
 from guardlens.models.engine import limits
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held, compile_taps
-from guardlens.models.engine.forward import Engine, Places
+from guardlens.models.engine.forward import EndStates, Engine, Places
 from guardlens.models.engine.kv_cache import KVCache, Prefill, Prefix
 from guardlens.models.engine.layout import Layout
 from guardlens.models.engine.request import RunRequest, scored_tokens
 from guardlens.models.engine.run import Run, reads_of
 from guardlens.models.engine.strategies.selftest_edit import push
-from guardlens.models.engine.strategies.strategy import by_query, lanes_by_logits, require_agreement
+from guardlens.models.engine.strategies.strategy import by_query, require_agreement
 from guardlens.models.engine.strategies.tiles import Tiles
 
 
@@ -56,7 +56,7 @@ class Branches:
         fullest_row = int(torch.bincount(prefill.cache.row, weights=longest.double()).max())
         by_forward = limits.BRANCH_TOKENS_PER_FORWARD // int(longest.sum())
         by_row = limits.BRANCH_TOKENS_PER_ROW // fullest_row
-        return max(1, min(lanes_by_logits(request, prefill), by_forward, by_row))
+        return max(1, min(by_forward, by_row))
 
     def self_test(self, engine: Engine, batch: Batch, prefill: Prefill | None) -> None:
         """Check that an edited branch is an edited run, and that it leaves the branch beside it alone."""
@@ -77,27 +77,32 @@ def continued(engine: Engine, request: RunRequest, held: Held, cache: KVCache, e
     """Run the `ends` of the prompts in every lane, after what is cached of them. The KV cache stays as it is."""
     layout = cache.continuations(ends, range(request.lanes))
     with cache.unchanged():
-        return continued_in(layout, engine, request, held, cache)
+        run, states = continued_in(layout, engine, request, held, cache.read_only())
+    return replace(run, logits=by_query(states, request))
 
 
-def continued_in(layout: Layout, engine: Engine, request: RunRequest, held: Held, cache: KVCache) -> Run:
-    """Run continuations in a layout, which may have more lanes than the request. The KV cache grows by them."""
+def continued_in(layout: Layout, engine: Engine, request: RunRequest, held: Held, cache: KVCache) -> tuple[Run, EndStates | None]:
+    """Run continuations in a layout, which may have more lanes than the request. The KV cache grows by them, unless it is read-only.
+
+    Returns:
+        The run without its logits, and the last states that they come from.
+    """
     batch = request.batch
     taps, record = compile_taps(request.interventions, request.read, layout, batch, engine.cfg.n_layers, held)
     inputs = cache.inputs(layout, engine.config, engine.hf.dtype)
-    raw = engine.continued(inputs, taps, batch, _places(layout, request))
+    states = engine.continued(inputs, taps, batch, _places(layout, request))
     reads = reads_of(record, request.read, batch, engine.cfg.n_layers)
-    of_lanes = {site: states[: request.lanes] for site, states in reads.items()}
-    return Run(of_lanes, by_query(raw, request, request.lanes), None, record.decisions, layout.name)
+    of_lanes = {site: value[: request.lanes] for site, value in reads.items()}
+    return Run(of_lanes, None, None, record.decisions, layout.name), states
 
 
 def grown(engine: Engine, batch: Batch, prefix: Prefix) -> tuple[KVCache, Float[Tensor, "query vocab"]]:
     """The KV cache of whole prompts that begin with a prefix, and the logits at their last tokens."""
     cache = prefix.cache(batch)
     layout = cache.continuations(prefix.rest(batch), lanes=[0])
-    logits = continued_in(layout, engine, RunRequest(engine.cfg, batch, [nothing]), {}, cache).logits
-    assert logits is not None
-    return cache.grown(layout), logits[0]
+    _, states = continued_in(layout, engine, RunRequest(engine.cfg, batch, [nothing]), {}, cache)
+    assert states is not None
+    return cache.grown(layout), states.logits()
 
 
 def check_unedited(engine: Engine, prefill: Prefill) -> None:

@@ -3,7 +3,7 @@
 They suit interventions that branches can't run, such as edits of all tokens, and cost the layers from there on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from guardlens.models.engine.layout import Layout
 from guardlens.models.engine.request import RunRequest, scored_tokens
 from guardlens.models.engine.run import Run, reads_of
 from guardlens.models.engine.strategies.selftest_edit import push
-from guardlens.models.engine.strategies.strategy import by_query, lanes_by_logits, require_agreement
+from guardlens.models.engine.strategies.strategy import by_query, require_agreement
 from guardlens.models.engine.strategies.tiles import Tiles
 from guardlens.models.engine.unedited_run import UneditedRun
 
@@ -43,8 +43,8 @@ class Forks:
         return 1 + layers_run / n_layers
 
     def lanes_per_forward(self, request: RunRequest, prefill: Prefill) -> int:
-        """Return how many lanes' logits fit; lanes run one after the other."""
-        return lanes_by_logits(request, prefill)
+        """Return all of them: lanes run one after the other."""
+        return request.lanes
 
     def self_test(self, engine: Engine, batch: Batch, prefill: Prefill | None) -> None:
         """Check that runs which begin at a later layer are whole runs."""
@@ -67,9 +67,9 @@ def _forked(engine: Engine, request: RunRequest, held: Held, unedited: UneditedR
     batch = request.batch
     layout = Layout.plain(batch.mask)
     taps, record = compile_taps([intervention], request.read, layout, batch, engine.cfg.n_layers, held)
-    raw = engine.forked(unedited, first, taps, batch, _places(request))
+    ends = engine.forked(unedited, first, taps, batch, _places(request))
     reads = reads_of(record, request.read, batch, engine.cfg.n_layers)
-    return Run(reads, by_query(raw, request, 1), None, record.decisions, "fork")
+    return Run(reads, by_query(ends, replace(request, interventions=[intervention])), None, record.decisions, "fork")
 
 
 def _places(request: RunRequest) -> Places | None:

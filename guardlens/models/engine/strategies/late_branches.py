@@ -11,7 +11,9 @@ Before that layer a branch is the unedited run. So one unedited branch runs thro
 With edits at every layer in turn, half of the branches' work is left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from guardlens.hooks import Site
 from guardlens.models.engine.batch import Batch
@@ -23,7 +25,7 @@ from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run
 from guardlens.models.engine.strategies.branches import Branches, continued_in
 from guardlens.models.engine.strategies.selftest_edit import push
-from guardlens.models.engine.strategies.strategy import require_agreement
+from guardlens.models.engine.strategies.strategy import by_query, require_agreement
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,15 @@ class LateBranches(Branches):
 
     def self_test(self, engine: Engine, batch: Batch, prefill: Prefill | None) -> None:
         """Check that branches which begin at every layer in turn have the states of branches that run through all of them."""
+        assert prefill is not None and prefill.cache is not None
+        lengths = batch.mask.sum(1)
+        cache = prefill.cache.of(torch.stack([lengths.argmin(), lengths.argmax()]).unique())
+        few = replace(prefill, cache=cache)
         last = Site(layers=(engine.cfg.n_layers - 1,))
         edits = [push("last", layer) for layer in range(engine.cfg.n_layers)]
-        request = RunRequest(engine.cfg, batch, edits, read=[last], logits=None)
-        late = self.run(engine, request, {}, prefill)
-        whole = Branches().run(engine, request, {}, prefill)
+        request = RunRequest(engine.cfg, cache.batch, edits, read=[last], logits=None)
+        late = self.run(engine, request, {}, few)
+        whole = Branches().run(engine, request, {}, few)
         require_agreement(late.reads[last], whole.reads[last], "branches that begin at a later layer differ from whole branches")
 
     def run(self, engine: Engine, request: RunRequest, held: Held, prefill: Prefill | None = None) -> Run:
@@ -61,4 +67,5 @@ class LateBranches(Branches):
         order = sorted(starts, key=starts.__getitem__)
         layout = prefill.cache.continuations(request.ends, order)
         with prefill.cache.unchanged(), late_starts(engine.blocks, layout, [starts[lane] for lane in order]):
-            return continued_in(layout, engine, request, held, prefill.cache)
+            run, states = continued_in(layout, engine, request, held, prefill.cache.read_only())
+        return replace(run, logits=by_query(states, request))

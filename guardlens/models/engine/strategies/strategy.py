@@ -8,7 +8,7 @@ from torch import Tensor
 from guardlens.models.engine import limits
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held
-from guardlens.models.engine.forward import Engine
+from guardlens.models.engine.forward import EndStates, Engine
 from guardlens.models.engine.kv_cache import Prefill
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run, agree, checked
@@ -69,19 +69,33 @@ def require_agreement(mine: Tensor | None, expected: Tensor, what: str) -> None:
         raise Disagreement(what)
 
 
-def lanes_by_logits(request: RunRequest, prefill: Prefill) -> int:
-    """How many lanes fit, as far as the size of their logits goes."""
-    logits_per_lane = request.cfg.d_vocab * len(prefill) * max(1, prefill.batch.answered)
-    return max(1, limits.LOGITS_PER_FORWARD // logits_per_lane)
-
-
-def by_query(raw: Float[Tensor, "state vocab"] | None, request: RunRequest, lanes: int) -> Float[Tensor, "lane query ... vocab"] | None:
-    """The logits of the scored tokens, by lane and query.
+def by_query(ends: EndStates | None, request: RunRequest) -> Float[Tensor, "lane query ... vocab"] | None:
+    """The logits of the scored tokens, by lane and query; None if nobody asks for them, or if the request takes them lane by lane.
 
     Raises:
         NumericsError: NaN or infinity; lane and query are named.
     """
-    if raw is None:
+    if ends is None:
         return None
-    found = raw.unflatten(0, (lanes, len(request.batch.queries), -1))
-    return checked(found[:, :, 0] if request.logits == "last" else found, request.batch)
+    if request.take is None:
+        return _by_query(ends, request, range(request.lanes))
+    at_once = max(1, limits.LOGIT_ROWS * request.lanes // len(ends))
+    for first in range(0, request.lanes, at_once):
+        taken(_by_query(ends, request, range(first, min(first + at_once, request.lanes))), request)
+    return None
+
+
+def taken(logits: Float[Tensor, "lane query ... vocab"], request: RunRequest) -> Float[Tensor, "lane query ... vocab"] | None:
+    """Logits that were computed for all lanes at once; None if the request takes them lane by lane, which it then does."""
+    if request.take is None:
+        return logits
+    for lane in logits:
+        request.take(lane)
+    return None
+
+
+def _by_query(ends: EndStates, request: RunRequest, lanes: range) -> Float[Tensor, "lane query ... vocab"]:
+    tokens = len(ends) // request.lanes
+    raw = ends.logits(lanes.start * tokens, lanes.stop * tokens)
+    found = raw.unflatten(0, (len(lanes), len(request.batch.queries), -1))
+    return checked(found[:, :, 0] if request.logits == "last" else found, request.batch, first_lane=lanes.start)

@@ -17,7 +17,7 @@ from guardlens.models.engine.kv_cache import Prefill
 from guardlens.models.engine.layout import Layout
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run, checked, reads_of, require_finite_step
-from guardlens.models.engine.strategies.strategy import require_agreement
+from guardlens.models.engine.strategies.strategy import require_agreement, taken
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Tiles:
         raw = None if request.new_tokens else engine.forward(copies, taps, _logits_to_keep(request))
         reads = reads_of(record, request.read, batch, engine.cfg.n_layers)
         logits = None if raw is None else _scored(raw.unflatten(0, (request.lanes, -1)), request)
-        return Run(reads, logits, tokens, record.decisions, layout.name)
+        return Run(reads, logits if logits is None else taken(logits, request), tokens, record.decisions, layout.name)
 
 
 def _generated(engine: Engine, request: RunRequest, copies: Batch, taps: Sequence[Tap], record: Record) -> Int[Tensor, "lane query new"]:
