@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -81,15 +81,17 @@ class AgainstBase(Protocol):
 
     `against(base, beside)` returns a function of the edited logits that gives what the score itself gives; `beside` is what the score takes
     beside the logits. A class that overrides `__call__` overrides `against`, too, or is called as it is.
+
+    Examples:
+        >>> isinstance(scores.kl, scores.AgainstBase)
+        True
+        >>> base, edited = model.run(batch, [iv.nothing, guard.at(layers=7)]).logits
+        >>> from_base = scores.kl.against(base, model.tokenizer)
+        >>> bool((from_base(edited) == scores.kl(edited, base, model.tokenizer)).all())
+        True
     """
 
     def against(self, base: Any, beside: Any) -> Callable[[Tensor], Tensor]: ...
-
-
-def has_constants(score: Any) -> TypeGuard[AgainstBase]:
-    """Whether to ask `against` of a score: its class has that method, and no subclass has replaced `__call__` alone."""
-    owners = {name: next((kind for kind in type(score).__mro__ if name in vars(kind)), object) for name in ("against", "__call__")}
-    return owners["against"] is not object and issubclass(owners["against"], owners["__call__"])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ needs its own, since the answer is appended to the prompts.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from torch import Tensor
 from guardlens.data.presentations import Presentation
 from guardlens.data.queries import Query
 from guardlens.errors import ArgumentError, NumericsError, is_several, require_type, type_of
-from guardlens.experiments.scores import AnswerScore, Score, has_constants
+from guardlens.experiments.scores import AgainstBase, AnswerScore, Score
 from guardlens.interventions.intervention import Intervention
 from guardlens.models.batching import in_query_order
 from guardlens.models.engine.batch import Batch
@@ -84,7 +84,7 @@ class Measured:
     @cached_property
     def _of_logits(self) -> Callable[[Tensor], Any]:
         """The score as a function of edited logits. What depends on the unedited run alone is computed once, if the score can."""
-        if has_constants(self.score):
+        if _has_constants(self.score):
             return self.score.against(self.base, self.beside)
         return lambda logits: self.score(logits, self.base.clone(), self.beside)
 
@@ -196,3 +196,9 @@ def _first(run: Run) -> Float[Tensor, "query ..."]:
     """The logits of a run's only lane."""
     assert run.logits is not None
     return run.logits[0]
+
+
+def _has_constants(score: Any) -> TypeGuard[AgainstBase]:
+    """Whether to ask `against` of a score: its class has that method, and no subclass has replaced `__call__` alone."""
+    owners = {name: next((kind for kind in type(score).__mro__ if name in vars(kind)), object) for name in ("against", "__call__")}
+    return owners["against"] is not object and issubclass(owners["against"], owners["__call__"])

@@ -24,11 +24,11 @@ def read_only(past: Any) -> Any:
     return found
 
 
-def _appended(keys: Any, values: Any, new_keys: Tensor, new_values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    rows = len(new_keys)
+def _appended(keys: Any, values: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    rows = len(key_states)
     return (
-        torch.cat([keys.expand(rows, -1, -1, -1), new_keys], dim=-2),
-        torch.cat([values.expand(rows, -1, -1, -1), new_values], dim=-2),
+        torch.cat([keys.expand(rows, -1, -1, -1), key_states], dim=-2),
+        torch.cat([values.expand(rows, -1, -1, -1), value_states], dim=-2),
     )
 
 
