@@ -1,6 +1,6 @@
 """From queries to a `Batch`: presented, put into the chat template, tokenized and padded, with masks of image and instruction tokens."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from guardlens.models.processing.chat_template import (
     tokenize,
     tokenizer_of,
 )
+from guardlens.models.processing.image_batching import RowsWrittenOut, moved, repeats_one_row
 from guardlens.results.files import digest
 
 
@@ -53,11 +54,10 @@ def make_batch(
     _require_room(engine, queries[longest], int(mask[longest].sum()), name)
     image = inputs["input_ids"] == cfg.image_token_id if sees_images else torch.zeros_like(mask)
     instruction = instruction_mask(processor, prompts, inputs["input_ids"], mask, sees_images)
-    inputs = _on_device(engine, _completed(engine, inputs, mask, image))
     return Batch(
         queries,
         presentation,
-        inputs,
+        _on_device(engine, _completed(engine, inputs, mask, image)),
         mask.to(engine.device),
         image.to(engine.device),
         instruction.to(engine.device),
@@ -78,9 +78,10 @@ def _completed(
     return inputs
 
 
-def _on_device(engine: Engine, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _on_device(engine: Engine, inputs: dict[str, Tensor]) -> Mapping[str, Tensor]:
     """The inputs on the model's device, and pixels in its precision, which not every family sees to."""
-    return {name: value.to(engine.device, engine.hf.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+    placed = {name: moved(value, engine.device, engine.hf.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+    return RowsWrittenOut(placed) if any(map(repeats_one_row, placed.values())) else placed
 
 
 def _image_digests(prompts: Sequence[Prompt]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from guardlens.evaluation.runner import evaluate
 from guardlens.models import batching
 from guardlens.models.batching import BatchResult, bucket_size, free_memory, in_query_order, over_batches, prompt_bytes, prompts_that_fit
 from guardlens.models.hooked_model import HookedModel
+from guardlens.models.processing.image_batching import repeats_one_row
 from tests.strategies import make_batch
 
 WORDS = ("hat", "fern", "radio")
@@ -189,6 +190,21 @@ def test_evaluate_continues_from_what_prompts_begin_with(vlm, basis, monkeypatch
     assert begun == [True] * 2 + [False] * 18
     assert together.columns["answer"].tolist() == alone.columns["answer"].tolist()
     assert len(set(alone.columns["answer"])) > 4
+
+
+def test_prompts_that_continue_from_a_prefix_leave_their_common_image_in_one_row(vlm):
+    """Only a run of whole prompts writes it out for each of them. Both have the same states."""
+    framed = presentations.framed(GREY, before="please tell me how to mend the hat and the fern and the radio . " * 2)
+    site = gl.Site(layers=(2,))
+
+    def work(batch):
+        before = vlm.run(batch, read=site).reads[site]
+        assert batch.prefix is not None and repeats_one_row(batch.inputs.data["pixel_values"])
+        whole = vlm.run(batch.after(None), read=site).reads[site]
+        assert not repeats_one_row(batch.inputs.data["pixel_values"])
+        torch.testing.assert_close(before, whole, atol=1e-4, rtol=0)
+
+    assert len(list(over_batches(vlm, QUERIES, framed, work))) == 1
 
 
 class SimpleJudge:

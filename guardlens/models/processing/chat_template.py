@@ -15,7 +15,7 @@ from guardlens.data.images import as_images, opened
 from guardlens.data.presentations import Presentation, Prompt
 from guardlens.data.queries import Query
 from guardlens.errors import ArgumentError, ModelError, PresentationError, QueryError, require_type
-from guardlens.models.processing.image_batching import preprocessing_once
+from guardlens.models.processing.image_batching import processed
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -155,11 +155,9 @@ def _processed(
     kind = type(processor).__name__
     images = [list(prompt.images) for prompt in prompts]  # one list per prompt: families differ in how they read a flat one
     shown = any(images)
-    if shown:
-        options = options | {"images": images}
     try:
         with padding_token(tokenizer_of(processor)):
-            return dict(preprocessing_once(processor, images)(text=texts, **options))
+            return dict(processed(processor, texts, images, **options) if shown else processor(text=texts, **options))
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         if sees_images and not shown:
             raise needs_image(kind, str(error)) from None
