@@ -25,6 +25,7 @@ def main(
     size: Annotated[str, typer.Option(help=f"Of the model: {', '.join(PLANS)}.")] = "small",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = "float32",
+    checkpoint: Annotated[Path | None, typer.Option(help="A directory or GGUF file of SmolLM2-135M, for rows of real weights.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
 ) -> None:
     """Time guardlens against the naive way and plain forwards, alternating, and write medians with spreads."""
@@ -33,9 +34,11 @@ def main(
     import pandas as pd
     from rich.console import Console
 
-    console, plan = Console(), replace(PLANS[size], device=device, dtype=dtype)
+    console, plan = Console(), replace(PLANS[size], device=device, dtype=dtype, checkpoint=checkpoint)
     if not peers.installed():
         console.print(f"Without {peers.NAME}, which is not installed; with it: {peers.COMMAND}", highlight=False)
+    if checkpoint is None:
+        console.print("Without SmolLM2-135M, whose weights are not given; with them: --checkpoint PATH", highlight=False)
     plan, rows = plan.quick() if quick else plan, []
     if unknown := set(only or ()) - set(ALL):
         raise typer.BadParameter(f"no experiment {min(unknown)!r}; there are {', '.join(ALL)}", param_hint="--only")
@@ -58,6 +61,7 @@ def facts(plan: Plan, quick: bool, size: str, threads: int) -> dict[str, Any]:
     """What the numbers depend on."""
     flags = [f"--size {size}"] * (size != "small") + [f"--device {plan.device}"] * (plan.device != "cpu")
     flags += [f"--dtype {plan.dtype}"] * (plan.dtype != "float32") + ["--quick"] * quick
+    flags += [f"--checkpoint {plan.checkpoint}"] * (plan.checkpoint is not None)
     on_cpu = plan.device == "cpu"
     return {
         "command": " ".join(["python -m analyses.benchmarks", *flags]),
@@ -65,6 +69,7 @@ def facts(plan: Plan, quick: bool, size: str, threads: int) -> dict[str, Any]:
         "device": f"CPU ({platform.machine()}), {threads} threads" if on_cpu else torch.cuda.get_device_name(plan.device),
         "dtype": plan.dtype,
         "subject": plan.size.name,
+        "checkpoint": None if plan.checkpoint is None else plan.checkpoint.name,
         "versions": {name: metadata.version(name) for name in ("guardlens", "torch", "transformers", "nnsight")},
     }
 
@@ -76,7 +81,8 @@ def write(frame: Rows, out: Path, facts: dict[str, Any]) -> None:
     ratios: dict[str, Any] = {}
     for row in frame[~frame["what"].isin(["growth", breakdown.NAME])].to_dict("records"):
         numbers = {name: row[name] for name in ("ratio", "low", "high", "target", "unit", "way")}
-        ratios.setdefault(row["what"], numbers | {"reached": reached(row)})
+        about = {"subject": row["subject"]} if row["subject"] else {}
+        ratios.setdefault(row["what"], numbers | {"reached": reached(row)} | about)
     (out / "summary.json").write_text(json.dumps({"ratios": ratios, **facts}, indent=1) + "\n")
     (out / "benchmarks.md").write_text(page(frame, facts))
     if "growth" in set(frame["what"]):

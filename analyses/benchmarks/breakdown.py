@@ -42,13 +42,13 @@ def _parts(of: str, ways: Mapping[str, Way], repeats: int, unit: str) -> Iterato
 
 def _compiled(subject: gl.HookedModel, kept: Prefill, cells: list[Intervention]) -> object:
     assert kept.cache is not None
-    layout = kept.cache.continuations(kept.batch.select("last"), len(cells))
+    layout = kept.cache.continuations(kept.batch.select("last"), range(len(cells)))
     return compile_taps(cells, (), layout, kept.batch, subject.cfg.n_layers, {})
 
 
 def _inputs(subject: gl.HookedModel, kept: Prefill, lanes: int) -> dict[str, Any]:
     assert kept.cache is not None
-    layout = kept.cache.continuations(kept.batch.select("last"), lanes)
+    layout = kept.cache.continuations(kept.batch.select("last"), range(lanes))
     config = subject.hf.config.get_text_config(decoder=True)
     return kept.cache.inputs(layout, config, subject.hf.dtype)
 

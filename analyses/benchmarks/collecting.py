@@ -20,7 +20,7 @@ def _ways(plan: Plan) -> dict[str, timing.Way]:
         "output_hidden_states": lambda: ways.hidden_states(subject, batch),
     }
     if peers.installed():
-        bridge = peers.bridge(plan.size, plan.dtype, plan.device)
+        bridge = peers.bridge(subjects.built(plan.size, plan.dtype, plan.device))
         each[f"{peers.NAME} (eager attention), run_with_cache"] = lambda: peers.collect(bridge, batch, subject.cfg.n_layers)
     return each
 

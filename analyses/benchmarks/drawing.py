@@ -10,6 +10,7 @@ from guardlens.results.plots.style import MUTED, Rows, color_and_marker, dressed
 LABELS = {
     "layers": "layers",
     "tokens": "tokens in the prompt",
+    "vocabulary": "tokens in the vocabulary",
     "strengths": "strengths per layer",
     "queries": "queries beside one image",
 }
@@ -22,7 +23,8 @@ def growth(frame: Rows) -> Any:
     from matplotlib import pyplot
 
     panels = [(unit, axis) for unit in UNITS for axis in LABELS if len(_part(frame, unit, axis))]
-    figure, grid = pyplot.subplots(-(-len(panels) // 3), 3, figsize=(10, 6), squeeze=False, layout="constrained")
+    rows = -(-len(panels) // 3)
+    figure, grid = pyplot.subplots(rows, 3, figsize=(10, 3 * rows), squeeze=False, layout="constrained")
     for ax, (unit, axis) in zip(grid.ravel(), panels, strict=False):
         _curves(ax, _part(frame, unit, axis))
         ax.set(xlabel=LABELS[axis], ylabel=UNITS[unit], title=f"{'Time' if unit == 's' else 'Memory'} over {axis}")

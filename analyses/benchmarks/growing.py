@@ -1,4 +1,4 @@
-"""How the layer map grows with layers, tokens, strengths and queries: time and peak memory beside one plain forward, the physical floor."""
+"""How the layer map grows along five axes, in time and peak memory, beside one plain forward, which is the physical floor."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,24 +10,32 @@ from guardlens import interventions as iv
 FLOOR = "plain forward"
 TIMED = 2
 """Layers of the naive loop."""
-NAMED = {"layers": "layers", "side": "tokens", "strengths": "strengths", "queries": "queries"}
+NAMED = {"layers": "layers", "side": "tokens", "vocabulary": "vocabulary", "strengths": "strengths", "queries": "queries"}
 WAYS = ("naive loop", "guardlens", FLOOR)
 
 
 def growth(plan: Plan) -> Iterator[Row]:
     """Seconds along every axis."""
-    yield from _along(plan, ("layers", "side", "strengths", "queries"), timed)
+    yield from _along(plan, ("layers", "side", "vocabulary", "strengths", "queries"), timed)
 
 
 def growth_memory(plan: Plan) -> Iterator[Row]:
-    """Peak memory as the model and the prompt grow."""
-    yield from _along(plan, ("layers", "side"), weighed)
+    """Peak memory as the model, the prompt and the vocabulary grow."""
+    yield from _along(plan, ("layers", "side", "vocabulary"), weighed)
 
 
 def _along(plan: Plan, names: Sequence[str], measure: Callable[..., Iterator[Row]]) -> Iterator[Row]:
     """From the plan's own size, one strength and one query; that point, which several axes share, is measured once."""
-    every = {"layers": plan.depths, "side": plan.sides, "strengths": plan.grids, "queries": plan.numbers}
-    axes, start = {name: every[name] for name in names}, {"layers": plan.size.layers, "side": plan.size.side, "strengths": 1, "queries": 1}
+    size = plan.size
+    every = {
+        "layers": plan.depths,
+        "side": plan.sides,
+        "vocabulary": plan.vocabularies,
+        "strengths": plan.grids,
+        "queries": plan.numbers,
+    }
+    axes = {name: every[name] for name in names}
+    start = {"layers": size.layers, "side": size.side, "vocabulary": size.vocabulary, "strengths": 1, "queries": 1}
     yield from measure(plan, [axis for axis, values in axes.items() if start[axis] in values], **start)
     for axis, values in axes.items():
         for value in values:
@@ -38,7 +46,8 @@ def _along(plan: Plan, names: Sequence[str], measure: Callable[..., Iterator[Row
 def timed(plan: Plan, axes: list[str], strengths: int, queries: int, **traits: int) -> Iterator[Row]:
     """Seconds at one point, for every axis that it is on."""
     layers, tokens, each = _point(plan, strengths, queries, **traits)
-    seconds, values = timing.alternate(each, plan.few), {"layers": layers, "side": tokens, "strengths": strengths, "queries": queries}
+    seconds = timing.alternate(each, plan.few)
+    values = traits | {"side": tokens, "strengths": strengths, "queries": queries}
     for way in WAYS:
         times = strengths * layers / TIMED if way == "naive loop" else 1
         for axis in axes:
@@ -47,8 +56,8 @@ def timed(plan: Plan, axes: list[str], strengths: int, queries: int, **traits: i
 
 def weighed(plan: Plan, axes: list[str], strengths: int, queries: int, **traits: int) -> Iterator[Row]:
     """Peak memory at one point, for every axis that it is on."""
-    layers, tokens, each = _point(plan, strengths, queries, **traits)
-    peaks, values = timing.peaks(each, plan.few, plan.device), {"layers": layers, "side": tokens}
+    _, tokens, each = _point(plan, strengths, queries, **traits)
+    peaks, values = timing.peaks(each, plan.few, plan.device), traits | {"side": tokens}
     for way in WAYS:
         found = timing.summary([peak / MIB for peak in peaks[way]])
         for axis in axes:

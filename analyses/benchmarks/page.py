@@ -9,6 +9,8 @@ from analyses.benchmarks.rows import reached
 from guardlens.results.plots.style import Rows
 
 GPU = "python -m analyses.benchmarks --device cuda --size 7b --dtype bfloat16"
+CHECKPOINT = "python -m analyses.benchmarks --checkpoint PATH"
+"""PATH is a directory or a GGUF file."""
 MEANING = {
     "sweep_layers, sweep_grid, sweep_again": "Branches need the keys and values of the prompt, so a sweep begins with a forward that keeps"
     " them, which the plain forward does not.",
@@ -26,7 +28,8 @@ MEANING = {
 
 def page(frame: Rows, facts: dict[str, Any]) -> str:
     """As Markdown."""
-    return "\n".join([*_opening(frame, facts), *_table(frame), *_figure(frame), *_where(frame), *_closing(facts)])
+    parts = (_opening(frame, facts), _measured(frame), _figure(frame), _texts(frame, facts), _where(frame), _closing(facts))
+    return "\n".join(line for part in parts for line in part)
 
 
 def _opening(frame: Rows, facts: dict[str, Any]) -> Iterator[str]:
@@ -41,10 +44,35 @@ def _opening(frame: Rows, facts: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
+def _measured(frame: Rows) -> Iterator[str]:
+    """What was measured on the random LLaVA."""
+    frame = frame[~frame["what"].isin(["growth", breakdown.NAME])]
+    yield from _table(frame[frame["subject"] == ""])
+
+
+def _texts(frame: Rows, facts: dict[str, Any]) -> Iterator[str]:
+    """What was measured on text-only models, a table for each."""
+    frame = frame[frame["subject"] != ""]
+    if frame.empty:
+        return
+    yield from ("## Text-only models", "")
+    yield f"Each table is of another model than the random LLaVA above, in {facts['dtype']}. Sweeps are timed warm: after a first one."
+    yield "Their scores are the refusal log-odds and the KL divergence of the next token; the naive loop computes the same scores."
+    yield peers.NNTERP
+    if facts["checkpoint"] is None:
+        yield f"Rows of SmolLM2-135M with its real weights are left out: `{CHECKPOINT}` adds them."
+    yield ""
+    for subject, group in frame.groupby("subject", sort=False):
+        yield from (f"**{subject}.**", "")
+        yield from _table(group)
+
+
 def _table(frame: Rows) -> Iterator[str]:
+    if frame.empty:
+        return
     yield "| what | way | result | target | reached | spread | in | seconds |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    for row in frame[~frame["what"].isin(["growth", breakdown.NAME])].to_dict("records"):
+    for row in frame.to_dict("records"):
         result, spread = _numbers(row)
         cells = (f"`{row['what']}`", row["way"], result, row["target"], reached(row), spread, row["unit"], _seconds(row))
         yield f"| {' | '.join(cells)} |"
@@ -62,7 +90,7 @@ def _seconds(row: dict[str, Any]) -> str:
 
 def _figure(frame: Rows) -> Iterator[str]:
     if "growth" in set(frame["what"]):
-        yield "![Time and peak memory of a layer map over layers, tokens, strengths and queries](../figures/growth.png)"
+        yield "![Time and peak memory of a layer map over layers, tokens, vocabulary, strengths and queries](../figures/growth.png)"
         yield ""
         yield "*The layer map with guardlens, with a forward per cell (two of the layers timed), and one plain forward of the batch, as it"
         yield "grows. Over queries, guardlens computes the image that they share once, which a plain forward does not.*"

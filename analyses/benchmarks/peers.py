@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from analyses.benchmarks import subjects
-from analyses.benchmarks.subjects import Size
+import guardlens as gl
 from guardlens.models.engine.batch import Batch
 
 NAME = "TransformerLens' bridge"
+NNTERP = "nnterp 1.3.0, the newest, is no peer here: it imports `nnsight.intervention.tracing`, which nnsight 0.8 does not have."
+"""Why nnterp is left out."""
 COMMAND = "make peers VENV=.venv-peers && .venv-peers/bin/python -m analyses.benchmarks"
 
 
@@ -23,10 +24,9 @@ def installed() -> bool:
     return find_spec("transformer_lens") is not None
 
 
-def bridge(size: Size, dtype: str, device: str) -> Any:
-    """The bridge on a model of its own, which it rewrites in place; its attention is always the eager one."""
+def bridge(subject: gl.HookedModel) -> Any:
+    """Wrap a model, which the bridge rewrites in place: it must be of no other use. Its attention is always the eager one."""
     package = "transformer_lens.model_bridge"
-    subject = subjects.built(size, dtype, device)
     subject.hf.config.architectures = [type(subject.hf).__name__]
     sources = importlib.import_module(f"{package}.sources.transformers.helpers")
     made = importlib.import_module(package).TransformerBridge
@@ -34,7 +34,7 @@ def bridge(size: Size, dtype: str, device: str) -> Any:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, "_ensure_torchvision", lambda: False):
         subject.tokenizer.save_pretrained(folder)
         words = AutoTokenizer.from_pretrained(folder)
-        return made.boot_transformers("random", hf_model=subject.hf, tokenizer=words, device=device)
+        return made.boot_transformers("random", hf_model=subject.hf, tokenizer=words, device=subject.hf.device)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

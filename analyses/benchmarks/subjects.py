@@ -1,12 +1,14 @@
-"""What is timed: random LLaVA-like models of a given depth, width and number of image tokens, with queries that fit them."""
+"""What is timed: random LLaVA-like models, text-only models of real proportions or with real weights, and queries that fit them."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config
 
 import guardlens as gl
 from guardlens import presentations
@@ -57,6 +59,22 @@ SIZES = {
 """By name; 7b is that of LLaVA-1.5-7B."""
 
 
+@dataclass(frozen=True)
+class TextSize:
+    """The sizes of a text-only Qwen2. By default they are those of Qwen2-0.5B."""
+
+    layers: int = 24
+    width: int = 896
+    heads: int = 14
+    kv_heads: int = 2
+    mlp: int = 4864
+    """The number of neurons in a layer."""
+    vocabulary: int = 151_936
+
+
+QWEN = TextSize()
+
+
 def processor(side: int) -> Any:
     """The organism's words and template, with larger pictures."""
     made = build_processor()
@@ -91,12 +109,63 @@ model = lru_cache(maxsize=1)(built)
 """As `built`; the last one is kept."""
 
 
+def built_text(size: TextSize, dtype: str = "float32", device: str = "cpu") -> gl.HookedModel:
+    """Build a random Qwen2 that reads the organism's words. Its unembedding is the embedding, as in Qwen2-0.5B."""
+    words = build_processor()
+    words.tokenizer.model_max_length = 10**6
+    words.tokenizer.chat_template = words.chat_template
+    config = Qwen2Config(
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.mlp, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, max_position_embeddings=8192, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        hf: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return gl.load(hf.eval(), processor=words.tokenizer)
+
+
+def read_text(checkpoint: Path, dtype: str = "float32", device: str = "cpu") -> gl.HookedModel:
+    """Read a text-only model with its weights: from a directory, or from a GGUF file."""
+    return gl.load(checkpoint, dtype=dtype, device=device)
+
+
+text_model = lru_cache(maxsize=1)(built_text)
+"""Like `built_text`, but the last model is kept."""
+text_checkpoint = lru_cache(maxsize=1)(read_text)
+"""Like `read_text`, but the last model is kept."""
+
+
+def sizes(subject: gl.HookedModel) -> str:
+    """The sizes of a text-only model, as a page says them."""
+    cfg = subject.cfg
+    heads = f"{cfg.n_heads} query and {cfg.n_kv_heads} key-value heads"
+    return f"{cfg.n_layers} layers, d_model {cfg.d_model}, {heads}, d_mlp {cfg.d_mlp:,}, vocabulary {cfg.d_vocab:,}"
+
+
 def queries(number: int) -> list[Query]:
     """Requests of the toy language, of different lengths, harmful and harmless ones in turn."""
     asked = gl.organism.queries("validation")
     labelled = [[query for query in asked if query.label == label] for label in ("harmful", "harmless")]
     known = [query for both in zip(*labelled, strict=False) for query in both]
     return [Query(known[i % len(known)].text, known[i % len(known)].label, id=f"q{i}") for i in range(number)]
+
+
+def prompts(subject: gl.HookedModel, number: int, tokens: int) -> list[Query]:
+    """Requests of the toy language whose prompts have at most this number of tokens, the chat template's included.
+
+    They have just so many where a word is a token. Each begins at another word.
+    """
+    words = " ".join(query.text for query in queries(tokens + number)).split()
+
+    def request(first: int, length: int) -> Query:
+        return Query(" ".join(words[first : first + length]), "harmful" if first % 2 else "harmless", id=f"p{first}")
+
+    def tokens_of(first: int, length: int) -> int:
+        return subject.batch([request(first, length)]).mask.shape[1]
+
+    lengths = range(1, tokens + 1)
+    return [request(i, max(1, bisect_right(lengths, tokens, key=lambda length: tokens_of(i, length)))) for i in range(number)]
 
 
 def long_query() -> Query:

@@ -3,11 +3,14 @@
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 Way = Callable[[], object]
 Seconds = dict[str, list[float]]
@@ -20,15 +23,45 @@ def alternate(ways: Mapping[str, Way], repeats: int) -> Seconds:
     seconds: Seconds = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            _wait()
+            wait()
             start = time.perf_counter()
             way()
-            _wait()
+            wait()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def _wait() -> None:
+@contextmanager
+def seconds_within(modules: Collection[nn.Module]) -> Iterator[list[float]]:
+    """Collect the seconds of each call of these modules. A call within another one's is a part of it and counts once.
+
+    Hooks of the modules themselves, such as edits, run outside of what is timed.
+    """
+    seconds: list[float] = []
+    starts: list[float] = []
+
+    def start(module: nn.Module, args: Any) -> None:
+        if module in modules:
+            wait()
+            starts.append(time.perf_counter())
+
+    def stop(module: nn.Module, args: Any, out: Any) -> None:
+        if module in modules:
+            wait()
+            began = starts.pop()
+            if not starts:
+                seconds.append(time.perf_counter() - began)
+
+    handles = [register_module_forward_pre_hook(start), register_module_forward_hook(stop)]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def wait() -> None:
+    """Wait until the GPU has done what it was asked for, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -17,6 +17,7 @@ from guardlens.models.engine.batch import Batch
 
 Call = Callable[[gl.HookedModel, Batch], Tensor]
 LAST = slice(-1, None)
+SCORES = (gl.scores.refusal_logodds, gl.scores.kl)
 
 
 def plain(subject: gl.HookedModel, batch: Batch) -> Tensor:
@@ -60,6 +61,18 @@ def raw_hooks(
             found.append(call(subject, batch))
         finally:
             handle.remove()
+    return found
+
+
+def scored_hooks(
+    subject: gl.HookedModel, batch: Batch, variants: Sequence[Sequence[Tensor]], layers: Sequence[int], base: Tensor
+) -> list[list[Tensor]]:
+    """A forward per variant (an edit, its placebo) and layer, whose logits are scored beside those of the unedited run."""
+    found = []
+    for vectors in variants:
+        for layer in layers:
+            (logits,) = raw_hooks(subject, batch, vectors, [layer])
+            found.append([score(logits, base, subject.tokenizer) for score in SCORES])
     return found
 
 

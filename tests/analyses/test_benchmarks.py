@@ -15,15 +15,15 @@ import typer
 
 import guardlens as gl
 from analyses.benchmarks import __main__ as command
-from analyses.benchmarks import breakdown, drawing, experiments, growing, peers, rows, subjects, timing, ways
-from analyses.benchmarks.page import MEANING
+from analyses.benchmarks import breakdown, drawing, experiments, growing, peers, reading, rows, subjects, timing, ways
+from analyses.benchmarks.page import CHECKPOINT, MEANING
 from guardlens import interventions as iv
 
 ROOT = Path(__file__).parents[2]
 TINY = rows.PLANS["tiny"]
 TARGETS = {
     *("sweep_layers", "sweep_grid", "sweep_again", "shared_prefix_speedup", "collect_time", "collect_memory", "collect_blank"),
-    *("generate_guarded", "run_overhead", "import_seconds"),
+    *("generate_guarded", "run_overhead", "import_seconds", "memory_sweep", "real_overhead", "real_memory"),
 }
 
 
@@ -149,6 +149,79 @@ def test_every_experiment_reports_finite_numbers_with_their_spread(name):
     assert {row["what"] for row in found if row["target"]} <= TARGETS
 
 
+def text_subject(size: subjects.TextSize = TINY.text) -> gl.HookedModel:
+    return subjects.text_model(size)
+
+
+@pytest.mark.parametrize("tokens", TINY.text_tokens)
+def test_prompts_have_the_length_that_was_asked_for(tokens):
+    subject = text_subject()
+    batch = subject.batch(subjects.prompts(subject, 3, tokens))
+    assert batch.mask.shape == (3, tokens) and bool(batch.mask.all())
+    assert len({query.text for query in batch.queries}) == 3
+
+
+def test_all_ways_of_a_text_model_compute_the_same():
+    subject = text_subject()
+    batch, ssd = subject.batch(subjects.prompts(subject, 2, 16)), subjects.directions(subject)
+    vectors, layers = subjects.pushes(subject, ssd, 2.0), [0, 1, 2]
+    mine = subject.run(batch, ways.cells(subject, iv.add(ssd, 2.0))).logits
+    for found in (ways.raw_hooks(subject, batch, vectors, layers), ways.naive_nnsight(subject, batch, vectors, layers)):
+        close(mine, torch.stack(found))
+    assert not torch.allclose(mine, ways.plain(subject, batch)[None], atol=1e-3)
+
+
+def test_a_sweep_and_the_naive_loop_give_the_same_scores():
+    subject = text_subject()
+    batch, ssd = subject.batch(subjects.prompts(subject, 2, 16)), subjects.directions(subject)
+    naive = ways.scored_hooks(subject, batch, [subjects.pushes(subject, ssd, 2.0)], [0, 1, 2], ways.plain(subject, batch))
+    frame = gl.sweep(subject, iv.add(ssd, 2.0), batch.queries, scores=ways.SCORES, placebos=0).frame
+    for place, score in enumerate(ways.SCORES):
+        mine = frame[frame["score"] == score.name].sort_values(["layer", "query"])["value"]
+        close(torch.tensor(mine.to_numpy()).float(), torch.cat([values[place] for values in naive]))
+
+
+def test_seconds_within_modules_leave_hooks_and_other_modules_out(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    inner = torch.nn.Linear(1, 1)
+    outer = torch.nn.Sequential(inner, torch.nn.ReLU())
+    outer.register_forward_hook(lambda module, args, out: next(clock) and None)
+    with timing.seconds_within({inner, outer}) as seconds:
+        torch.nn.Sequential(outer, torch.nn.ReLU())(torch.ones(1, 1))
+        inner(torch.ones(1, 1))
+    outer(torch.ones(1, 1))
+    assert seconds == [2, 1]  # the outer one, with the inner one's look at the clock; the inner one alone
+
+
+def test_the_models_own_modules_are_those_that_compute():
+    subject = text_subject()
+    own, blocks = reading.own_modules(subject), {subject.hf.get_submodule(path) for path in subject.cfg.blocks}
+    assert own.isdisjoint({subject.hf, subject.hf.model, subject.hf.model.layers, *blocks})
+    assert own >= {subject.hf.lm_head, subject.hf.model.embed_tokens, subject.hf.model.norm, *(block.self_attn for block in blocks)}
+
+
+def test_the_model_of_real_proportions_is_qwens():
+    subject = subjects.built_text(subjects.QWEN, "bfloat16", "meta")
+    assert 490e6 < sum(weight.numel() for weight in subject.hf.parameters()) < 500e6  # Qwen2-0.5B has 494e6
+    assert subjects.sizes(subject) == "24 layers, d_model 896, 14 query and 2 key-value heads, d_mlp 4,864, vocabulary 151,936"
+
+
+def test_real_weights_are_measured_where_they_are_given(tmp_path):
+    names = [name for name in experiments.ALL if name.startswith("smollm2")]
+    assert not [row for name in names for row in experiments.ALL[name](TINY)]
+    made, path = subjects.built_text(TINY.text), tmp_path / "weights"
+    made.hf.save_pretrained(path)
+    made.processor.save_pretrained(path)
+    found = [row for name in names for row in experiments.ALL[name](replace(TINY, checkpoint=path))]
+    assert list(dict.fromkeys(row["what"] for row in found)) == names
+    assert {row["subject"] for row in found} == {f"`weights`, real weights: {subjects.sizes(made)}"}
+    facts = command.facts(replace(TINY, checkpoint=path), False, "tiny", 2)
+    assert facts["checkpoint"] == "weights" and facts["command"].endswith(f"--checkpoint {path}")
+    command.write(pd.DataFrame(found), tmp_path / "out", facts)
+    assert CHECKPOINT not in (tmp_path / "out" / "benchmarks.md").read_text()
+
+
 def test_importing_is_measured_in_a_process_of_its_own(monkeypatch):
     answer = subprocess.CompletedProcess([], 0, stdout="0.25 2.5\n")
     monkeypatch.setattr(subprocess, "run", lambda args, **options: answer if args[0] == sys.executable else None)
@@ -167,22 +240,23 @@ def test_curves_grow_from_one_point_that_is_measured_once(monkeypatch):
     monkeypatch.setattr(growing, "timed", lambda plan, axes, **point: asked.append((axes, tuple(point.values()))) or iter(()))
     assert not list(growing.growth(TINY))
     assert asked == [
-        (["layers", "side", "strengths", "queries"], (3, 4, 1, 1)),
-        (["layers"], (2, 4, 1, 1)),
-        (["side"], (3, 2, 1, 1)),
-        (["strengths"], (3, 4, 2, 1)),
-        (["queries"], (3, 4, 1, 2)),
+        (["layers", "side", "vocabulary", "strengths", "queries"], (3, 4, 4096, 1, 1)),
+        (["layers"], (2, 4, 4096, 1, 1)),
+        (["side"], (3, 2, 4096, 1, 1)),
+        (["vocabulary"], (3, 4, 2048, 1, 1)),
+        (["strengths"], (3, 4, 4096, 2, 1)),
+        (["queries"], (3, 4, 4096, 1, 2)),
     ]
 
 
 def test_what_is_timed_comes_before_what_is_weighed():
     names = list(experiments.ALL)
-    assert [name for name in names if "memory" in name] == names[-3:]
+    assert [name for name in names if "memory" in name] == names[-5:]
 
 
 def test_the_peer_is_measured_where_it_is_installed(monkeypatch):
     def rows_of_the_peer():
-        found = [row for name in ("sweeps", "collection", "collection_memory") for row in experiments.ALL[name](TINY)]
+        found = [row for name in ("sweeps", "collection", "collection_memory", "real_layers") for row in experiments.ALL[name](TINY)]
         return [row["what"] for row in found if row["way"].startswith(peers.NAME)]
 
     monkeypatch.setattr(peers, "installed", lambda: False)
@@ -191,7 +265,7 @@ def test_the_peer_is_measured_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(peers, "bridge", lambda *arguments: None)
     monkeypatch.setattr(peers, "hooks", lambda *arguments: torch.ones(1000).sum())
     monkeypatch.setattr(peers, "collect", lambda *arguments: torch.ones(1000).sum())
-    assert rows_of_the_peer() == ["sweep_layers", "collect_time", "collect_memory"]
+    assert rows_of_the_peer() == ["sweep_layers", "collect_time", "collect_memory", "real_layers", "real_layers"]
 
 
 def test_seven_billion_weights_are_made_in_the_precision_in_which_they_stay():
@@ -210,8 +284,8 @@ def test_random_weights_are_drawn_in_bfloat16_too():
 
 
 def growth_rows() -> list[rows.Row]:
-    point = {"low": 0.5, "high": 4.0, "what": "growth", "target": "", "seconds": 1.0}
-    axes = {"s": growing.NAMED.values(), "MiB": ("layers", "tokens")}
+    point = {"low": 0.5, "high": 4.0, "what": "growth", "target": "", "seconds": 1.0, "subject": ""}
+    axes = {"s": growing.NAMED.values(), "MiB": ("layers", "tokens", "vocabulary")}
     each = [(unit, axis, way, value) for unit in axes for axis in axes[unit] for way in growing.WAYS for value in (2, 4)]
     return [point | {"unit": unit, "axis": axis, "way": way, "value": value, "ratio": float(value)} for unit, axis, way, value in each]
 
@@ -219,7 +293,7 @@ def growth_rows() -> list[rows.Row]:
 def test_every_panel_has_every_way_with_its_spread_and_the_floor():
     figure = drawing.growth(pd.DataFrame(growth_rows()))
     panels = [ax for ax in figure.axes if ax.get_visible()]
-    assert [ax.get_ylabel() for ax in panels] == ["time (s)"] * 4 + ["peak memory (MiB)"] * 2
+    assert [ax.get_ylabel() for ax in panels] == ["time (s)"] * 5 + ["peak memory (MiB)"] * 3
     for ax in panels:
         assert [list(line.get_ydata()) for line in ax.lines] == [[2, 4]] * 3
         assert [line.get_linestyle() for line in ax.lines] == ["-", "-", "--"]
@@ -233,16 +307,22 @@ def test_results_are_written_with_the_page(tmp_path):
     measured = [
         rows.row("sweep_layers", "guardlens", found, "<= 1.2"),
         rows.row("sweep_layers", "raw hooks", found),
+        rows.row("real_layers", "guardlens", found, subject="Random Qwen2: 24 layers"),
         rows.row(breakdown.NAME, "two parts", found, of="sweep_layers, sweep_again"),
         *growth_rows(),
     ]
     command.write(pd.DataFrame(measured), tmp_path, command.facts(TINY, False, "tiny", 2))
     summary, page = json.loads((tmp_path / "summary.json").read_text()), (tmp_path / "benchmarks.md").read_text()
-    assert set(summary["ratios"]) == {"sweep_layers"} and summary["ratios"]["sweep_layers"]["reached"] == "missed by 4 %"
+    assert set(summary["ratios"]) == {"sweep_layers", "real_layers"}
+    assert summary["ratios"]["real_layers"]["subject"] == "Random Qwen2: 24 layers" and "subject" not in summary["ratios"]["sweep_layers"]
+    assert summary["ratios"]["sweep_layers"]["reached"] == "missed by 4 %"
     assert summary["command"] == "python -m analyses.benchmarks --size tiny" and summary["device"].startswith("CPU")
     assert "| `sweep_layers` | guardlens | 1.25 | <= 1.2 | missed by 4 % | 1.22 to 1.29 | plain forwards | 0.5 |" in page
     assert "**`sweep_layers` (1.25, missed by 4 %), `sweep_again`.**" in page
     assert "| two parts | 1.25 | 1.22 to 1.29 | plain forwards | 0.5 |" in page
+    mine, theirs = page.split("**Random Qwen2: 24 layers.**")
+    assert "`real_layers`" in theirs and "`real_layers`" not in mine and peers.NNTERP in mine
+    assert f"`{CHECKPOINT}` adds them" in mine
     assert "it has not been run for this page" in page and (tmp_path / "growth.png").exists()
 
 
@@ -260,7 +340,7 @@ def test_the_command_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peers, "installed", lambda: False)
     command.main(tmp_path, quick=True, only=["tokens"], size="tiny", dtype="bfloat16", threads=torch.get_num_threads())
     out = " ".join(capsys.readouterr().out.split())
-    assert peers.COMMAND in out and "sweep_tokens" in out
+    assert peers.COMMAND in out and "--checkpoint PATH" in out and "sweep_tokens" in out
     assert json.loads((tmp_path / "summary.json").read_text())["dtype"] == "bfloat16"
 
 

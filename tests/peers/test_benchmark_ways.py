@@ -11,7 +11,7 @@ SIZE = rows.PLANS["tiny"].size
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_bridge_sweeps_and_collects_the_same(number):
-    subject, bridge = subjects.model(SIZE), peers.bridge(SIZE, "float32", "cpu")
+    subject, bridge = subjects.model(SIZE), peers.bridge(subjects.built(SIZE))
     batch, vectors = (
         subject.batch(subjects.queries(number), subjects.blank(SIZE)),
         subjects.pushes(subject, subjects.directions(subject), 2.0),
