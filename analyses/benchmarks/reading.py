@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 
@@ -14,7 +15,9 @@ from analyses.benchmarks.rows import MIB, Plan, Row, row
 from analyses.benchmarks.sweeping import sampled
 from guardlens import interventions as iv
 from guardlens.experiments.scores import Score
+from guardlens.models.engine import run
 from guardlens.models.engine.batch import Batch
+from guardlens.models.engine.strategies import strategy
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def grids(plan: Plan, reader: Reader) -> Iterator[Row]:
 
 
 def overheads(plan: Plan, reader: Reader) -> Iterator[Row]:
-    """The share of a sweep's time that is spent outside of the model's own modules, and the scores' part of it."""
+    """The share of a sweep's time that scores and checks take, and the share of all that is outside of the model's own modules."""
     subject = reader.model
     ssd = subjects.directions(subject)
     batch = _batch(subject, plan.queries, plan.text_tokens[0])
@@ -140,17 +143,19 @@ def overheads(plan: Plan, reader: Reader) -> Iterator[Row]:
     _sweep(subject, edit, batch)
     for _ in range(plan.few):
         scores = [TimedScore(score, []) for score in ways.SCORES]
-        with timing.seconds_within(own) as inside:
+        checking: list[float] = []
+        with timing.seconds_within(own) as inside, patch.object(strategy, "checked", partial(_timed, checking, run.checked)):
             start = perf_counter()
             _sweep(subject, edit, batch, scores)
             whole = perf_counter() - start
         outside.append(1 - sum(inside) / whole)
-        scoring.append(sum(sum(score.seconds) for score in scores) / whole)
+        scoring.append((sum(checking) + sum(sum(score.seconds) for score in scores)) / whole)
     what = f"{reader.rows}_overhead"
     unit = "the sweep's time"
-    way = "guardlens, all but the model's own modules: scores, checks, edits, bookkeeping"
-    yield row(what, way, timing.summary(outside), "<= 0.05", unit)
-    yield row(what, "guardlens, of it the two scores", timing.summary(scoring), unit=unit)
+    yield row(what, "guardlens, two scores and the checks of logits", timing.summary(scoring), "<= 0.05", unit)
+    yield row(
+        what, "guardlens, all but the model's own modules: edits, masks, sums and bookkeeping, too", timing.summary(outside), unit=unit
+    )
 
 
 def own_modules(subject: gl.HookedModel) -> set[nn.Module]:
@@ -173,7 +178,7 @@ class TimedScore:
         seconds: The seconds, call by call.
     """
 
-    score: Score
+    score: Any
     seconds: list[float]
 
     @property
@@ -185,12 +190,20 @@ class TimedScore:
         return self.score.unit
 
     def __call__(self, logits: Tensor, base: Tensor, tokenizer: Any) -> Tensor:
-        timing.wait()
-        start = perf_counter()
-        values = self.score(logits, base, tokenizer)
-        timing.wait()
-        self.seconds.append(perf_counter() - start)
-        return values
+        return _timed(self.seconds, self.score, logits, base, tokenizer)
+
+    def against(self, base: Tensor, tokenizer: Any) -> Callable[[Tensor], Tensor]:
+        """The score as a function of logits; what it computes once is timed, too."""
+        return partial(_timed, self.seconds, _timed(self.seconds, self.score.against, base, tokenizer))
+
+
+def _timed(seconds: list[float], call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    timing.wait()
+    start = perf_counter()
+    result = call(*args, **options)
+    timing.wait()
+    seconds.append(perf_counter() - start)
+    return result
 
 
 def memories(plan: Plan, reader: Reader) -> Iterator[Row]:

@@ -79,8 +79,8 @@ class AnswerScore(Protocol):
 class AgainstBase(Protocol):
     """A score that computes what depends on the unedited run alone once, instead of once for every edited run.
 
-    `against(base, beside)` returns a function of the edited logits that gives what the score itself gives; `beside` is what the score takes
-    beside the logits. A class that overrides `__call__` overrides `against`, too, or is called as it is.
+    `against(base, beside)` returns a function of the edited logits, which gives what the score itself gives and does not write to them.
+    `beside` is what the score takes beside the logits. A class that overrides `__call__` overrides `against`, too, or is called as it is.
 
     Examples:
         >>> isinstance(scores.kl, scores.AgainstBase)
@@ -172,7 +172,8 @@ class KL:
 
     def against(self, base: Float[Tensor, "query vocab"], tokenizer: Any) -> Callable[[Tensor], Tensor]:
         """The score as a function of logits; the unedited run's probabilities are computed once."""
-        return partial(_kl, torch.log_softmax(base.float(), dim=-1))
+        log_p = torch.log_softmax(base.float(), dim=-1)
+        return partial(_kl, log_p.exp(), log_p)
 
 
 @dataclass(frozen=True)
@@ -269,15 +270,18 @@ class AnswerKL:
 
     def against(self, base: Float[Tensor, "query token vocab"], answer: Answer) -> Callable[[Tensor], Tensor]:
         """The score as a function of logits; the unedited run's probabilities are computed once."""
-        kl_per_token = partial(_kl, torch.log_softmax(base.float(), dim=-1))
+        log_p = torch.log_softmax(base.float(), dim=-1)
+        kl_per_token = partial(_kl, log_p.exp(), log_p)
         real = answer.real.to(base.device, torch.float32)
         return lambda logits: (kl_per_token(logits) * real).sum(1) / real.sum(1)
 
 
-def _kl(log_p: Float[Tensor, "*token vocab"], logits: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token"]:
+def _kl(
+    p: Float[Tensor, "*token vocab"], log_p: Float[Tensor, "*token vocab"], logits: Float[Tensor, "*token vocab"]
+) -> Float[Tensor, "*token"]:
     """KL(p || q) over the vocabulary, where q is the softmax of the logits."""
     log_q = torch.log_softmax(logits.float(), dim=-1)
-    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
+    return torch.linalg.vecdot(p, log_p - log_q)
 
 
 refusal_logodds = RefusalLogOdds()

@@ -54,7 +54,7 @@ def require_scores(scores: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A score beside one unedited run: a function of logits, which it may write to.
+    """A score beside one unedited run: a function of logits.
 
     Attributes:
         score: The score.
@@ -83,10 +83,10 @@ class Measured:
 
     @cached_property
     def _of_logits(self) -> Callable[[Tensor], Any]:
-        """The score as a function of edited logits. What depends on the unedited run alone is computed once, if the score can."""
+        """The score as a function of edited logits. One without `against` gets copies, which it may write to."""
         if _has_constants(self.score):
             return self.score.against(self.base, self.beside)
-        return lambda logits: self.score(logits, self.base.clone(), self.beside)
+        return lambda logits: self.score(logits.clone(), self.base.clone(), self.beside)
 
 
 @dataclass
@@ -164,14 +164,13 @@ class Scorer:
         values: dict[str, list[Tensor]] = {each.score.name: [] for each in measured}
 
         def take(logits: Float[Tensor, "query ..."]) -> None:
-            for number, each in enumerate(measured, start=1):
-                is_last = number == len(measured)
-                values[each.score.name].append(each(logits if is_last else logits.clone()))
+            for each in measured:
+                values[each.score.name].append(each(logits))
 
         for run in self.model.run_each(prefill, self.interventions, take):
             self.layouts.add(f"{run.layout}: {run.why}" if run.why else run.layout)
         for unedited in (measured[0].base, *donors):
-            take(unedited.clone())
+            take(unedited)
         return {name: torch.stack(of_runs) for name, of_runs in values.items()}
 
     def _require_finite(self, values: Scores, batch: Batch) -> None:
