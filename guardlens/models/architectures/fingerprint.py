@@ -210,7 +210,7 @@ def constants(hf: nn.Module) -> str:
     """
     found = []
     for path, module in hf.named_modules():
-        plain = {name: value for name, value in vars(module).items() if _is_plain(value) and name[0] != "_" and name not in TRANSIENT}
+        plain = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in TRANSIENT and _is_plain(value)}
         found.append(f"{path}: {type(module).__qualname__} {_effective(plain)}")
     return digest(*(each.encode() for each in found))
 

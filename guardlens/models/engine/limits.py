@@ -9,7 +9,7 @@ BRANCH_TOKENS_PER_ROW = 1024
 TILES_PER_FORWARD = 4
 """Copies of the batch in one forward pass. More would not be halved together with a batch that does not fit in memory."""
 
-LOGIT_ROWS = 64
+LOGIT_ROWS = 48
 """Tokens whose logits are computed at once while they are taken lane by lane. Fewer would read the unembedding's weights too often."""
 
 PREFIX_ROW_TOKENS = 256
