@@ -62,7 +62,7 @@ MISTAKES = {
     "model.generate(batch, added)": ("PresentationError", "something of type Intervention", "as a presentation"),
     "evaluated({'guard': 3}, [grey])": ("InterventionError", "something of type int", "something of type Defence"),
     "evaluated({'guard': guard}, ['grey'])": ("PresentationError", "something of type str", "as a presentation"),
-    "model.generate(batch.inputs)": ("QueryError", "something of type dict", "a Batch must be passed by itself"),
+    "model.generate(batch.inputs)": ("QueryError", "something of type RowsWrittenOut", "a Batch must be passed by itself"),
     "model.run_with_cache(batch.inputs['input_ids'])": ("QueryError", "something of type Tensor", "something of type Query"),
     "model.generate(None)": ("QueryError", "something of type NoneType", "pass strings"),
     "model.run('hi')": ("QueryError", "something of type str", "model.batch(queries, presentation)"),

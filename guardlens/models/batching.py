@@ -141,7 +141,8 @@ def prompt_bytes(cfg: Architecture, tokens: int, precision: int) -> int:
     """Roughly the memory that a prompt takes in a forward pass: its whole KV cache, and the intermediate values of one block.
 
     Per token, these are 2 d_head numbers for each layer and each head of keys and values; 8 d_model and 3 d_mlp numbers inside a block; and
-    one float32 number for each head and each token that an attention may look at.
+    one float32 number for each head and each token that an attention may look at. Logits at the last token, with what scores make of them,
+    are 6 float32 numbers for each word of the vocabulary.
 
     Args:
         cfg: The model's sizes.
@@ -151,7 +152,8 @@ def prompt_bytes(cfg: Architecture, tokens: int, precision: int) -> int:
     d_head = cfg.d_head or cfg.d_model // cfg.n_heads
     kv_cache = 2 * cfg.n_layers * cfg.n_kv_heads * d_head
     inside_a_block = 8 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model)
-    return tokens * (precision * (kv_cache + inside_a_block) + 4 * cfg.n_heads * tokens)
+    logits = 6 * 4 * cfg.d_vocab
+    return tokens * (precision * (kv_cache + inside_a_block) + 4 * cfg.n_heads * tokens) + logits
 
 
 def free_memory(device: torch.device) -> int:

@@ -87,9 +87,11 @@ class TestRoom:
         """LLaVA-1.5-7B in bfloat16 at 600 tokens, by hand: its keys and values are 512 KiB per token."""
         cfg = replace(vlm.cfg, n_layers=32, n_kv_heads=32, n_heads=32, d_head=128, d_model=4096, d_mlp=11008)
         kept, block, scores = 600 * 512 * 1024, 600 * 2 * (8 * 4096 + 3 * 11008), 600 * 600 * 32 * 4
-        assert prompt_bytes(cfg, 600, 2) == kept + block + scores
+        cfg = replace(cfg, d_vocab=32064)
+        logits = 6 * 4 * 32064
+        assert prompt_bytes(cfg, 600, 2) == kept + block + scores + logits
         unknown = replace(cfg, d_head=0, d_mlp=0, n_kv_heads=8)
-        assert prompt_bytes(unknown, 1, 4) == 4 * (2 * 32 * 8 * 128 + 8 * 4096 + 3 * 4 * 4096) + 4 * 32
+        assert prompt_bytes(unknown, 1, 4) == 4 * (2 * 32 * 8 * 128 + 8 * 4096 + 3 * 4 * 4096) + 4 * 32 + logits
 
     def test_is_half_of_what_is_free(self, vlm, monkeypatch):
         batch = vlm.batch(TEXTS, GREY)

@@ -35,12 +35,14 @@ class Begun:
             return type(value)(self.cut(name, each) for each in value)
         if isinstance(value, dict):
             return {key: self.cut(name, each) for key, each in value.items()}
-        if not isinstance(value, Tensor) or self.whole not in value.shape[-2:]:
+        if not isinstance(value, Tensor):
             return value
         if name == "attention_mask":
             return value[..., : self.width, : value.shape[-1] - self.whole + self.width]
-        has_features = value.is_floating_point() or value.is_complex()
-        return value[..., : self.width, :] if has_features and name != "position_ids" else value[..., : self.width]
+        has_features = (value.is_floating_point() or value.is_complex()) and name != "position_ids"
+        axis = -2 if has_features else -1
+        has_columns = value.ndim >= -axis and value.shape[axis] == self.whole
+        return value.narrow(axis, 0, self.width) if has_columns else value
 
     def complete(self, states: Tensor) -> Tensor:
         """The states of all columns, from those of the columns that have begun."""

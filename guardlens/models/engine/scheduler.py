@@ -18,6 +18,7 @@ from guardlens.models.engine import limits
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.held_states import Source, held_for
 from guardlens.models.engine.kv_cache import KVCache, Prefill, Prefix, cache_prefix, cache_prompts
+from guardlens.models.engine.out_of_memory import OutOfMemory, out_of_memory
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run, checked
 from guardlens.models.engine.selftests import SelfTests
@@ -92,8 +93,38 @@ def choose(tests: SelfTests, request: RunRequest, prefill: Prefill | None, layou
 
 
 def run_each(tests: SelfTests, request: RunRequest, source: Source, prefill: Prefill) -> list[Run]:
-    """Run a request in parts, whose lanes come in their order and fit in one run on these prompts."""
-    return [run(tests, part, source, prefill, "auto") for part in parts(tests, request, prefill)]
+    """Run a request in parts, whose lanes come in their order and fit in one run on these prompts.
+
+    Where memory does not hold a part, its lanes are halved, and later parts are no larger. No logits are handed over twice.
+    """
+    runs: list[Run] = []
+    most = request.lanes
+    for part in parts(tests, request, prefill):
+        rest = part.interventions
+        while rest:
+            lanes = rest[:most]
+            counted = _Counted(part.take)
+            try:
+                runs.append(run(tests, replace(part, interventions=lanes, take=counted), source, prefill, "auto"))
+            except RuntimeError as error:
+                if len(lanes) == 1 or isinstance(error, OutOfMemory) or not out_of_memory(error):
+                    raise
+                most = len(lanes) // 2
+            rest = rest[counted.number :]
+    return runs
+
+
+@dataclass
+class _Counted:
+    """A function that takes logits, with the number of its calls."""
+
+    take: Callable[[Tensor], None] | None
+    number: int = 0
+
+    def __call__(self, logits: Tensor) -> None:
+        self.number += 1
+        assert self.take is not None
+        self.take(logits)
 
 
 def parts(tests: SelfTests, request: RunRequest, prefill: Prefill) -> Iterator[RunRequest]:

@@ -8,6 +8,7 @@ from guardlens import gates, presentations
 from guardlens import interventions as iv
 from guardlens.hooks import Site
 from guardlens.models.engine import limits
+from guardlens.models.engine.forward import EndStates
 from guardlens.models.engine.late_starts import Begun
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.strategies import BRANCHES, LATE_BRANCHES
@@ -193,3 +194,33 @@ class TestLogitsOfOneLaneAfterTheOther:
             calls.clear()
             with pytest.raises(gl.errors.NumericsError, match="the logits of lane 2, query"):
                 model.run_each(kept, pushes, lambda logits: None)
+
+    @pytest.mark.parametrize("fails_at", [0, 2])
+    def test_lanes_are_halved_where_memory_runs_out(self, model, pushes, monkeypatch, fails_at):
+        """Before any logits are handed over, and after some are: none is lost, and none comes twice."""
+        monkeypatch.setattr(limits, "LOGIT_ROWS", len(TEXTS))
+        kept = model.prefill(model.batch(TEXTS, GREY))
+        expected = model.run(kept, pushes).logits
+        computed, logits_of = [], EndStates.logits
+
+        def short_of_memory(self, start=0, stop=None):
+            if len(self) > 4 * len(TEXTS) and len(computed) == fails_at:
+                raise torch.OutOfMemoryError("no room")
+            computed.append(None)
+            return logits_of(self, start, stop)
+
+        monkeypatch.setattr(EndStates, "logits", short_of_memory)
+        taken = []
+        runs = model.run_each(kept, pushes, taken.append)
+        assert len(runs) == 2
+        close(torch.stack(taken), expected)
+
+    def test_one_lane_that_does_not_fit_is_an_error(self, model, pushes, monkeypatch):
+        kept = model.prefill(model.batch(TEXTS, GREY))
+
+        def short_of_memory(self, start=0, stop=None):
+            raise torch.OutOfMemoryError("no room")
+
+        monkeypatch.setattr(EndStates, "logits", short_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.run_each(kept, pushes, lambda logits: None)
