@@ -61,7 +61,7 @@ def facts(plan: Plan, quick: bool, size: str, threads: int) -> dict[str, Any]:
     """What the numbers depend on."""
     flags = [f"--size {size}"] * (size != "small") + [f"--device {plan.device}"] * (plan.device != "cpu")
     flags += [f"--dtype {plan.dtype}"] * (plan.dtype != "float32") + ["--quick"] * quick
-    flags += [f"--checkpoint {plan.checkpoint}"] * (plan.checkpoint is not None)
+    flags += [] if plan.checkpoint is None else [f"--checkpoint {plan.checkpoint.name}"]
     on_cpu = plan.device == "cpu"
     return {
         "command": " ".join(["python -m analyses.benchmarks", *flags]),

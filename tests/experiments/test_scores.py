@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import guardlens as gl
 from guardlens import errors
+from guardlens import interventions as iv
 from guardlens.experiments.scores import KL, AnswerKL, RefusalLogOdds, Score, kl, refusal_logodds
 from tests.strategies import gaussian, seeds
 from tests.zoo.family import build, tokenizer
@@ -73,3 +74,28 @@ def test_what_fills_up_an_answer_that_a_stop_string_ended_is_not_of_it():
     alone = [model.run(model.batch(text), new_tokens=12).tokens.shape[2] for text in texts]
     assert model.hf.generation_config.eos_token_id != words.pad_token_id and alone[0] < max(alone)
     assert AnswerKL(12).answer(model, kept).real.sum(1).tolist() == alone
+
+
+class TestAgainstTheUneditedRun:
+    """What a score computes once must be what it computes anew for every run."""
+
+    @pytest.mark.parametrize("score", [kl, refusal_logodds])
+    def test_of_the_next_token(self, vlm, score):
+        base, *edited = 4 * torch.randn(4, 5, vlm.cfg.d_vocab, generator=torch.Generator().manual_seed(0))
+        own = RefusalLogOdds(("how", "please")) if score is refusal_logodds else score
+        of_logits = own.against(base, vlm.tokenizer)
+        for logits in edited:
+            before = logits.clone()
+            assert torch.equal(of_logits(logits), own(logits, base, vlm.tokenizer))
+            assert torch.equal(logits, before)
+
+    def test_a_subclass_that_changes_the_call_alone_is_called(self, vlm, basis):
+        class Doubled(KL):
+            def __call__(self, logits, base, tokenizer):
+                return 2 * super().__call__(logits, base, tokenizer)
+
+        both = [kl, Doubled(name="doubled")]
+        swept = gl.sweep(vlm, iv.add(basis.truncate(1), 3.0), ["how to forge the badge ?"], scores=both, placebos=0).columns
+        single, doubled = (swept["value"][swept["score"] == name] for name in ("kl", "doubled"))
+        assert single.max() > 1e-3
+        np.testing.assert_allclose(doubled, 2 * single)

@@ -530,3 +530,21 @@ class TestTheLanguageModel:
     def test_it_gives_what_the_model_gives_of_text(self, vlm):
         assert torch.equal(vlm.llm.run(vlm.llm.batch(TEXTS)).logits, vlm.run(vlm.batch(TEXTS)).logits)
         assert vlm.llm._tests is vlm._tests
+
+
+@pytest.mark.filterwarnings("ignore:what guardlens measures includes the hook")
+def test_a_plain_read_passes_few_modules(vlm, batch):
+    """From `run` to the model's forward pass, a call goes through these modules, and a reader with it."""
+    passed = set()
+
+    def note(module, args):
+        frame = sys._getframe()
+        while frame is not None:
+            passed.add(str(frame.f_globals.get("__name__")))
+            frame = frame.f_back
+
+    with vlm.hf.get_submodule(vlm.cfg.decoder).register_forward_pre_hook(note):
+        vlm.run(batch, read=[Site()])
+    inside = {name.removeprefix("guardlens.models.") for name in passed if name.startswith("guardlens.")}
+    engine = {"engine.scheduler", "engine.strategies.tiles", "engine.forward", "engine.drivers.nnsight_trace"}
+    assert inside == {"hooked_model", *engine}
