@@ -281,7 +281,7 @@ def _kl(
 ) -> Float[Tensor, "*token"]:
     """KL(p || q) over the vocabulary, where q is the softmax of the logits."""
     log_q = torch.log_softmax(logits.float(), dim=-1)
-    return torch.linalg.vecdot(p, log_p - log_q)
+    return (p * (log_p - log_q)).sum(-1)  # no product of matrices, which autocast would round
 
 
 refusal_logodds = RefusalLogOdds()

@@ -79,7 +79,7 @@ class Measured:
             found = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type_of(values)
             expected = f"a tensor of one number per query, of shape {shape}"
             raise ArgumentError(f"{found} from the score {self.score.name!r}", expected, "score each row of the logits")
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        return values.to(torch.promote_types(values.dtype, torch.float32)).clone()  # a view would keep all logits in memory
 
     @cached_property
     def _of_logits(self) -> Callable[[Tensor], Any]:
@@ -200,4 +200,4 @@ def _first(run: Run) -> Float[Tensor, "query ..."]:
 def _has_constants(score: Any) -> TypeGuard[AgainstBase]:
     """Whether to ask `against` of a score: its class has that method, and no subclass has replaced `__call__` alone."""
     owners = {name: next((kind for kind in type(score).__mro__ if name in vars(kind)), object) for name in ("against", "__call__")}
-    return owners["against"] is not object and issubclass(owners["against"], owners["__call__"])
+    return callable(getattr(score, "against", None)) and issubclass(owners["against"], owners["__call__"])

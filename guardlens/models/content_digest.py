@@ -206,7 +206,9 @@ def _held_by_class(value: Any) -> Parts:
     if not is_dataclass(value):
         return []
     own = getattr(value, "__dict__", {})
-    return [part for each in fields(value) if each.name not in own for part in (each.name, getattr(value, each.name, None))]
+    return [
+        part for each in fields(value) if not each.init and each.name not in own for part in (each.name, getattr(value, each.name, None))
+    ]
 
 
 def _uncached(kind: type, state: Any) -> Any:

@@ -165,6 +165,7 @@ class HookedModel(LoadedModel):
 
         The runs do not keep them, so memory holds those of a few interventions, however many there are. `take` may write to them.
         """
+        require_type(prefill, Prefill, ArgumentError, "hand in what model.prefill(batch) gave")
         self.require_own(prefill)
         logits = "answer" if prefill.batch.answered else "last"
         asked = RunRequest.checked(self.cfg, prefill.ids, prefill.batch, interventions, (), logits, 0, None)

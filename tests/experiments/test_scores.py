@@ -99,3 +99,10 @@ class TestAgainstTheUneditedRun:
         single, doubled = (swept["value"][swept["score"] == name] for name in ("kl", "doubled"))
         assert single.max() > 1e-3
         np.testing.assert_allclose(doubled, 2 * single)
+
+    def test_kl_keeps_its_precision_under_autocast(self, vlm):
+        base = 4 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+        edited = base + 0.01 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = kl(edited, base, vlm.tokenizer)
+        torch.testing.assert_close(found, kl(edited, base, vlm.tokenizer), rtol=1e-5, atol=0)

@@ -1,6 +1,7 @@
 """A batch of prompts as tensors. It knows neither the model nor lanes."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -123,8 +124,8 @@ class Batch:
         new = tokens.shape[1]
         blank = self.mask.new_zeros(rows, new)
         added = {"input_ids": tokens.to(self.mask.device), "attention_mask": blank.long() + 1}
-        inputs = dict(self.inputs)
-        for name, value in self.inputs.items():
+        inputs: Any = copy(self.inputs)
+        for name, value in getattr(self.inputs, "data", self.inputs).items():  # which writes out no pixels
             if value.shape[-1:] == (width,) and value.shape[-2:-1] == (rows,):
                 more = added[name] if name in added else blank.long()
                 if name == "position_ids":

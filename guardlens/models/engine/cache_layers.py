@@ -50,5 +50,6 @@ def rows_of(past: Any, rows: Int[Tensor, "row"]) -> Any:
     found = view_of(past)
     for layer in found.layers:
         if layer.is_initialized:  # layers that share another layer's keys never are
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            chosen = rows.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
     return found

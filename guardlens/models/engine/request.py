@@ -35,6 +35,7 @@ class RunRequest:
         seed: The seed of the draws, if tokens are sampled.
         options: Options of transformers' `generate`.
         take: Takes the logits of one lane after the other, which the run then does not keep; None if it keeps them.
+        first_lane: The number of the first lane among all that the user asked for, as errors name it.
     """
 
     cfg: Architecture
@@ -46,6 +47,7 @@ class RunRequest:
     seed: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     take: Callable[[Tensor], None] | None = None
+    first_lane: int = 0
 
     @classmethod
     def checked(

@@ -18,7 +18,7 @@ from guardlens.models.engine import limits
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.held_states import Source, held_for
 from guardlens.models.engine.kv_cache import KVCache, Prefill, Prefix, cache_prefix, cache_prompts
-from guardlens.models.engine.out_of_memory import OutOfMemory, out_of_memory
+from guardlens.models.engine.out_of_memory import OutOfMemory, at_work, out_of_memory
 from guardlens.models.engine.request import RunRequest
 from guardlens.models.engine.run import Run, checked
 from guardlens.models.engine.selftests import SelfTests
@@ -99,17 +99,19 @@ def run_each(tests: SelfTests, request: RunRequest, source: Source, prefill: Pre
     """
     runs: list[Run] = []
     most = request.lanes
+    first = 0
     for part in parts(tests, request, prefill):
         rest = part.interventions
         while rest:
             lanes = rest[:most]
             counted = _Counted(part.take)
             try:
-                runs.append(run(tests, replace(part, interventions=lanes, take=counted), source, prefill, "auto"))
+                runs.append(run(tests, replace(part, interventions=lanes, take=counted, first_lane=first), source, prefill, "auto"))
             except RuntimeError as error:
                 if len(lanes) == 1 or isinstance(error, OutOfMemory) or not out_of_memory(error):
                     raise
                 most = len(lanes) // 2
+            first += counted.number
             rest = rest[counted.number :]
     return runs
 
@@ -122,9 +124,10 @@ class _Counted:
     number: int = 0
 
     def __call__(self, logits: Tensor) -> None:
-        self.number += 1
         assert self.take is not None
-        self.take(logits)
+        with at_work("the function", self.take):
+            self.take(logits)
+        self.number += 1
 
 
 def parts(tests: SelfTests, request: RunRequest, prefill: Prefill) -> Iterator[RunRequest]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from guardlens.interventions import Intervention
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import Held, compile_taps
 from guardlens.models.engine.forward import Engine, Places
@@ -58,18 +57,20 @@ class Forks:
     def run(self, engine: Engine, request: RunRequest, held: Held, prefill: Prefill | None = None) -> Run:
         """Run the batch unedited, then each lane from its first layer on."""
         unedited = engine.unedited(request.batch, set(request.first_layers))
-        lanes = zip(request.interventions, request.first_layers, strict=True)
-        runs = [_forked(engine, request, held, unedited, intervention, first) for intervention, first in lanes]
-        return _joined(runs, request)
+        each = [
+            replace(request, interventions=[intervention], first_lane=request.first_lane + lane)
+            for lane, intervention in enumerate(request.interventions)
+        ]
+        return _joined([_forked(engine, alone, held, unedited) for alone in each], request)
 
 
-def _forked(engine: Engine, request: RunRequest, held: Held, unedited: UneditedRun, intervention: Intervention, first: int) -> Run:
-    batch = request.batch
+def _forked(engine: Engine, request: RunRequest, held: Held, unedited: UneditedRun) -> Run:
+    batch, first = request.batch, request.first_layers[0]
     layout = Layout.plain(batch.mask)
-    taps, record = compile_taps([intervention], request.read, layout, batch, engine.cfg.n_layers, held)
+    taps, record = compile_taps(request.interventions, request.read, layout, batch, engine.cfg.n_layers, held)
     ends = engine.forked(unedited, first, taps, batch, _places(request))
     reads = reads_of(record, request.read, batch, engine.cfg.n_layers)
-    return Run(reads, by_query(ends, replace(request, interventions=[intervention])), None, record.decisions, "fork")
+    return Run(reads, by_query(ends, request), None, record.decisions, "fork")
 
 
 def _places(request: RunRequest) -> Places | None:

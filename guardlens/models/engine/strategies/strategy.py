@@ -98,4 +98,4 @@ def _by_query(ends: EndStates, request: RunRequest, lanes: range) -> Float[Tenso
     tokens = len(ends) // request.lanes
     raw = ends.logits(lanes.start * tokens, lanes.stop * tokens)
     found = raw.unflatten(0, (len(lanes), len(request.batch.queries), -1))
-    return checked(found[:, :, 0] if request.logits == "last" else found, request.batch, first_lane=lanes.start)
+    return checked(found[:, :, 0] if request.logits == "last" else found, request.batch, first_lane=request.first_lane + lanes.start)

@@ -224,3 +224,42 @@ class TestLogitsOfOneLaneAfterTheOther:
         monkeypatch.setattr(EndStates, "logits", short_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             model.run_each(kept, pushes, lambda logits: None)
+
+    def test_what_takes_them_may_run_out_of_memory_itself(self, model, pushes):
+        """Its lane was not handed over, and the model's lanes are not to blame."""
+        kept = model.prefill(model.batch(TEXTS, GREY))
+
+        def take(logits):
+            raise torch.OutOfMemoryError("no room for the score")
+
+        with pytest.raises(torch.OutOfMemoryError, match=r"the function .*take.*, which ran out of memory"):
+            model.run_each(kept, pushes, take)
+
+    @HOOKS_OF_THE_TEST
+    @pytest.mark.parametrize("positions", ["last", "all"])
+    def test_lanes_are_named_by_their_number_among_all(self, model, pushes, monkeypatch, positions):
+        monkeypatch.setattr(limits, "BRANCH_TOKENS_PER_FORWARD", 2 * len(TEXTS))
+        interventions = [intervention.at(positions=positions) for intervention in pushes]
+        taken = []
+
+        def spoil(module, args, out):
+            if len(taken) == 4:
+                out[..., 5] = float("inf")
+
+        with model.hf.get_submodule(model.cfg.unembed).register_forward_hook(spoil):
+            kept = model.prefill(model.batch(TEXTS, GREY))
+            model.run(kept, interventions, logits=None)
+            with pytest.raises(gl.errors.NumericsError, match="the logits of lane 4, query"):
+                model.run_each(kept, interventions, taken.append)
+        assert len(taken) == 4
+
+    def test_a_batch_is_no_prefill(self, unchecked, model, pushes):
+        with pytest.raises(gl.errors.ArgumentError, match=r"model.prefill\(batch\)"):
+            model.run_each(model.batch(TEXTS, GREY), pushes, lambda logits: None)
+
+
+def test_answers_after_one_image_leave_its_pixels_a_view(model):
+    batch = model.batch(TEXTS, GREY)
+    said = batch.answering(torch.full((len(TEXTS), 2), 7))
+    assert batch.inputs.data["pixel_values"].stride(0) == said.inputs.data["pixel_values"].stride(0) == 0
+    assert said.inputs["input_ids"].shape[1] == batch.inputs["input_ids"].shape[1] + 2
