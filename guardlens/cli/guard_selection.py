@@ -147,7 +147,8 @@ def _opens_with_refusal(
 
     def work(prefill: Prefill) -> Bool[Tensor, "intervention query"]:
         refused: list[Tensor] = []
-        model.run_each(prefill, interventions, lambda logits: refused.append(refusal_logodds(logits, logits, model.tokenizer) > 0))
+        log_odds = refusal_logodds.against(prefill.logits, model.tokenizer)
+        model.run_each(prefill, interventions, lambda logits: refused.append(log_odds(logits) > 0))
         return torch.stack(refused).cpu()
 
     return in_query_order(over_prefills(model, queries, presentation, work), len(queries), axis=1).numpy()

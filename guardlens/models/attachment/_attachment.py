@@ -18,6 +18,7 @@ from guardlens.models.architectures import unwrapped
 from guardlens.models.attachment._guarded_run import RunStarter, RunTracker
 from guardlens.models.engine.drivers.torch_hooks import placed
 from guardlens.models.engine.generation_options import merged, require_stepwise
+from guardlens.models.engine.replaced_forwards import argument_names
 from guardlens.models.engine.run import require_finite_step
 
 
@@ -74,7 +75,7 @@ class Attachment:
         # Taps count columns from the left, so they must meet all tokens, even if the caller wants the logits of the last one alone.
         self._needs_all_tokens = self._cfg.narrows or any(step.site.hook == "unembed" for step in self.intervention.steps)
         # The class's forward: wrappers replace that of the object.
-        self._argument_names = tuple(inspect.signature(type(self._inner).forward).parameters)[1:]
+        self._argument_names = argument_names(type(self._inner))
         self._tracker = RunTracker(starter)
         self._forward: _Forward | None = None
         self._refused: list[int] = []

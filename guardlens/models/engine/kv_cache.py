@@ -59,10 +59,6 @@ class KVCache:
         position_ids = torch.cat([self.position_ids, self.position_ids[..., -1:] + new], dim=-1)
         return replace(self, batch=batch, column=column, position_ids=position_ids)
 
-    def read_only(self) -> "KVCache":
-        """The same keys and values, to which no run adds any."""
-        return replace(self, past=read_only(self.past))
-
     def of(self, queries: Int[Tensor, "chosen"]) -> "KVCache":
         """The KV cache of some of the prompts, with which they can be continued."""
         rows, row = self.row[queries].unique(return_inverse=True)
@@ -137,11 +133,11 @@ class KVCache:
         return past
 
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Remove at the end what runs inside have added to the keys and values, also if one of them fails."""
+    def unchanged(self) -> Iterator["KVCache"]:
+        """Yield the cache for runs that add nothing to it. What layers of other kinds add all the same is removed at the end."""
         lengths = [layer.get_seq_length() for layer in self.past.layers]
         try:
-            yield
+            yield replace(self, past=read_only(self.past))
         finally:
             for layer, length in zip(self.past.layers, lengths, strict=True):
                 if layer.get_seq_length() > length:

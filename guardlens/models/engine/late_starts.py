@@ -1,6 +1,5 @@
 """Layers that run only on the branches that have begun, whatever else a family gives to its layers."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from guardlens.models.engine.layout import Layout
-from guardlens.models.engine.replaced_forwards import replaced
+from guardlens.models.engine.replaced_forwards import argument_names, replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +67,7 @@ def late_starts(blocks: Sequence[nn.Module], layout: Layout, starts: Sequence[in
         width = sum(start <= layer for start in starts) * whole // len(starts)
         if width < whole:
             begun = Begun(width, whole, torch.where(column < width, column, first_lane))
-            names = list(inspect.signature(type(block).forward).parameters)[1:]
-            forwards[block] = partial(_of_begun, begun, names, block.forward)
+            forwards[block] = partial(_of_begun, begun, argument_names(type(block)), block.forward)
     return replaced(forwards)
 
 

@@ -1,7 +1,9 @@
-"""Modules whose `forward` is replaced for a while."""
+"""Modules whose `forward` is replaced for a while, and what a `forward` is given."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -24,3 +26,9 @@ def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = forward
+
+
+@lru_cache
+def argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names of the arguments of a class's `forward`, by their place."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]

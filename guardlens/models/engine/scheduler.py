@@ -1,8 +1,8 @@
 """Which strategy runs a request. The choice is made here alone, so a sweep that groups interventions and the run of a group agree.
 
-The rule: branches, if the ends of the prompts that they copy are at most half of the prompts (late ones, if the layers that they skip
-add up to more than one branch); else forks, if the layers that they skip
-add up to more than the one run that they begin with; else tiles. `docs/explanation/sweeps.md` has the reasons.
+The rule: branches, if the ends of the prompts that they copy are at most half of the prompts; else forks, if the layers that they skip
+add up to more than the one run that they begin with; else tiles. Branches begin late if the layers that this skips add up to more than
+one branch. `docs/explanation/sweeps.md` has the reasons.
 """
 
 from collections.abc import Callable, Iterator

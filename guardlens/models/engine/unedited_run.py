@@ -1,6 +1,5 @@
 """`UneditedRun`: what an unedited run leaves, and how a run continues from it at a later layer."""
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from guardlens.models.engine.replaced_forwards import replaced
+from guardlens.models.engine.replaced_forwards import argument_names, replaced
 
 
 @dataclass(eq=False)
@@ -29,8 +28,7 @@ class UneditedRun:
 
     def record_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the arguments of the decoder (a forward pre-hook)."""
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.inputs.update(dict(zip(names, args, strict=False)) | kwargs)
+        self.inputs.update(dict(zip(argument_names(type(module)), args, strict=False)) | kwargs)
 
     def record_form(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Record whether a layer returns a tuple (a forward hook)."""

@@ -76,8 +76,8 @@ class Branches:
 def continued(engine: Engine, request: RunRequest, held: Held, cache: KVCache, ends: Bool[Tensor, "query seq"]) -> Run:
     """Run the `ends` of the prompts in every lane, after what is cached of them. The KV cache stays as it is."""
     layout = cache.continuations(ends, range(request.lanes))
-    with cache.unchanged():
-        run, states = continued_in(layout, engine, request, held, cache.read_only())
+    with cache.unchanged() as unchanged:
+        run, states = continued_in(layout, engine, request, held, unchanged)
     return replace(run, logits=by_query(states, request))
 
 

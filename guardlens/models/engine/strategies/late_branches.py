@@ -66,6 +66,7 @@ class LateBranches(Branches):
         starts = {unedited: 0} | dict(enumerate(request.first_layers))
         order = sorted(starts, key=starts.__getitem__)
         layout = prefill.cache.continuations(request.ends, order)
-        with prefill.cache.unchanged(), late_starts(engine.blocks, layout, [starts[lane] for lane in order]):
-            run, states = continued_in(layout, engine, request, held, prefill.cache.read_only())
+        begins = [starts[lane] for lane in order]
+        with prefill.cache.unchanged() as unchanged, late_starts(engine.blocks, layout, begins):
+            run, states = continued_in(layout, engine, request, held, unchanged)
         return replace(run, logits=by_query(states, request))
