@@ -79,7 +79,7 @@ def write(frame: Rows, out: Path, facts: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "results.csv", index=False)
     ratios: dict[str, Any] = {}
-    for row in frame[~frame["what"].isin(["growth", breakdown.NAME])].to_dict("records"):
+    for row in frame[~frame["what"].isin(["growth", breakdown.TIME, breakdown.MEMORY])].to_dict("records"):
         numbers = {name: row[name] for name in ("ratio", "low", "high", "target", "unit", "way")}
         about = {"subject": row["subject"]} if row["subject"] else {}
         ratios.setdefault(row["what"], numbers | {"reached": reached(row)} | about)

@@ -1,4 +1,4 @@
-"""Where the time goes: the parts of what is measured, in the same unit, so that a measurement explains each target that is missed."""
+"""Where time and memory go: the parts of what is measured, in the same unit, so that a measurement explains each target that is missed."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,11 +15,13 @@ from guardlens import interventions as iv
 from guardlens.data.presentations import text_only
 from guardlens.hooks import Site
 from guardlens.interventions import Intervention, nothing
+from guardlens.models.engine import limits
 from guardlens.models.engine.batch import Batch
 from guardlens.models.engine.compiler import compile_taps
 from guardlens.models.engine.kv_cache import Prefill
 
-NAME = "where_time_goes"
+TIME = "where_time_goes"
+MEMORY = "where_memory_goes"
 UNIT = "the unit"
 """What each part is counted in."""
 
@@ -33,11 +35,49 @@ def where_time_goes(plan: Plan) -> Iterator[Row]:
     yield from _run(plan)
 
 
+def where_memory_goes(plan: Plan) -> Iterator[Row]:
+    """The parts of the peaks that have a target."""
+    subject = plan.model()
+    grid = ways.cells(subject, iv.add(subjects.directions(subject), 2.0), plan.strengths)
+    yield from _weighed("memory_sweep", plan, subject, subject.batch(subjects.queries(1), subjects.blank(plan.size)), grid)
+    reader = subjects.text_model(plan.text, plan.dtype, plan.device)
+    ssd = subjects.directions(reader)
+    pairs = [cell for edit in (ssd, gl.directions.random(ssd)) for cell in ways.cells(reader, iv.add(edit, 2.0))]
+    prompts = reader.batch(subjects.prompts(reader, plan.queries, plan.text_tokens[0]))
+    yield from _weighed("real_memory", plan, reader, prompts, pairs)
+
+
+def _weighed(of: str, plan: Plan, subject: gl.HookedModel, batch: Batch, cells: list[Intervention]) -> Iterator[Row]:
+    """Peaks of a sweep's parts, and the size of what it keeps, in peaks of a forward with one raw hook."""
+    kept = subject.prefill(batch)
+    vectors = subjects.pushes(subject, subjects.directions(subject), 2.0)
+    parts: dict[str, Way] = {
+        UNIT: lambda: ways.raw_hooks(subject, batch, vectors, [0]),
+        "transformers' forward that keeps keys and values": lambda: ways.plain_keeping(subject, batch),
+        "guardlens' prefill, which is that forward": lambda: subject.prefill(batch),
+        f"{len(cells)} branches behind it, without scores": lambda: subject.run_each(kept, cells, _forgotten),
+    }
+    peaks = timing.peaks(parts, plan.few, plan.device)
+    unit = f"peaks of a forward with one raw hook, {len(batch.queries)} prompt{'s' * (len(batch.queries) > 1)}"
+    held = timing.summary([kept.bytes / peak for peak in peaks[UNIT]])
+    logits = min(limits.LOGIT_ROWS, len(cells) * len(batch.queries)) * kept.logits[0].nbytes
+    yield row(MEMORY, "floor: the keys and values themselves", held, unit=unit, of=of)
+    for name in parts:
+        if name != UNIT:
+            yield row(MEMORY, name, timing.peak_ratio(peaks, name, UNIT), unit=unit, of=of)
+    rows = timing.summary([logits / peak for peak in peaks[UNIT]])
+    yield row(MEMORY, "of the branches: the logits that are computed at a time", rows, unit=unit, of=of)
+
+
+def _forgotten(logits: Tensor) -> None:
+    """Take a lane's logits and keep nothing of them."""
+
+
 def _parts(of: str, ways: Mapping[str, Way], repeats: int, unit: str) -> Iterator[Row]:
     seconds = timing.alternate(ways, repeats)
     for name in ways:
         if name != UNIT:
-            yield row(NAME, name, timing.ratio(seconds, name, UNIT), unit=unit, of=of)
+            yield row(TIME, name, timing.ratio(seconds, name, UNIT), unit=unit, of=of)
 
 
 def _compiled(subject: gl.HookedModel, kept: Prefill, cells: list[Intervention]) -> object:

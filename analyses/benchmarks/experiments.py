@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from analyses.benchmarks.answering import generation
-from analyses.benchmarks.breakdown import where_time_goes
+from analyses.benchmarks.breakdown import where_memory_goes, where_time_goes
 from analyses.benchmarks.collecting import collection, collection_memory, comparison, pools
 from analyses.benchmarks.costs import imports, memory, overhead
 from analyses.benchmarks.growing import growth, growth_memory
@@ -33,6 +33,7 @@ ALL: dict[str, Callable[[Plan], Iterator[Row]]] = {
     "growth": growth,
     "collection_memory": collection_memory,
     "memory": memory,
+    "where_memory_goes": where_memory_goes,
     "growth_memory": growth_memory,
     "real_memory": partial(of_random, memories),
     "smollm2_memory": partial(of_checkpoint, memories),

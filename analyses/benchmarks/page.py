@@ -22,6 +22,10 @@ MEANING = {
     "collect_blank": "Making tensors of prompts and pictures counts on both sides; runs behind the prefix bring the queries' own tokens"
     " alone.",
     "generate_guarded": "A guard of the prompt's last token needs its text twin's forward, and nothing in the decode steps.",
+    "memory_sweep": "Branches continue from the keys and values of the prompt, which a naive loop doesn't keep. This model has as many heads"
+    " of keys and values as of queries, so transformers' own forward that keeps them takes more than the target.",
+    "real_memory": "With two heads of keys and values, what is kept is small. The branches are as many tokens as the prompts, in one forward,"
+    " and the logits of a few of them at a time.",
     "run_overhead": "What nnsight needs for a trace, and what guardlens adds: plans checked and compiled, states found, logits checked.",
 }
 
@@ -46,7 +50,7 @@ def _opening(frame: Rows, facts: dict[str, Any]) -> Iterator[str]:
 
 def _measured(frame: Rows) -> Iterator[str]:
     """What was measured on the random LLaVA."""
-    frame = frame[~frame["what"].isin(["growth", breakdown.NAME])]
+    frame = frame[~frame["what"].isin(["growth", breakdown.TIME, breakdown.MEMORY])]
     yield from _table(frame[frame["subject"] == ""])
 
 
@@ -98,11 +102,15 @@ def _figure(frame: Rows) -> Iterator[str]:
 
 
 def _where(frame: Rows) -> Iterator[str]:
-    """Of each target in time: whether it is met, and its parts."""
-    parts = frame[frame["what"] == breakdown.NAME]
-    if parts.empty:
-        return
-    yield from ("## Where the time goes", "", "The parts of what has a target, each measured alone in the same run.", "")
+    """Of each target: whether it is met, and its parts."""
+    for kind, title in ((breakdown.TIME, "Where the time goes"), (breakdown.MEMORY, "Where the memory goes")):
+        parts = frame[frame["what"] == kind]
+        if not parts.empty:
+            yield from (f"## {title}", "", "The parts of what has a target, each measured alone in the same run.", "")
+            yield from _parts(frame, parts)
+
+
+def _parts(frame: Rows, parts: Rows) -> Iterator[str]:
     for of, group in parts.groupby("of", sort=False):
         names = str(of).split(", ")
         yield f"**{', '.join(f'`{name}`{_met(frame, name)}' for name in names)}.** {MEANING[str(of)]}"

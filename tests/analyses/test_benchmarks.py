@@ -229,8 +229,8 @@ def test_importing_is_measured_in_a_process_of_its_own(monkeypatch):
     assert (alone["ratio"], alone["target"], loaded["ratio"]) == (0.25, "<= 0.3", 2.5)
 
 
-def test_every_part_of_the_time_belongs_to_a_target():
-    found = list(breakdown.where_time_goes(TINY))
+def test_every_part_belongs_to_a_target():
+    found = [*breakdown.where_time_goes(TINY), *breakdown.where_memory_goes(TINY)]
     assert {row["of"] for row in found} == set(MEANING)
     assert {name for row in found for name in row["of"].split(", ")} <= TARGETS
 
@@ -251,7 +251,7 @@ def test_curves_grow_from_one_point_that_is_measured_once(monkeypatch):
 
 def test_what_is_timed_comes_before_what_is_weighed():
     names = list(experiments.ALL)
-    assert [name for name in names if "memory" in name] == names[-5:]
+    assert [name for name in names if "memory" in name] == names[-6:]
 
 
 def test_the_peer_is_measured_where_it_is_installed(monkeypatch):
@@ -308,7 +308,8 @@ def test_results_are_written_with_the_page(tmp_path):
         rows.row("sweep_layers", "guardlens", found, "<= 1.2"),
         rows.row("sweep_layers", "raw hooks", found),
         rows.row("real_layers", "guardlens", found, subject="Random Qwen2: 24 layers"),
-        rows.row(breakdown.NAME, "two parts", found, of="sweep_layers, sweep_again"),
+        rows.row(breakdown.TIME, "two parts", found, of="sweep_layers, sweep_again"),
+        rows.row(breakdown.MEMORY, "keys and values", found, of="memory_sweep"),
         *growth_rows(),
     ]
     command.write(pd.DataFrame(measured), tmp_path, command.facts(TINY, False, "tiny", 2))
@@ -320,6 +321,7 @@ def test_results_are_written_with_the_page(tmp_path):
     assert "| `sweep_layers` | guardlens | 1.25 | <= 1.2 | missed by 4 % | 1.22 to 1.29 | plain forwards | 0.5 |" in page
     assert "**`sweep_layers` (1.25, missed by 4 %), `sweep_again`.**" in page
     assert "| two parts | 1.25 | 1.22 to 1.29 | plain forwards | 0.5 |" in page
+    assert page.index("Where the memory goes") < page.index("**`memory_sweep`.**") < page.index("| keys and values | 1.25")
     mine, theirs = page.split("**Random Qwen2: 24 layers.**")
     assert "`real_layers`" in theirs and "`real_layers`" not in mine and peers.NNTERP in mine
     assert f"`{CHECKPOINT}` adds them" in mine
