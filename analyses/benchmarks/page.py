@@ -22,10 +22,10 @@ MEANING = {
     "collect_blank": "Making tensors of prompts and pictures counts on both sides; runs behind the prefix bring the queries' own tokens"
     " alone.",
     "generate_guarded": "A guard of the prompt's last token needs its text twin's forward, and nothing in the decode steps.",
-    "memory_sweep": "Branches continue from the keys and values of the prompt, which a naive loop doesn't keep. This model has as many heads"
-    " of keys and values as of queries, so transformers' own forward that keeps them takes more than the target.",
-    "real_memory": "With two heads of keys and values, what is kept is small. The branches are as many tokens as the prompts, in one forward,"
-    " and the logits of a few of them at a time.",
+    "memory_sweep": "Branches continue from the keys and values of the prompt, which a naive loop doesn't keep. This model has as many"
+    " heads of keys and values as of queries, so transformers' own forward that keeps them takes more than the target.",
+    "real_memory": "With two heads of keys and values, what is kept is small. The branches are as many tokens as the prompts, in one"
+    " forward, and the logits of a few of them at a time.",
     "run_overhead": "What nnsight needs for a trace, and what guardlens adds: plans checked and compiled, states found, logits checked.",
 }
 
