@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +192,7 @@ class Intervention:
 
     def to(self, device: torch.device) -> "Intervention":
         """Return the intervention with the tensors of its edits and gates on a device."""
-
-        def move(step: Step) -> Step:
-            gate = None if step.gate is None else step.gate.to(device)
-            return replace(step, edit=step.edit.to(device), gate=gate)
-
-        return self._each(move)
+        return self._each(partial(_moved, device))
 
     @property
     def fingerprint(self) -> str:
@@ -266,3 +262,9 @@ Examples:
     >>> iv.nothing.steps, (iv.nothing >> guard).fingerprint == guard.fingerprint
     ((), True)
 """
+
+
+def _moved(device: torch.device, step: Step) -> Step:
+    """A step with its tensors on a device."""
+    gate = None if step.gate is None else step.gate.to(device)
+    return replace(step, edit=step.edit.to(device), gate=gate)

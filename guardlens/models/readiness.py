@@ -79,9 +79,12 @@ def _warn_of_hooks(hf: nn.Module) -> None:
 def foreign_hooks(hf: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Yield the hooks that do not belong to any package that the model was loaded with, each with the path of its module."""
     for path, module in hf.named_modules():
-        for hook in _hooks(module):
-            if origin(hook) not in KNOWN_TO_HOOK:
-                yield path, hook
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        replaced = vars(module).get("forward")
+        replaced = getattr(getattr(replaced, "state", None), "body", replaced)  # nnsight replaces forward, and keeps the one before here
+        if replaced is not None and replaced is not type(module).forward:
+            hooks += _with_closure(replaced)
+        yield from ((path, hook) for hook in hooks if origin(hook) not in KNOWN_TO_HOOK)
 
 
 def hook_name(hook: Callable[..., Any]) -> str:
@@ -90,22 +93,10 @@ def hook_name(hook: Callable[..., Any]) -> str:
     return f"{found.__module__}.{getattr(found, '__qualname__', type(found).__qualname__)}"
 
 
-def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    yield from module._forward_pre_hooks.values()
-    yield from module._forward_hooks.values()
-    yield from _replaced_forward(module)
-
-
-def _replaced_forward(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    """The function that replaces the forward of the module's class, if there is one: it acts like a hook.
-
-    Functions in its closure count as well, since a wrapper usually holds the function that it wraps.
-    """
-    forward = vars(module).get("forward")
-    forward = getattr(getattr(forward, "state", None), "body", forward)  # nnsight replaces forward, and keeps the one before here
-    if forward is not None and forward is not type(module).forward:
-        in_closure = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
-        yield from (each for each in (forward, *in_closure) if callable(each))
+def _with_closure(forward: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """A function that replaces the forward of a module's class, which acts like a hook, and the functions that it wraps."""
+    in_closure = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+    return [each for each in (forward, *in_closure) if callable(each)]
 
 
 def origin(hook: Callable[..., Any]) -> str:

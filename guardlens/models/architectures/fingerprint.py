@@ -49,6 +49,9 @@ WITHOUT_EFFECT = {
 TRANSIENT = {"max_seq_len_cached", "compute_type_is_set", "training", "gradient_checkpointing", "loss_type"} | WITHOUT_EFFECT
 """Attributes of modules that change while a model runs, or that do not change a prompt's hidden states."""
 
+SCALARS = (int, float, bool, str)
+"""The types of plain attributes of a module, beside lists and tuples of them."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Snapshot:
@@ -79,8 +82,9 @@ def fingerprint(hf: nn.Module) -> str:
     """
     tensors = dict(_tensors(hf))
     before = _SNAPSHOTS.get(hf)
-    if before is not None and before.marks == _marks(hf, tensors) and all(map(_is, before.tensors, tensors.values())):
-        return before.fingerprint
+    if before is not None and before.marks == _marks(hf, tensors):
+        if all(reference() is tensor for reference, tensor in zip(before.tensors, tensors.values(), strict=True)):
+            return before.fingerprint
     facts(hf)
     return _SNAPSHOTS[hf].fingerprint
 
@@ -94,7 +98,7 @@ def facts(hf: nn.Module, *, anew: bool = False) -> dict[str, Any]:
     """
     tensors = dict(_tensors(hf))
     marks = _marks(hf, tensors)
-    known = {} if anew else _unchanged(_SNAPSHOTS.get(hf), tensors)
+    known = {} if anew else _unchanged(_SNAPSHOTS.get(hf), tensors, marks)
     hashes = {name: known.get(name) or _hash(hf, name, tensor) for name, tensor in tensors.items()}
     weights = digest(*(f"{name} {hashed}".encode() for name, hashed in sorted(hashes.items())))
     found = {"weights": weights, "config": _effective(_config_of(hf)), "constants": constants(hf), "adapters": _adapters(hf)}
@@ -113,25 +117,18 @@ def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _marks(hf: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
     """Signs of change that cost no pass over the weights."""
-    return {name: _mark(tensor) for name, tensor in tensors.items()}, _config_of(hf), _adapters(hf)
+    # Inference tensors do not count their versions.
+    written = {name: (each.data_ptr(), None if each.is_inference() else each._version) for name, each in tensors.items()}
+    return written, _config_of(hf), _adapters(hf)
 
 
-def _mark(tensor: Tensor) -> Any:
-    version = None if tensor.is_inference() else tensor._version  # inference tensors do not count their versions
-    return tensor.data_ptr(), version
-
-
-def _unchanged(before: _Snapshot | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _unchanged(before: _Snapshot | None, tensors: Mapping[str, Tensor], marks: Any) -> dict[str, str]:
     """The hashes of the weights that have not changed since the snapshot."""
     if before is None:
         return {}
     references = dict(zip(before.hashes, before.tensors, strict=True))
-    same = {name for name, tensor in tensors.items() if name in references and _is(references[name], tensor)}
-    return {name: before.hashes[name] for name in same if before.marks[0][name] == _mark(tensors[name])}
-
-
-def _is(reference: Any, tensor: Tensor) -> bool:
-    return reference() is tensor
+    same = {name for name, tensor in tensors.items() if name in references and references[name]() is tensor}
+    return {name: before.hashes[name] for name in same if before.marks[0][name] == marks[0][name]}
 
 
 def _hash(hf: nn.Module, name: str, tensor: Tensor) -> str:
@@ -210,13 +207,14 @@ def constants(hf: nn.Module) -> str:
     """
     found = []
     for path, module in hf.named_modules():
-        plain = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in TRANSIENT and _is_plain(value)}
+        own = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in TRANSIENT}
+        plain = {name: value for name, value in own.items() if type(value) in SCALARS or _is_plain_sequence(value)}
         found.append(f"{path}: {type(module).__qualname__} {_effective(plain)}")
     return digest(*(each.encode() for each in found))
 
 
-def _is_plain(value: Any) -> bool:
-    return type(value) in (int, float, bool, str) or (type(value) in (list, tuple) and all(map(_is_plain, value)))
+def _is_plain_sequence(value: Any) -> bool:
+    return type(value) in (list, tuple) and all(type(each) in SCALARS or _is_plain_sequence(each) for each in value)
 
 
 def _adapters(hf: nn.Module) -> list[str]:

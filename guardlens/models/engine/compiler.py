@@ -7,7 +7,7 @@ and last the reads, which therefore see every edit.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -222,13 +222,7 @@ def compile_taps(
     record, queries = Record(held), len(batch.queries)
     early: list[Tap] = []
     late: dict[OwnKey, Tap] = {}
-
-    @cache
-    def places(positions: Positions | None, answer: bool = False) -> tuple[Placement, ...]:
-        """Where each lane has these tokens of the prompts, with the answers after them if `answer`."""
-        chosen = torch.zeros_like(batch.mask) if positions is None else batch.select(positions)
-        return layout.find(chosen | batch.answer if answer else chosen)
-
+    places = cache(partial(_places, layout, batch))
     for lane, intervention in enumerate(interventions):
         for number, step in enumerate(intervention.steps):
             decode, answer = step.phase != "prefill", step.phase != "prefill" and batch.answered > 0
@@ -246,3 +240,9 @@ def compile_taps(
                 early.append(Tap(point, Apply(record, lane, number, step, point, n_layers, layout, prompt), decode))
     last = [Tap(point, Read(record, site, point, places(site.positions), queries)) for site in reads for point in site.points(n_layers)]
     return sorted([*early, *late.values(), *last], key=lambda tap: tap.point.order), record
+
+
+def _places(layout: Layout, batch: Batch, positions: Positions | None, answer: bool = False) -> tuple[Placement, ...]:
+    """Where each lane has these tokens of the prompts, with the answers after them if `answer`."""
+    chosen = torch.zeros_like(batch.mask) if positions is None else batch.select(positions)
+    return layout.find(chosen | batch.answer if answer else chosen)

@@ -210,16 +210,15 @@ class Engine:
     @contextmanager
     def _watched(self, watch: Watch) -> Iterator[None]:
         """Call `watch` with the logits of each step, before `generate` changes them."""
-        steps = count()
-
-        def show(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
-            watch(self.cfg.finish(logits[:, -1]), next(steps))
-
+        show = partial(self._shown, watch, count())
         handle = self.hf.get_submodule(self.cfg.unembed).register_forward_hook(show)
         try:
             yield
         finally:
             handle.remove()
+
+    def _shown(self, watch: Watch, steps: Iterator[int], module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
+        watch(self.cfg.finish(logits[:, -1]), next(steps))
 
     def _need_all_tokens(self, taps: Sequence[Tap]) -> bool:
         """Whether a tap sits where the model would leave out tokens whose logits nobody wants."""
@@ -244,20 +243,21 @@ def alone(*modules: nn.Module) -> Iterator[list[nn.Module]]:
     """
     inside: set[nn.Module] = set()
     begun: list[nn.Module] = []
-
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module in inside:
-            raise nested()
-        inside.add(module)
-        begun[:] = [module]
-
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        inside.discard(module)
-
-    handles = [module.register_forward_pre_hook(enter) for module in set(modules)]
-    handles += [module.register_forward_hook(leave, always_call=True) for module in set(modules)]
+    handles = [module.register_forward_pre_hook(partial(_enter, inside, begun)) for module in set(modules)]
+    handles += [module.register_forward_hook(partial(_leave, inside), always_call=True) for module in set(modules)]
     try:
         yield begun
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _enter(inside: set[nn.Module], begun: list[nn.Module], module: nn.Module, args: tuple[Any, ...]) -> None:
+    if module in inside:
+        raise nested()
+    inside.add(module)
+    begun[:] = [module]
+
+
+def _leave(inside: set[nn.Module], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    inside.discard(module)

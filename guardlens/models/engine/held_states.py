@@ -1,6 +1,7 @@
 """Held states of other presentations' runs. Each presentation runs once, unedited, for all lanes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -23,17 +24,19 @@ Source = Callable[[Batch, Presentation], tuple[Any, Batch]]
 
 def held_for(request: RunRequest, source: Source, prefill: Prefill | None) -> Held:
     """The states of other presentations' runs that a request requires. A prefill remembers them, then of all layers at once."""
-
-    def read(presentation: Presentation, wanted: Wanted) -> Held:
-        model, prompts = source(request.batch, presentation)
-        if prefill is not None:
-            computed = model.cfg.computed(prompts.beside_image)
-            wanted = {state: {point.layer for point in computed if point.hook == state.hook} for state in wanted}
-        found = read_states(wanted, request.cfg.n_layers, lambda sites: model.run(prompts, read=sites, logits=None).reads)
-        return {key: states.to(request.batch.mask.device) for key, states in found.items()}
-
     wanted = wanted_states(request.interventions, request.cfg.n_layers)
+    read = partial(_read_presentation, request, source, prefill is not None)
     return held_states(wanted, read, None if prefill is None else prefill.held)
+
+
+def _read_presentation(request: RunRequest, source: Source, all_layers: bool, presentation: Presentation, wanted: Wanted) -> Held:
+    """The wanted states of a presentation's run, of all layers if they are to be remembered."""
+    model, prompts = source(request.batch, presentation)
+    if all_layers:
+        computed = model.cfg.computed(prompts.beside_image)
+        wanted = {state: {point.layer for point in computed if point.hook == state.hook} for state in wanted}
+    found = read_states(wanted, request.cfg.n_layers, lambda sites: model.run(prompts, read=sites, logits=None).reads)
+    return {key: states.to(request.batch.mask.device) for key, states in found.items()}
 
 
 def wanted_states(interventions: Sequence[Intervention], n_layers: int) -> dict[State, set[int | None]]:

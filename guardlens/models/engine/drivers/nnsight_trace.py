@@ -53,18 +53,13 @@ def drive(
         with torch.no_grad():
             return call(**inputs)
     result: list[Any] = []
-
-    def boxed(called: Callable[[], Any]) -> Any:
-        result.append(called())
-        return result[0]
-
     every = [(tap, wrapped.get(part.path), part) for tap in taps for part in [cfg.locate(tap.point, beside_image)]]
     every.sort(key=lambda placed: cfg.rank[placed[0].point])  # nnsight's order is that of execution in this model
     later, rows = [placed for placed in every if placed[0].decode], len(inputs["input_ids"])
     with warnings.catch_warnings():
         # A bounded iteration over decode steps may end early, at the end-of-sequence token.
         warnings.filterwarnings("ignore", message=r".*was never reached: the loop asked for a step")
-        with torch.no_grad(), wrapped.trace(fn=boxed, called=partial(call, **inputs)) as tracer:
+        with torch.no_grad(), wrapped.trace(fn=partial(_boxed, result), called=partial(call, **inputs)) as tracer:
             # The inputs go as one, unseen: nnsight would move them to where the first weight is, which of an offloaded one is nowhere.
             for step in tracer.iter[: steps if later else 1]:  # type: ignore[attr-defined]
                 for tap, envoy, part in every if step == 0 else later:
@@ -72,4 +67,10 @@ def drive(
                     new = tap.fn(part.read(whole, tap.point.name, rows), step)
                     if new is not None:
                         setattr(envoy, part.side, part.write(whole, new))
+    return result[0]
+
+
+def _boxed(result: list[Any], called: Callable[[], Any]) -> Any:
+    """What a call gives, which is kept: a trace returns nothing."""
+    result.append(called())
     return result[0]
