@@ -37,7 +37,7 @@ demo: $(CORE) ## install the package, then run `guardlens demo` on the embedded 
 
 test: $(TEST) ## run the test suite (more options for pytest: make test ARGS="-k gates")
 	@echo "... running the tests"
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 peers: $(TEST) $(PEERS) ## compare with TransformerLens, which it installs beside the rest
 	@echo "... running the comparison with other libraries"
