@@ -301,7 +301,16 @@ def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "Table.where": (lambda **given: effect.where(**given), {"layer": 3, "intervention": "edit"}),
         "load": (
             gl.load,
-            {"source": "organism", "processor": None, "llm": None, "dtype": "float32", "device": None, "revision": None, "names": {}},
+            {
+                "source": "organism",
+                "processor": None,
+                "llm": None,
+                "eyes": None,
+                "dtype": "float32",
+                "device": None,
+                "revision": None,
+                "names": {},
+            },
         ),
         "Directions.load": (gl.Directions.load, {"path": saved / "ssd.safetensors"}),
         "Activations.load": (gl.Activations.load, {"path": saved / "text.safetensors"}),

@@ -15,7 +15,7 @@ MEANING = {
     "sweep_layers, sweep_grid, sweep_again": "Branches need the keys and values of the prompt, so a sweep begins with a forward that keeps"
     " them, which the plain forward does not.",
     "sweep_layers, sweep_again": "Behind them, a branch is one token, in one forward for all of them; the rest is edits, their trace and"
-    " the mask.",
+    " the mask. Asked again, nothing else is left: the decoder alone on these tokens is the floor of `sweep_again`.",
     "sweep_grid, sweep_again": "The same with every strength.",
     "shared_prefix_speedup": "Nothing can be cheaper than one prompt and the other texts once, the first two rows. The naive loop takes as"
     " many forwards of the batch as there are layers.",

@@ -14,6 +14,7 @@ from guardlens.errors import ModelError, one_of, quoted
 from guardlens.models import checkpoints
 from guardlens.models.architectures import KNOWN, require_named
 from guardlens.models.checks import require_sound
+from guardlens.models.eyes import Eyes, with_eyes
 from guardlens.models.hooked_model import HookedModel
 
 
@@ -22,6 +23,7 @@ def load(
     *,
     processor: Any = None,
     llm: HookedModel | str | Path | nn.Module | None = None,
+    eyes: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     names: Mapping[str, str] = MappingProxyType({}),
@@ -38,6 +40,7 @@ def load(
             default the text side is the VLM's own language model, shown no image. Either is `model.llm`, and `collect(model.llm, ...)` is
             the LLM's view. Both models share a space, so directions and interventions of either fit: the states of text twins come from
             `llm`, and edits are made in the VLM.
+        eyes: A directory with eyes that `python -m guardlens.organism.eyes` trained for this language model, which they make a VLM.
         dtype: float64, float32, float16 or bfloat16, as a torch dtype or by name; `"auto"` takes the checkpoint's.
         device: The device for the whole model, e.g. `"cuda"`. Leave it out with `device_map` or a quantised model.
         names: The names of parts that the generic rule does not find: `{"stack": "core.layers", "final_norm": "out_norm"}`. The parts are
@@ -51,7 +54,8 @@ def load(
     Raises:
         ModelError: The model cannot be loaded, there is no such dtype or device, the family is not supported, a part was not found (the
             error says how to name it), a name in `names` does not exist, a VLM comes with a tokenizer alone, or the self-check failed.
-        MismatchError: `llm` has another width or depth.
+        MismatchError: `llm` has another width or depth, or the eyes are those of another language model.
+        StorageError: There are no eyes in the directory.
 
     Examples:
         >>> gl.load("organism")  # or a hub id, with dtype="bfloat16", device_map="auto"
@@ -67,6 +71,9 @@ def load(
         name = Path(getattr(source.config, "name_or_path", "") or type(source).__name__).name
     else:
         hf, processor, name = _read(source, processor, {"dtype": dtype, **options})
+    if eyes is not None:
+        hf, processor = with_eyes(hf, processor, Eyes.load(eyes))
+        name = f"{name} with eyes {Path(eyes).name}"
     require_named(hf, names)
     if device is not None:
         hf = _moved(hf, device)
