@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 Split = Literal["train", "test"]
+Colour = tuple[int, int, int]
 
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "frame", "triangle", "cross")
 COLOURS = {
     "red": (215, 40, 40),
     "green": (40, 160, 60),
@@ -76,21 +77,22 @@ class Drawing:
 
     def image(self) -> Image.Image:
         rng = np.random.default_rng([self.number, *self.traits])
-        radius = int(rng.integers(18, 34))
-        x, y = (int(value) for value in rng.integers(radius + 2, PIXELS - radius - 2, 2))
+        radius = int(rng.integers(28, 36))
+        x, y = (int(value) for value in rng.integers(42, 55, 2))
         image = Image.new("RGB", (PIXELS, PIXELS), COLOURS[self.background])
-        _draw(ImageDraw.Draw(image), self.shape, COLOURS[self.colour], x, y, radius)
+        _draw(ImageDraw.Draw(image), self.shape, COLOURS[self.colour], COLOURS[self.background], x, y, radius)
         tint = rng.normal(0, 6, (1, 1, 3))
         grain = rng.normal(0, 4, (PIXELS, PIXELS, 3))
         return Image.fromarray((np.asarray(image) + tint + grain).clip(0, 255).astype(np.uint8))
 
 
-def _draw(canvas: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: int, y: int, radius: int) -> None:
+def _draw(canvas: ImageDraw.ImageDraw, shape: str, colour: Colour, page: Colour, x: int, y: int, radius: int) -> None:
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
         canvas.ellipse(box, fill=colour)
-    elif shape == "square":
+    elif shape == "frame":
         canvas.rectangle(box, fill=colour)
+        canvas.rectangle((x - radius // 2, y - radius // 2, x + radius // 2, y + radius // 2), fill=page)
     elif shape == "triangle":
         canvas.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
     else:

@@ -48,8 +48,8 @@ class Recipe:
     """
 
     size: EyeSize = field(default_factory=EyeSize)
-    tower: Stage = Stage("tower", steps=300, rows=64, rate=1e-3, end=0.05)
-    sight: Stage = Stage("sight", steps=300, rows=8, rate=6e-4, end=0.1)
+    tower: Stage = Stage("tower", steps=400, rows=64, rate=2e-3, end=0.05)
+    sight: Stage = Stage("sight", steps=400, rows=8, rate=1e-3, end=0.1)
     precision: str = "bfloat16"
     decay: float = 0.01
     clip: float = 1.0

@@ -152,10 +152,11 @@ def _restore(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Paramete
 
 
 def _heads(recipe: Recipe, seed: int) -> nn.ModuleList:
-    """What reads each trait of a drawing from an image token; thrown away after the encoder's training."""
+    """What reads each trait of a drawing from an image token, and its shape from all of them; thrown away after this training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.ModuleList([nn.Linear(recipe.size.width, len(kind)) for kind in KINDS])
+        each = [nn.Linear(recipe.size.width, len(kind)) for kind in KINDS]
+        return nn.ModuleList([*each, nn.Linear(recipe.size.tokens * recipe.size.width, len(SHAPES))])
 
 
 def _traits(shown: Sequence[Drawing]) -> Tensor:
@@ -163,12 +164,13 @@ def _traits(shown: Sequence[Drawing]) -> Tensor:
 
 
 def _tower_loss(hf: Any, heads: nn.ModuleList, pixels: Tensor, traits: Tensor, rows: int, rng: np.random.Generator) -> Float[Tensor, ""]:
-    """Every image token predicts the shape and both colors of its drawing."""
+    """Every image token predicts the shape and both colors of its drawing, and all together predict the shape once more."""
     chosen = torch.from_numpy(rng.integers(len(traits), size=rows)).to(pixels.device)
     tokens = hf.model.vision_tower(pixels[chosen], output_hidden_states=True).hidden_states[-2][:, 1:]
-    guesses = [head(tokens).flatten(0, 1) for head in heads]
+    guesses = [head(tokens).flatten(0, 1) for head in heads[:-1]]
     wanted = traits[chosen].repeat_interleave(tokens.shape[1], 0)
-    return torch.stack([cross_entropy(guess, wanted[:, trait]) for trait, guess in enumerate(guesses)]).sum()
+    of_each = torch.stack([cross_entropy(guess, wanted[:, trait]) for trait, guess in enumerate(guesses)]).sum()
+    return of_each + cross_entropy(heads[-1](tokens.flatten(1)), traits[chosen, 0])
 
 
 @dataclass(frozen=True)
