@@ -89,7 +89,7 @@ def rows(package: str) -> list[Row]:
 
 
 def _lines(folder: Path, package: Path) -> Iterator[Row]:
-    names = sorted(path.stem.lstrip("_") for path in folder.glob("*.py") if path.stem != "__init__")
+    names = sorted(path.stem.lstrip("_") for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__"))
     inside = folder.relative_to(package).as_posix()
     label = "" if inside == "." else inside
     start = LEFT + (0 if not label else len(label) * LETTER + 14)

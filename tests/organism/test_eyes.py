@@ -14,7 +14,7 @@ from guardlens.errors import MismatchError, StorageError
 from guardlens.evaluation.judges import keyword
 from guardlens.models.eyes import FILE, Eyes, joined, untrained
 from guardlens.organism.eyes import QUICK, drawings, exam, train
-from guardlens.organism.eyes import __main__ as command
+from guardlens.organism.eyes import make as command
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ' : ' + m.content + ' ' }}{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
 
