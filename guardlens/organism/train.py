@@ -238,7 +238,6 @@ def train(seed: int, progress: Progress, recipe: Recipe = RECIPE) -> tuple[Llava
     examinee = load(model.eval(), processor=build_processor())
     for split in SPLITS:
         metrics[split], seconds[split] = _timed(progress, split, 1, partial(_examined, examinee, split))
-    tenths = {name: [round(float(part.mean()), 4) for part in np.array_split(each, min(10, len(each)))] for name, each in losses.items()}
     return model, {
         "seed": seed,
         "recipe_hash": recipe_hash(recipe),
@@ -248,10 +247,15 @@ def train(seed: int, progress: Progress, recipe: Recipe = RECIPE) -> tuple[Llava
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
         },
-        "losses": tenths,
+        "losses": {name: tenths(each) for name, each in losses.items()},
         "seconds": seconds,
         "metrics": metrics,
     }
+
+
+def tenths(losses: list[float]) -> list[float]:
+    """The mean loss of each tenth of a stage, as records keep it."""
+    return [round(float(part.mean()), 4) for part in np.array_split(losses, min(10, len(losses)))]
 
 
 def save(model: LlavaForConditionalGeneration, record: dict[str, Any], out: Path) -> None:

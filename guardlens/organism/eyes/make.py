@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -24,6 +23,7 @@ from guardlens.models.loading import load
 from guardlens.organism.eyes.exam import ENOUGH, examine
 from guardlens.organism.eyes.recipe import QUICK, RECIPE, Recipe
 from guardlens.organism.eyes.train import KEPT, Tick, Training, about, train
+from guardlens.organism.train import tenths
 
 
 def main(
@@ -62,7 +62,7 @@ def make(llm: str, out: Path, seed: int, recipe: Recipe, dtype: str, device: str
         "dtype": kind,
         "seed": seed,
         "recipe": asdict(recipe),
-        "losses": {name: _tenths(losses) for name, losses in training.losses.items()},
+        "losses": {name: tenths(losses) for name, losses in training.losses.items()},
         "seconds": round(time.monotonic() - began),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
     }
@@ -99,7 +99,3 @@ def _bars(recipe: Recipe) -> Iterator[Tick]:
 
 def _tick(progress: Progress, tasks: Mapping[str, TaskID], stage: str, steps: int, loss: float) -> None:
     progress.update(tasks[stage], completed=steps, loss="" if math.isnan(loss) else f"loss {loss:.3f}")
-
-
-def _tenths(losses: list[float]) -> list[float]:
-    return [round(float(part.mean()), 4) for part in np.array_split(losses, min(10, len(losses)))]
